@@ -1,0 +1,21 @@
+"""Images: where they come from, and the batches that they become."""
+
+from .batches import eval_batches, local_batch_size, steps_per_epoch, train_batches
+from .load import DataSummary, SplitName, describe, load, load_split
+from .options import DataOptions
+from .split import ImageData, Split
+
+__all__ = [
+    "DataOptions",
+    "DataSummary",
+    "ImageData",
+    "Split",
+    "SplitName",
+    "describe",
+    "eval_batches",
+    "load",
+    "load_split",
+    "local_batch_size",
+    "steps_per_epoch",
+    "train_batches",
+]

@@ -1,0 +1,117 @@
+"""Encoded images to uint8 RGB arrays of one square size.
+
+JPEG goes through torchvision, everything else through Pillow. On the 32x32 JPEG files of
+CIFAR-10 torchvision takes 35 us an image and Pillow 155 us, for the same pixels.
+"""
+
+import io
+import struct
+import zlib
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from torchvision.io import ImageReadMode, decode_jpeg
+from torchvision.transforms.v2 import functional
+
+from ..errors import DataError
+
+_JPEG = b"\xff\xd8"
+_PILLOW_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+
+
+def decode(
+    encoded: Sequence[bytes | None], size: int, *, resize: bool
+) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+    """Decode images; what cannot be decoded is left out and marked.
+
+    Args:
+        encoded: contents of image files (JPEG, PNG, ... colour or grey); None counts as corrupt.
+        size: height and width of the result in pixels.
+        resize: bring images of any shape to `size` (see `fit`); otherwise they must have it.
+
+    Returns:
+        uint8 RGB [n, 3, size, size] of the n readable images in order, and a mask bool [N] of
+        which of the N images those are.
+
+    Raises:
+        DataError: an image has another size and `resize` is off.
+    """
+    images = [None if image is None else _fitted(image, size, resize) for image in _raw(encoded)]
+    readable = [image for image in images if image is not None]
+    mask = np.array([image is not None for image in images], dtype=np.bool_)
+    if not readable:
+        return np.empty((0, 3, size, size), dtype=np.uint8), mask
+    return torch.stack(readable).numpy(), mask
+
+
+def fit(images: Tensor, size: int) -> Tensor:
+    """Scale the shorter side to `size` pixels and keep the centre: [..., 3, size, size]."""
+    height, width = images.shape[-2:]
+    if (height, width) == (size, size):
+        return images
+    shorter = min(height, width)
+    target = [max(size, round(side * size / shorter)) for side in (height, width)]
+    return functional.center_crop(functional.resize(images, target, antialias=True), [size, size])
+
+
+def image_shape(encoded: bytes | None) -> tuple[int, int] | None:
+    """Height and width in pixels of an encoded image, or None if it is not readable."""
+    image = _raw([encoded])[0]
+    return None if image is None else (image.shape[1], image.shape[2])
+
+
+def _raw(encoded: Sequence[bytes | None]) -> list[Tensor | None]:
+    """uint8 RGB [3, H, W] of each image at its own size; None where it cannot be decoded."""
+    images: list[Tensor | None] = [None] * len(encoded)
+    jpegs = [i for i, data in enumerate(encoded) if data is not None and data[:2] == _JPEG]
+    for index, image in zip(jpegs, _jpegs([encoded[i] or b"" for i in jpegs]), strict=True):
+        images[index] = image
+    for index, data in enumerate(encoded):
+        if images[index] is None and data:
+            images[index] = _pillow(data)
+    return images
+
+
+def _jpegs(encoded: list[bytes]) -> list[Tensor | None]:
+    """All of a list at once; a list with a bad image fails as a whole and is halved."""
+    if not encoded:
+        return []
+    buffers = [torch.frombuffer(bytearray(data), dtype=torch.uint8) for data in encoded]
+    try:
+        return list(decode_jpeg(buffers, mode=ImageReadMode.RGB))
+    except RuntimeError:
+        middle = len(encoded) // 2
+        return [None] if middle == 0 else _jpegs(encoded[:middle]) + _jpegs(encoded[middle:])
+
+
+def _pillow(data: bytes) -> Tensor | None:
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            pixels = np.array(image.convert("RGB"))
+    except _PILLOW_ERRORS:
+        return None
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def _fitted(image: Tensor, size: int, resize: bool) -> Tensor:
+    if resize:
+        return fit(image, size)
+    height, width = image.shape[-2:]
+    if (height, width) != (size, size):
+        raise DataError(
+            f"images differ in size ({size}x{size} and {width}x{height} pixels); expected one "
+            "size; set data.image_size to scale them all"
+        )
+    return image.contiguous()

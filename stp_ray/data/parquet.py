@@ -1,0 +1,371 @@
+"""Images in Parquet files, on any storage that fsspec reaches.
+
+The layout is the one that Hugging Face's `datasets` writes: an image column
+`struct<bytes, path>` (or plain binary) and an integer label column. Class names are a JSON list
+under the schema's metadata key `class_names`, or come from the `huggingface` key.
+"""
+
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from ..errors import DataError
+from .decode import image_shape
+from .source import Chunk, Layout, Stored
+from .storage import open_filesystem, reading
+
+_IMAGE_COLUMNS = ("image", "img")
+_LABEL_COLUMNS = ("label", "fine_label")
+_SPLITS: tuple[Stored, ...] = ("train", "test")
+_SPLIT_PREFIXES: dict[Stored, tuple[str, ...]] = {"train": ("train",), "test": ("test", "val")}
+_SPLIT_WORDS: dict[Stored, str] = {"train": "training", "test": "test"}
+_CHUNK_ROWS = 256
+_FIRST_IMAGES = 16
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Where the images and the labels are."""
+
+    image: str
+    """Name of the image column."""
+
+    encoded: str
+    """Path of its encoded bytes: the column itself or a field of it."""
+
+    label: str
+    """Name of the label column."""
+
+
+@dataclass(frozen=True)
+class ParquetPart:
+    """Rows of one row group."""
+
+    path: str
+    """Path in the filesystem of the data set."""
+
+    group: int
+    """Index of the row group in the file."""
+
+    first: int
+    """Row number in the split of the group's first row."""
+
+    rows: NDArray[np.int64]
+    """Ascending row numbers in the split of the wanted rows."""
+
+    size: int
+    """Bytes of the whole row group, uncompressed."""
+
+
+@dataclass(frozen=True)
+class _File:
+    path: str
+    first: int
+    footer: pq.FileMetaData
+
+
+class ParquetSource:
+    """A training and a test split of Parquet files under one folder."""
+
+    def __init__(self, uri: str) -> None:
+        """Find the files and read their footers.
+
+        Raises:
+            DataError: the folder, a split or a column is missing, or a file is damaged.
+        """
+        self.uri = uri
+        self._filesystem, self._root = open_filesystem(uri)
+        with reading(uri):
+            folder, entries = self._entries()
+            self._files: dict[Stored, list[_File]] = {}
+            for split in _SPLITS:
+                paths = self._split_paths(split, folder, entries)
+                self._files[split] = self._footers(paths)
+        first = self._files["train"] or self._files["test"]
+        self.columns = _columns(first[0].footer.schema.to_arrow_schema(), uri)
+        for files in self._files.values():
+            for file in files:
+                schema = file.footer.schema.to_arrow_schema()
+                if _columns(schema, file.path) != self.columns:
+                    raise DataError(
+                        f"{file.path} has other columns than {first[0].path}; expected the same "
+                        "in every file; change the files or data.uri"
+                    )
+
+    @property
+    def full_uri(self) -> str:
+        """The URI with its protocol, absolute, so that other processes find the same folder."""
+        return str(self._filesystem.unstrip_protocol(self._root))
+
+    def layout(self) -> Layout:
+        """Sizes and names from the footers, and the first image."""
+        rows = {split: self._rows(split) for split in _SPLITS}
+        for split in _SPLITS:
+            if not rows[split]:
+                raise DataError(
+                    f"the {_SPLIT_WORDS[split]} split of {self.uri} has no rows; expected at "
+                    "least one image; change data.uri"
+                )
+        with reading(self.uri):
+            names = self._class_names()
+            ranges = {split: self._label_range(split) for split in _SPLITS}
+            if names is None:
+                names = tuple(str(label) for label in range(max(ranges["train"][1] + 1, 1)))
+            shape = self._first_shape()
+        for split in _SPLITS:
+            low, high = ranges[split]
+            if low < 0 or high >= len(names):
+                raise DataError(
+                    f"the labels of the {_SPLIT_WORDS[split]} split of {self.uri} go from {low} "
+                    f"to {high}; expected 0 to {len(names) - 1} for {len(names)} classes; change "
+                    'the labels or the "class_names" in the schema metadata'
+                )
+        return Layout(names, rows["train"], rows["test"], shape)
+
+    def parts(self, split: Stored, rows: NDArray[np.int64]) -> list[ParquetPart]:
+        """One piece for each row group that holds wanted rows."""
+        found = []
+        for file in self._files[split]:
+            first = file.first
+            for group in range(file.footer.num_row_groups):
+                metadata = file.footer.row_group(group)
+                begin, end = np.searchsorted(rows, (first, first + metadata.num_rows))
+                if begin < end:
+                    wanted = rows[begin:end]
+                    found.append(
+                        ParquetPart(file.path, group, first, wanted, metadata.total_byte_size)
+                    )
+                first += metadata.num_rows
+        return found
+
+    def read(self, part: ParquetPart) -> Iterator[Chunk]:
+        """The wanted rows of a row group, some hundred at a time."""
+        with reading(self.uri):
+            yield from read_part(self._filesystem, part, self.columns)
+
+    def _entries(self) -> tuple[str, dict[str, bool]]:
+        """The folder that holds the splits, and its entries: name -> is a folder."""
+        try:
+            listed = self._filesystem.ls(self._root, detail=True)
+        except (FileNotFoundError, NotADirectoryError):
+            listed = None
+        if listed is None or (len(listed) == 1 and _same(listed[0]["name"], self._root)):
+            found = "does not exist" if listed is None else "is a file"
+            raise DataError(
+                f"data.uri {self.uri} {found}; expected a folder with train.parquet and "
+                "test.parquet, or train/ and test/ folders of .parquet files; change data.uri"
+            )
+        entries = {_name(entry["name"]): entry["type"] == "directory" for entry in listed}
+        if entries.get("data") and not any(name.startswith("train") for name in entries):
+            folder = f"{self._root.rstrip('/')}/data"
+            listed = self._filesystem.ls(folder, detail=True)
+            inner = {_name(entry["name"]): entry["type"] == "directory" for entry in listed}
+            return folder, inner
+        return self._root.rstrip("/"), entries
+
+    def _split_paths(self, split: Stored, folder: str, entries: dict[str, bool]) -> list[str]:
+        for prefix in _SPLIT_PREFIXES[split]:
+            names = _matching(prefix, entries)
+            if names:
+                break
+        else:
+            found = ", ".join(sorted(entries)[:8]) or "nothing"
+            expected = " or ".join(f"{prefix}.parquet" for prefix in _SPLIT_PREFIXES[split])
+            raise DataError(
+                f"{self.uri} has no {_SPLIT_WORDS[split]} split (it holds {found}); expected "
+                f"{expected}, or a folder of .parquet files of that name; change data.uri"
+            )
+        paths: list[str] = []
+        for name in names:
+            path = f"{folder}/{name}"
+            if entries[name]:
+                inside = self._filesystem.find(path)
+                paths += [p for p in sorted(inside) if p.endswith(".parquet") and not _hidden(p)]
+            else:
+                paths.append(path)
+        if not paths:
+            raise DataError(
+                f"the {_SPLIT_WORDS[split]} split {names[0]} of {self.uri} is empty; expected "
+                ".parquet files in it; change data.uri"
+            )
+        return paths
+
+    def _footers(self, paths: list[str]) -> list[_File]:
+        def footer(path: str) -> pq.FileMetaData:
+            with reading(path), _open(self._filesystem, path) as handle:
+                return pq.read_metadata(handle)
+
+        with ThreadPoolExecutor(16) as pool:
+            footers = list(pool.map(footer, paths))
+        firsts = np.cumsum([0, *(footer.num_rows for footer in footers)])
+        return [
+            _File(path, int(first), footer)
+            for path, first, footer in zip(paths, firsts, footers, strict=False)
+        ]
+
+    def _rows(self, split: Stored) -> int:
+        return sum(file.footer.num_rows for file in self._files[split])
+
+    def _class_names(self) -> tuple[str, ...] | None:
+        metadata = self._files["train"][0].footer.metadata or {}
+        try:
+            if b"class_names" in metadata:
+                names = json.loads(metadata[b"class_names"])
+            elif b"huggingface" in metadata:
+                features = json.loads(metadata[b"huggingface"])["info"]["features"]
+                names = features[self.columns.label].get("names")
+            else:
+                return None
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DataError(
+                f"the class names in the schema metadata of {self.uri} cannot be read ({error!r}); "
+                'expected a JSON list of names under "class_names"; write the files again'
+            ) from error
+        if names is None:
+            return None
+        if not isinstance(names, list) or not names:
+            raise DataError(
+                f"the class names in the schema metadata of {self.uri} are not a list of names; "
+                'expected a JSON list under "class_names"; write the files again'
+            )
+        return tuple(str(name) for name in names)
+
+    def _label_range(self, split: Stored) -> tuple[int, int]:
+        """Smallest and largest label: from the footers' statistics, else from the column."""
+        lows, highs = [], []
+        for file in self._files[split]:
+            statistics = _label_statistics(file.footer, self.columns.label)
+            if statistics is None:
+                with _open(self._filesystem, file.path) as handle:
+                    table = pq.ParquetFile(handle).read(columns=[self.columns.label])
+                labels = _labels(table.column(0).combine_chunks())
+                if len(labels):
+                    statistics = [(int(labels.min()), int(labels.max()))]
+            for low, high in statistics or []:
+                lows.append(low)
+                highs.append(high)
+        return (min(lows), max(highs))
+
+    def _first_shape(self) -> tuple[int, int]:
+        for file in self._files["train"]:
+            with _open(self._filesystem, file.path) as handle:
+                parquet = pq.ParquetFile(handle, buffer_size=1 << 20, pre_buffer=False)
+                batches = parquet.iter_batches(batch_size=1, columns=[self.columns.encoded])
+                for _, batch in zip(range(_FIRST_IMAGES), batches, strict=False):
+                    shape = image_shape(_encoded(batch.column(0))[0])
+                    if shape is not None:
+                        return shape
+        raise DataError(
+            f"none of the first {_FIRST_IMAGES} images of the training split of {self.uri} can "
+            "be decoded; expected encoded images such as JPEG or PNG; change data.uri"
+        )
+
+
+def read_part(filesystem: Any, part: ParquetPart, columns: Columns) -> Iterator[Chunk]:
+    """Read the wanted rows of one row group: the work of one thread or one task."""
+    with _open(filesystem, part.path) as handle:
+        parquet = pq.ParquetFile(handle, pre_buffer=True)
+        first = part.first
+        for batch in parquet.iter_batches(
+            _CHUNK_ROWS,
+            row_groups=[part.group],
+            columns=[columns.encoded, columns.label],
+            use_threads=False,
+        ):
+            begin, end = np.searchsorted(part.rows, (first, first + len(batch)))
+            if begin < end:
+                rows = part.rows[begin:end]
+                taken = batch.take(pa.array(rows - first))
+                image, label = taken.column(columns.image), taken.column(columns.label)
+                yield Chunk(rows, _encoded(image), _labels(label))
+            first += len(batch)
+            if end == len(part.rows):
+                break
+
+
+def _open(filesystem: Any, path: str) -> Any:
+    # Arrow asks for exactly the ranges that it needs; read-ahead would fetch most data twice.
+    return filesystem.open(path, "rb", cache_type="none")
+
+
+def _columns(schema: pa.Schema, uri: str) -> Columns:
+    found = ", ".join(f"{field.name}: {field.type}" for field in schema)
+    for image in (name for name in _IMAGE_COLUMNS if name in schema.names):
+        kind = schema.field(image).type
+        if _is_binary(kind):
+            encoded = image
+        elif pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+            encoded = f"{image}.bytes"
+        else:
+            continue
+        for label in (name for name in _LABEL_COLUMNS if name in schema.names):
+            if pa.types.is_integer(schema.field(label).type):
+                return Columns(image, encoded, label)
+    raise DataError(
+        f"{uri} has the columns {found[:300]}; expected image: struct<bytes, path> or binary, and "
+        "label: an integer; rename or convert the columns"
+    )
+
+
+def _is_binary(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+
+def _encoded(column: pa.Array) -> list[bytes | None]:
+    if pa.types.is_struct(column.type):
+        column = column.field("bytes") if not column.null_count else column.flatten()[0]
+    found: list[bytes | None] = column.to_pylist()
+    return found
+
+
+def _labels(column: pa.Array) -> NDArray[np.int64]:
+    # A missing label becomes -1, which no range of classes admits.
+    return np.asarray(column.cast(pa.int64()).fill_null(-1).to_numpy(zero_copy_only=False))
+
+
+def _label_statistics(footer: pq.FileMetaData, label: str) -> list[tuple[int, int]] | None:
+    """(smallest, largest) label of each row group, or None if a group does not say."""
+    ranges = []
+    for group in range(footer.num_row_groups):
+        metadata = footer.row_group(group)
+        if not metadata.num_rows:
+            continue
+        for index in range(metadata.num_columns):
+            column = metadata.column(index)
+            if column.path_in_schema == label:
+                statistics = column.statistics
+                if statistics is None or not statistics.has_min_max or statistics.null_count:
+                    return None
+                ranges.append((int(statistics.min), int(statistics.max)))
+    return ranges
+
+
+def _matching(prefix: str, entries: dict[str, bool]) -> list[str]:
+    """Names of a split: the exact one if it is there, else all that begin like it."""
+    for exact in (f"{prefix}.parquet", prefix):
+        if exact in entries and entries[exact] == (exact == prefix):
+            return [exact]
+    return sorted(
+        name
+        for name, folder in entries.items()
+        if name.startswith(prefix) and (folder or name.endswith(".parquet"))
+    )
+
+
+def _name(path: str) -> str:
+    return path.rstrip("/").rpartition("/")[2]
+
+
+def _same(path: str, other: str) -> bool:
+    return path.strip("/") == other.strip("/")
+
+
+def _hidden(path: str) -> bool:
+    return _name(path).startswith(("_", "."))
