@@ -1,0 +1,127 @@
+"""Attention with fewer heads than the embedding has room for.
+
+The stock modules assume heads x head size = embedding, so a layer that lost heads needs a
+forward of its own. Both classes below are never constructed: a narrowed layer takes over the
+attributes of the stock layer that it came from, and with them its parameter names.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class MultiheadSelfAttention(nn.Module):
+    """`torch.nn.MultiheadAttention` for query = key = value, with any number of heads.
+
+    Input [B, L, E] where `batch_first`, else [L, B, E]; output (same shape, None).
+    """
+
+    embed_dim: int
+    num_heads: int
+    head_dim: int
+    dropout: float
+    batch_first: bool
+    in_proj_weight: Tensor
+    in_proj_bias: Tensor | None
+    out_proj: nn.Linear
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, need_weights: bool = False
+    ) -> tuple[Tensor, None]:
+        x_ble = query if self.batch_first else query.transpose(0, 1)
+        batch, tokens, _ = x_ble.shape
+        qkv = F.linear(x_ble, self.in_proj_weight, self.in_proj_bias)
+        q_bhld, k_bhld, v_bhld = (
+            qkv.reshape(batch, tokens, 3, self.num_heads, self.head_dim)
+            .permute(2, 0, 3, 1, 4)
+            .unbind(0)
+        )
+        dropout = self.dropout if self.training else 0.0
+        heads = F.scaled_dot_product_attention(q_bhld, k_bhld, v_bhld, dropout_p=dropout)
+        out = self.out_proj(heads.transpose(1, 2).reshape(batch, tokens, -1))
+        return (out if self.batch_first else out.transpose(0, 1)), None
+
+    def extra_repr(self) -> str:
+        return f"{self.embed_dim}, num_heads={self.num_heads}, head_dim={self.head_dim}"
+
+
+class WindowSelfAttention(nn.Module):
+    """torchvision's `ShiftedWindowAttention` with any number of heads.
+
+    Input and output [B, H, W, C]. Attention runs inside windows of `window_size` pixels,
+    cyclically shifted by `shift_size` (Swin Transformer, Liu et al. 2021).
+    """
+
+    window_size: list[int]
+    shift_size: list[int]
+    num_heads: int
+    head_dim: int
+    attention_dropout: float
+    dropout: float
+    qkv: nn.Linear
+    proj: nn.Linear
+    relative_position_bias_table: Tensor
+    relative_position_index: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        _, height, width, _ = x.shape
+        rows, columns = self.window_size
+        padded = F.pad(x, (0, 0, 0, -width % columns, 0, -height % rows))
+        batch, full_height, full_width, _ = padded.shape
+        # A window as large as the image leaves nothing to shift into.
+        shift = [
+            0 if window >= size else step
+            for step, window, size in zip(
+                self.shift_size, self.window_size, (full_height, full_width), strict=True
+            )
+        ]
+        if any(shift):
+            padded = padded.roll((-shift[0], -shift[1]), dims=(1, 2))
+        down, across = full_height // rows, full_width // columns
+        area = rows * columns
+
+        windows = padded.reshape(batch, down, rows, across, columns, -1).permute(0, 1, 3, 2, 4, 5)
+        windows = windows.reshape(batch * down * across, area, -1)
+        q, k, v = (
+            self.qkv(windows)
+            .reshape(windows.shape[0], area, 3, self.num_heads, self.head_dim)
+            .permute(2, 0, 3, 1, 4)
+            .unbind(0)
+        )
+        scores = (q * self.head_dim**-0.5) @ k.transpose(-2, -1)
+        bias = self.relative_position_bias_table[self.relative_position_index]
+        scores = scores + bias.view(area, area, -1).permute(2, 0, 1)
+        if any(shift):
+            mask = _shift_mask(x, (full_height, full_width), self.window_size, shift)
+            scores = scores.view(batch, down * across, self.num_heads, area, area)
+            scores = (scores + mask[:, None]).view(-1, self.num_heads, area, area)
+        weights = F.dropout(scores.softmax(-1), self.attention_dropout, self.training)
+        out = self.proj((weights @ v).transpose(1, 2).reshape(windows.shape[0], area, -1))
+        out = F.dropout(out, self.dropout, self.training)
+
+        out = out.reshape(batch, down, across, rows, columns, -1).permute(0, 1, 3, 2, 4, 5)
+        out = out.reshape(batch, full_height, full_width, -1)
+        if any(shift):
+            out = out.roll((shift[0], shift[1]), dims=(1, 2))
+        return out[:, :height, :width].contiguous()
+
+    def extra_repr(self) -> str:
+        return (
+            f"num_heads={self.num_heads}, head_dim={self.head_dim}, "
+            f"window_size={list(self.window_size)}, shift_size={list(self.shift_size)}"
+        )
+
+
+def _shift_mask(like: Tensor, size: tuple[int, int], window: list[int], shift: list[int]) -> Tensor:
+    """-100 between pixels that are neighbours only through the cyclic shift; [windows, A, A]."""
+    regions = like.new_zeros(size)
+    count = 0
+    for down in (slice(-window[0]), slice(-window[0], -shift[0]), slice(-shift[0], None)):
+        for across in (slice(-window[1]), slice(-window[1], -shift[1]), slice(-shift[1], None)):
+            regions[down, across] = count
+            count += 1
+    height, width = size
+    regions = regions.view(height // window[0], window[0], width // window[1], window[1])
+    regions = regions.permute(0, 2, 1, 3).reshape(-1, window[0] * window[1])
+    apart = regions[:, None, :] != regions[:, :, None]
+    return torch.zeros_like(apart, dtype=like.dtype).masked_fill(apart, -100.0)

@@ -1,0 +1,131 @@
+"""Residual branches that can be dropped, found from the graph.
+
+A branch hangs between a shortcut value and an addition: the shortcut dominates it (nothing
+else enters) and the addition is its only way out (nothing else leaves). Shape and dimensions
+of both operands agree, so leaving the branch out leaves a well-formed network.
+"""
+
+import operator
+import os
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+_ADDITIONS = (operator.add, operator.iadd, torch.add)
+
+
+@dataclass(frozen=True)
+class Branch:
+    """`addition` = `shortcut` + what `nodes` compute from it."""
+
+    addition: fx.Node
+    shortcut: fx.Node
+    nodes: frozenset[fx.Node]
+
+
+def find_branches(graph: fx.GraphModule, shapes: Mapping[fx.Node, Any]) -> dict[str, Branch]:
+    """Droppable branches by name, in the order of the graph."""
+    order = {node: place for place, node in enumerate(graph.graph.nodes)}
+    shared = _shared_targets(graph)
+    found = []
+    for node in graph.graph.nodes:
+        adds = node.op == "call_function" and node.target in _ADDITIONS
+        if not (adds or (node.op == "call_method" and node.target == "add")):
+            continue
+        if len(node.args) != 2 or not all(isinstance(a, fx.Node) for a in node.args):
+            continue
+        one, other = node.args
+        if one is other or not shapes[one] == shapes[other] == shapes[node]:
+            continue
+        for shortcut, end in ((other, one), (one, other)):
+            inner = _between(shortcut, end, order)
+            if inner is None or not any(n.op == "call_module" for n in inner):
+                continue
+            leaves = any(user not in inner and user is not node for n in inner for user in n.users)
+            if not leaves and not any(n.target in shared for n in inner):
+                found.append(Branch(node, shortcut, frozenset(inner)))
+                break
+    return _named(found)
+
+
+def _between(shortcut: fx.Node, end: fx.Node, order: dict[fx.Node, int]) -> set[fx.Node] | None:
+    """Everything that `end` needs beyond `shortcut`; None if anything else enters."""
+    inner: set[fx.Node] = set()
+    stack = [end]
+    while stack:
+        node = stack.pop()
+        if node is shortcut or node in inner:
+            continue
+        source = not node.all_input_nodes
+        if node.op == "placeholder" or (order[node] < order[shortcut] and not source):
+            return None
+        if source and any(order[user] < order[shortcut] for user in node.users):
+            continue  # a parameter that others use too stays outside
+        inner.add(node)
+        stack += node.all_input_nodes
+    return {n for n in inner if n.all_input_nodes or all(u in inner for u in n.users)}
+
+
+def _shared_targets(graph: fx.GraphModule) -> set[Any]:
+    """Layers with weights that are called more than once: a block that holds one of them cannot
+    be dropped alone."""
+    calls = Counter(str(node.target) for node in graph.graph.nodes if node.op == "call_module")
+    return {
+        target
+        for target, count in calls.items()
+        if count > 1 and any(True for _ in graph.get_submodule(target).parameters())
+    }
+
+
+def _named(branches: list[Branch]) -> dict[str, Branch]:
+    """A branch is named after the module that holds it; where several share one (attention and
+    MLP of a transformer layer), after its own largest child."""
+    homes = [_home(branch) for branch in branches]
+    clashes = Counter(homes)
+    named: dict[str, Branch] = {}
+    for home, branch in zip(homes, branches, strict=True):
+        name = home if home and clashes[home] == 1 else _child(home, branch)
+        while name in named:
+            name += "+"
+        named[name] = branch
+    return named
+
+
+def _layers(branch: Branch) -> list[str]:
+    return sorted(str(node.target) for node in branch.nodes if node.op == "call_module")
+
+
+def _home(branch: Branch) -> str:
+    layers = _layers(branch)
+    common = os.path.commonprefix([layer.split(".") for layer in layers])
+    return ".".join(common if len(layers) > 1 else common[:-1])
+
+
+def _child(home: str, branch: Branch) -> str:
+    """The child of `home` with the most layers in the branch, the last one of several."""
+    skip = len(home) + 1 if home else 0
+    children = [
+        str(node.target)[skip:].split(".")[0]
+        for node in sorted(branch.nodes, key=lambda n: n.name)
+        if node.op == "call_module"
+    ]
+    counts = Counter(children)
+    weighed = {child: (_weight(branch, home, child), counts[child]) for child in counts}
+    best = max(weighed, key=lambda child: (weighed[child], child))
+    return f"{home}.{best}" if home else best
+
+
+def _weight(branch: Branch, home: str, child: str) -> int:
+    """Parameters of the child's layers."""
+    prefix = f"{home}.{child}" if home else child
+    total = 0
+    for node in branch.nodes:
+        target = str(node.target)
+        if node.op == "call_module" and (target == prefix or target.startswith(prefix + ".")):
+            module = node.graph.owning_module.get_submodule(target)
+            total += sum(parameter.numel() for parameter in module.parameters())
+    return total

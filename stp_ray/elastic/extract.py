@@ -1,0 +1,94 @@
+"""Supernet and subnet -> an ordinary module with weights of its own."""
+
+import copy
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from .blocks import Branch
+from .cost import Extent
+from .slicing import Layout, narrowed
+from .subnet import Subnet
+
+if TYPE_CHECKING:
+    from .supernet import Stats
+
+
+@torch.no_grad()
+def extract(
+    model: fx.GraphModule,
+    layouts: Mapping[str, Layout],
+    branches: Mapping[str, Branch],
+    subnet: Subnet,
+    stats: "Stats | None",
+) -> fx.GraphModule:
+    """Copy the graph without the dropped blocks, and every layer cut to size.
+
+    Layers keep their names, so the state dict has the names of the dense network.
+    """
+    merges = {b.addition: b.shortcut for name, b in branches.items() if name in subnet.dropped}
+    graph = fx.Graph()
+    root: dict[str, Any] = {}
+    env: dict[fx.Node, fx.Node] = {}
+    for node in model.graph.nodes:
+        layout = layouts[node.name]
+        if not layout.gates.isdisjoint(subnet.dropped):
+            continue
+        if node in merges:
+            env[node] = env[merges[node]]
+            continue
+        env[node] = copied = graph.node_copy(node, lambda n: env[n])
+        for key, value in layout.arguments.items():
+            value = _rewritten(value, env, subnet)
+            if isinstance(key, int):
+                copied.update_arg(key, value)
+            else:
+                copied.update_kwarg(key, value)
+        target = str(node.target)
+        if node.op == "call_module" and target not in root:
+            root[target] = _layer(target, model.get_submodule(target), layout, subnet, stats)
+        elif node.op == "get_attr" and target in layout.tensors:
+            owner, _, leaf = target.rpartition(".")
+            tensor = getattr(model.get_submodule(owner), leaf)
+            root[target] = _own(tensor, layout.cut(target, tensor, subnet))
+    small = fx.GraphModule(root, graph, class_name=model.__class__.__name__)
+    return small.train(model.training)
+
+
+def _layer(
+    name: str, module: nn.Module, layout: Layout, subnet: Subnet, stats: "Stats | None"
+) -> nn.Module:
+    tensors: dict[str, Tensor | None] = {}
+    cut = False
+    for tensor_name in layout.tensors:
+        owner, _, leaf = tensor_name.rpartition(".")
+        tensor = getattr(module.get_submodule(owner), leaf)
+        part = layout.cut(tensor_name, tensor, subnet)
+        cut = cut or part is not tensor
+        tensors[tensor_name] = _own(tensor, part)
+    if layout.norm and stats is not None and name in stats:
+        tensors.update({key: value.clone() for key, value in stats[name].items()})
+    own = copy.deepcopy(module)
+    return narrowed(
+        own, tensors, layout.sizes(subnet) if cut else {}, layout.narrow_class if cut else None
+    )
+
+
+def _own(original: Tensor, part: Tensor) -> Tensor:
+    """A contiguous copy that is a parameter where the original was one."""
+    copied = part.detach().clone(memory_format=torch.contiguous_format)
+    if isinstance(original, nn.Parameter):
+        return nn.Parameter(copied, requires_grad=original.requires_grad)
+    return copied
+
+
+def _rewritten(value: Any, env: Mapping[fx.Node, fx.Node], subnet: Subnet) -> Any:
+    if isinstance(value, Extent):
+        return value.at(subnet.widths)
+    if isinstance(value, fx.Node):
+        return env[value]
+    if isinstance(value, (tuple, list)):
+        return type(value)(_rewritten(item, env, subnet) for item in value)
+    return value

@@ -1,0 +1,809 @@
+"""One rule per operation: how axes pass through it, what it needs to run sliced, what it costs.
+
+A rule is a function from a `Visit` (one node of the traced graph) to the dimensions of the
+node's output. On the way it unifies dimensions that must agree and writes into the node's
+`Step` which parameters have which dimensions, which attributes or arguments hold sizes, and
+how many multiply-accumulates it makes. The same step then runs a subnet as views, extracts it
+as copies and prices it as integers. An operation without a rule freezes whatever reaches it.
+"""
+
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from .attention import MultiheadSelfAttention, WindowSelfAttention
+from .dims import Atom, Dim, Dims, constant, length, merge
+
+#: What a node yields: the dimensions of a tensor, a tuple of such, or None for anything else.
+Value = Any
+Shape = Any
+
+
+@dataclass(frozen=True)
+class Size:
+    """Stands for the length of `dim`, counted in units of `per` elements."""
+
+    dim: Dim
+    per: int = 1
+
+
+@dataclass
+class Step:
+    """What tracing found out about one node.
+
+    Args:
+        tensors: parameter or buffer (relative to the module, or the attribute's own name) ->
+            its dimensions.
+        attributes: attribute of the module (dotted) -> its value, with `Size` inside.
+        arguments: position or keyword of the call -> its value, with `Size` inside.
+        macs: (coefficient, dimensions) per sample.
+        narrow_class: the class that a narrowed module takes, where it is not its own.
+        norm: whether the module keeps running statistics of its batches.
+    """
+
+    tensors: dict[str, tuple[Dim, ...]] = field(default_factory=dict)
+    attributes: dict[str, Any] = field(default_factory=dict)
+    arguments: dict[int | str, Any] = field(default_factory=dict)
+    macs: list[tuple[int, tuple[Dim, ...]]] = field(default_factory=list)
+    narrow_class: type[nn.Module] | None = None
+    norm: bool = False
+
+
+class Visit:
+    """One node, as a rule sees it.
+
+    Args:
+        node: the node.
+        step: where the rule writes what it finds.
+        dims: the equations.
+        values: dimensions of the nodes visited before.
+        shapes: full shapes of all nodes for a batch of `batch` samples.
+        tensors: returns the dimensions of a parameter or buffer by its full name.
+        source: where in the user's code the operation stands.
+    """
+
+    def __init__(
+        self,
+        node: fx.Node,
+        module: nn.Module | None,
+        step: Step,
+        dims: Dims,
+        values: Mapping[fx.Node, Value],
+        shapes: Mapping[fx.Node, Shape],
+        batch: int,
+        tensors: Callable[[str], tuple[Dim, ...]],
+        source: str,
+    ) -> None:
+        self.node, self.step, self.dims, self.batch, self.source = node, step, dims, batch, source
+        self.maybe_module = module
+        self.shape = shapes[node]
+        self._values, self._shapes, self._tensors = values, shapes, tensors
+
+    @property
+    def module(self) -> Any:
+        return self.maybe_module
+
+    @property
+    def layer(self) -> str:
+        return str(self.node.target) if self.node.op == "call_module" else self.node.name
+
+    def argument(self, position: int, name: str, default: Any = None) -> Any:
+        """An argument of the call by position (the receiver of a method is 0) or keyword."""
+        if len(self.node.args) > position:
+            return self.node.args[position]
+        return self.node.kwargs.get(name, default)
+
+    def key(self, position: int, name: str) -> int | str:
+        """How `Step.arguments` names that argument."""
+        return position if len(self.node.args) > position else name
+
+    def value(self, node: Any) -> Value:
+        """The dimensions of an input node; None if it is not a tensor."""
+        return self._values.get(node) if isinstance(node, fx.Node) else None
+
+    def shape_of(self, node: fx.Node) -> Shape:
+        return self._shapes[node]
+
+    def resolved(self, dims: Iterable[Dim]) -> tuple[Dim, ...]:
+        return tuple(self.dims.resolve(dim) for dim in dims)
+
+    def tensor(self, name: str, *dims: Dim | None) -> tuple[Dim, ...]:
+        """Declare a parameter or buffer of the module; given dimensions are unified with its
+        own, None leaves one as it is. Absent tensors (a missing bias) are passed over."""
+        found = self.module
+        for part in name.split("."):
+            found = getattr(found, part, None)
+        if found is None:
+            return ()
+        own = self._tensors(f"{self.node.target}.{name}")
+        for dim, given in zip(own, dims, strict=False):
+            if given is not None:
+                self.unify(dim, given)
+        self.step.tensors[name] = own
+        return own
+
+    def unify(self, one: Dim, other: Dim) -> Dim:
+        return self.dims.unify(one, other, self.source)
+
+    def freeze(self, *values: Value, reason: str = "") -> None:
+        for value in values:
+            for tensor in tensors(value):
+                self.dims.freeze(tensor, f"{reason or 'no rule for this operation'}: {self.source}")
+
+    def macs(self, coefficient: int, *dims: Dim) -> None:
+        """Add `coefficient * product of dims` multiply-accumulates for the whole batch."""
+        self.step.macs.append((coefficient, dims))
+
+    def constants(self) -> Value:
+        """The node's output with nothing elastic in it."""
+        return constants(self.shape)
+
+
+def tensors(value: Value) -> Iterable[tuple[Dim, ...]]:
+    if value is None:
+        return
+    if isinstance(value, list):
+        for item in value:
+            yield from tensors(item)
+    else:
+        yield value
+
+
+def constants(shape: Shape) -> Value:
+    """Values are tuples for tensors, lists for several, None for anything else."""
+    if isinstance(shape, torch.Size):
+        return tuple(constant(n) for n in shape)
+    if isinstance(shape, list):
+        return [constants(item) for item in shape]
+    return None
+
+
+def _spread(dims: Sequence[Dim]) -> tuple[int, tuple[Dim, ...]]:
+    """The product of several dimensions as (constant factor, elastic dimensions)."""
+    factor, elastic = 1, []
+    for dim in dims:
+        if any(atom.variable is not None for atom in dim):
+            elastic.append(dim)
+        else:
+            factor *= length(dim)
+    return factor, tuple(elastic)
+
+
+Rule = Callable[[Visit], Value]
+
+
+# -- layers -----------------------------------------------------------------------------
+
+
+def linear(visit: Visit) -> Value:
+    x = visit.value(visit.node.args[0])
+    module = visit.module
+    weight = visit.tensor("weight", None, x[-1])
+    out = visit.dims.produced(weight[0], visit.layer)
+    visit.tensor("bias", out)
+    visit.step.attributes.update(in_features=Size(x[-1]), out_features=Size(out))
+    factor, elastic = _spread(visit.resolved(x[:-1]))
+    visit.macs(factor, *elastic, x[-1], out)
+    assert module is not None
+    return (*x[:-1], out)
+
+
+def convolution(visit: Visit) -> Value:
+    x, module = visit.value(visit.node.args[0]), visit.module
+    if len(x) != module.weight.dim():
+        visit.freeze(x, reason="convolution of an input without a batch dimension")
+        return visit.constants()
+    channels, groups = x[1], module.groups
+    area = prod(visit.shape[2:]) * prod(module.kernel_size) * visit.batch
+    if groups == 1:
+        weight = visit.tensor("weight", None, channels)
+        out = visit.dims.produced(weight[0], visit.layer)
+        visit.macs(area, channels, out)
+    else:
+        # Whole groups move together: the input and the output shrink by groups.
+        fan_in, fan_out = module.in_channels // groups, module.out_channels // groups
+        unit = "channels" if fan_in == fan_out == 1 else "groups"
+        (group,) = visit.dims.fresh(groups, unit=unit)
+        visit.unify(channels, (Atom(groups * fan_in, group.variable, fan_in),))
+        out = (Atom(groups * fan_out, group.variable, fan_out),)
+        visit.tensor("weight", out)
+        visit.dims.produced(out, visit.layer)
+        visit.macs(area * fan_in, out)
+        visit.step.attributes["groups"] = Size(out, per=fan_out)
+    visit.tensor("bias", out)
+    visit.step.attributes.update(in_channels=Size(channels), out_channels=Size(out))
+    return (x[0], out, *(constant(n) for n in visit.shape[2:]))
+
+
+def batch_norm(visit: Visit) -> Value:
+    x = visit.value(visit.node.args[0])
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        visit.tensor(name, x[1])
+    visit.step.attributes["num_features"] = Size(x[1])
+    visit.step.norm = True
+    return x
+
+
+def layer_norm(visit: Visit) -> Value:
+    x = visit.value(visit.node.args[0])
+    normalised = x[-len(visit.module.normalized_shape) :]
+    for name in ("weight", "bias"):
+        visit.tensor(name, *normalised)
+    visit.step.attributes["normalized_shape"] = tuple(Size(dim) for dim in normalised)
+    return x
+
+
+def group_norm(visit: Visit) -> Value:
+    x, module = visit.value(visit.node.args[0]), visit.module
+    per_group = module.num_channels // module.num_groups
+    visit.dims.coarsen(x[1], per_group, visit.source)
+    for name in ("weight", "bias"):
+        visit.tensor(name, x[1])
+    visit.step.attributes.update(
+        num_channels=Size(x[1]), num_groups=Size(x[1], per=per_group)
+    )
+    return x
+
+
+def multihead_attention(visit: Visit) -> Value:
+    module, inputs = visit.module, [visit.argument(i, n) for i, n in enumerate(("query", "key", "value"))]
+    x = visit.value(inputs[0])
+    plain = (
+        inputs[0] is inputs[1] is inputs[2]
+        and module.in_proj_weight is not None
+        and module.bias_k is None
+        and not module.add_zero_attn
+        and visit.argument(4, "need_weights", True) is False
+        and all(
+            visit.argument(position, name) is None
+            for position, name in ((3, "key_padding_mask"), (5, "attn_mask"))
+        )
+        and len(x) == 3
+    )
+    if not plain:
+        visit.freeze(x, *map(visit.value, inputs[1:]), reason="attention other than plain self-attention")
+        for name, _ in module.named_parameters():
+            visit.tensor(name)
+        return visit.constants()
+    heads = visit.dims.fresh(module.num_heads, factor=module.head_dim, unit="heads")
+    visit.dims.produced(heads, visit.layer)
+    visit.tensor("in_proj_weight", heads * 3, x[-1])
+    visit.tensor("in_proj_bias", heads * 3)
+    weight = visit.tensor("out_proj.weight", None, heads)
+    out = visit.dims.produced(weight[0], f"{visit.layer}.out_proj")
+    visit.tensor("out_proj.bias", out)
+    visit.step.narrow_class = MultiheadSelfAttention
+    visit.step.attributes.update(
+        {
+            "embed_dim": Size(x[-1]),
+            "num_heads": Size(heads, per=module.head_dim),
+            "out_proj.in_features": Size(heads),
+            "out_proj.out_features": Size(out),
+        }
+    )
+    batch, tokens = (0, 1) if module.batch_first else (1, 0)
+    rows, count = visit.shape_of(inputs[0])[batch], visit.shape_of(inputs[0])[tokens]
+    visit.macs(3 * rows * count, x[-1], heads)
+    visit.macs(2 * rows * count * count, heads)
+    visit.macs(rows * count, heads, out)
+    return [(*x[:-1], out), None]
+
+
+def window_attention(visit: Visit) -> Value:
+    x, module = visit.value(visit.node.args[0]), visit.module
+    count = module.num_heads
+    head_dim = module.qkv.out_features // 3 // count
+    (head,) = visit.dims.fresh(count, unit="heads")
+    heads: Dim = (Atom(count * head_dim, head.variable, head_dim),)
+    visit.dims.produced(heads, visit.layer)
+    visit.tensor("qkv.weight", heads * 3, x[-1])
+    visit.tensor("qkv.bias", heads * 3)
+    visit.tensor("relative_position_bias_table", None, (head,))
+    weight = visit.tensor("proj.weight", None, heads)
+    out = visit.dims.produced(weight[0], f"{visit.layer}.proj")
+    visit.tensor("proj.bias", out)
+    visit.step.narrow_class = WindowSelfAttention
+    visit.step.attributes.update(
+        {
+            "num_heads": Size((head,)),
+            "head_dim": head_dim,
+            "qkv.in_features": Size(x[-1]),
+            "qkv.out_features": Size(heads * 3),
+            "proj.in_features": Size(heads),
+            "proj.out_features": Size(out),
+        }
+    )
+    rows, columns = module.window_size
+    batch, height, width, _ = visit.shape_of(visit.node.args[0])
+    pixels = batch * (height + -height % rows) * (width + -width % columns)
+    visit.macs(3 * pixels, x[-1], heads)
+    visit.macs(2 * pixels * rows * columns, heads)
+    visit.macs(pixels, heads, out)
+    return (*x[:-1], out)
+
+
+# -- functions of tensors ---------------------------------------------------------------
+
+
+def elementwise(visit: Visit) -> Value:
+    """Any number of tensors of one shape, up to broadcasting."""
+    inputs = [
+        value
+        for argument in (*visit.node.args, *visit.node.kwargs.values())
+        if isinstance(value := visit.value(argument), tuple)
+    ]
+    if not isinstance(visit.shape, torch.Size):
+        return visit.constants()
+    out: list[Dim] = []
+    for place, size in enumerate(reversed(visit.shape), start=1):
+        aligned = [x[-place] for x in inputs if len(x) >= place and length(x[-place]) == size]
+        for other in aligned[1:]:
+            visit.unify(aligned[0], other)
+        out.append(aligned[0] if aligned else constant(size))
+    return tuple(reversed(out))
+
+
+def spatial(visit: Visit) -> Value:
+    """Works on the trailing dimensions, leaves [N, C] alone: pooling, interpolation."""
+    x = visit.value(visit.node.args[0])
+    changed = [
+        place for place, size in enumerate(visit.shape) if length(x[place]) != size or place > 1
+    ]
+    visit.freeze(
+        tuple(x[place] for place in changed if not visit.dims.is_constant(x[place])),
+        reason="works across an elastic dimension",
+    )
+    return tuple(
+        constant(size) if place in changed else x[place] for place, size in enumerate(visit.shape)
+    )
+
+
+def padding(visit: Visit) -> Value:
+    x = visit.value(visit.node.args[0])
+    touched = len(visit.argument(1, "pad")) // 2
+    visit.freeze(tuple(x[-touched:]), reason="padding of an elastic dimension")
+    return (*x[:-touched], *(constant(n) for n in visit.shape[-touched:]))
+
+
+def along(visit: Visit) -> Value:
+    """Softmax and its like: couples the elements of one dimension, keeps the shape."""
+    x = visit.value(visit.node.args[0])
+    dim = getattr(visit.module, "dim", None) if visit.maybe_module else visit.argument(1, "dim")
+    if dim is None or not visit.dims.is_constant(x[dim]):
+        visit.freeze(x, reason="normalises over an elastic dimension")
+    return x
+
+
+def reduction(visit: Visit) -> Value:
+    x, over = visit.value(visit.node.args[0]), visit.argument(1, "dim")
+    if not isinstance(visit.shape, torch.Size) or over is None:
+        visit.freeze(x, reason="reduces over everything")
+        return visit.constants()
+    gone = {d % len(x) for d in ([over] if isinstance(over, int) else over)}
+    keep = len(visit.shape) == len(x)
+    return tuple(
+        constant(1) if place in gone else dim
+        for place, dim in enumerate(x)
+        if keep or place not in gone
+    )
+
+
+def functional_linear(visit: Visit) -> Value:
+    x, weight = (visit.value(visit.argument(i, n)) for i, n in enumerate(("input", "weight")))
+    bias = visit.value(visit.argument(2, "bias"))
+    if weight is None or len(weight) != 2:
+        return unknown(visit)
+    visit.unify(x[-1], weight[1])
+    out = visit.dims.produced(weight[0], visit.layer)
+    if bias is not None:
+        visit.unify(bias[0], out)
+    factor, elastic = _spread(visit.resolved(x[:-1]))
+    visit.macs(factor, *elastic, x[-1], out)
+    return (*x[:-1], out)
+
+
+def functional_layer_norm(visit: Visit) -> Value:
+    x, shape = visit.value(visit.node.args[0]), visit.argument(1, "normalized_shape")
+    normalised = x[-len(shape) :]
+    for position, name in ((2, "weight"), (3, "bias")):
+        value = visit.value(visit.argument(position, name))
+        for dim, own in zip(normalised, value or (), strict=False):
+            visit.unify(own, dim)
+    visit.step.arguments[visit.key(1, "normalized_shape")] = [Size(dim) for dim in normalised]
+    return x
+
+
+def matmul(visit: Visit) -> Value:
+    a, b = visit.value(visit.argument(0, "input")), visit.value(visit.argument(1, "other"))
+    if a is None or b is None or len(a) != len(b) or len(a) < 2:
+        return unknown(visit)
+    visit.unify(a[-1], b[-2])
+    shared = []
+    for one, other in zip(a[:-2], b[:-2], strict=True):
+        if length(one) == length(other):
+            visit.unify(one, other)
+        shared.append(one if length(one) >= length(other) else other)
+    factor, elastic = _spread(visit.resolved([*shared, a[-2], b[-1]]))
+    visit.macs(factor, *elastic, a[-1])
+    return (*shared, a[-2], b[-1])
+
+
+def concatenate(visit: Visit) -> Value:
+    parts = [visit.value(part) for part in visit.argument(0, "tensors")]
+    dim = visit.argument(1, "dim", 0) % len(visit.shape)
+    first = parts[0]
+    for part in parts[1:]:
+        for place in range(len(first)):
+            if place != dim:
+                visit.unify(first[place], part[place])
+    joined = tuple(atom for part in parts for atom in part[dim])
+    return (*first[:dim], joined, *first[dim + 1 :])
+
+
+def chunk(visit: Visit) -> Value:
+    """Equal parts of an elastic dimension shrink together."""
+    x, count = visit.value(visit.node.args[0]), visit.argument(1, "chunks")
+    dim = visit.argument(2, "dim", 0) % len(x)
+    if visit.dims.is_constant(x[dim]):
+        return [(*x[:dim], constant(part[dim]), *x[dim + 1 :]) for part in visit.shape]
+    if length(x[dim]) % count:
+        return unknown(visit)
+    part = visit.dims.fresh(length(x[dim]) // count)
+    visit.unify(x[dim], part * count)
+    return [(*x[:dim], part, *x[dim + 1 :])] * count
+
+
+def merge_patches(visit: Visit) -> Value:
+    """Swin's patch merging: the four pixels of a 2 x 2 square side by side."""
+    x = visit.value(visit.node.args[0])
+    return (*(constant(n) for n in visit.shape[:-1]), x[-1] * 4)
+
+
+def permute(visit: Visit) -> Value:
+    x, order = visit.value(visit.node.args[0]), visit.node.args[1:]
+    if not order:
+        order = visit.node.kwargs["dims"]
+    if len(order) == 1 and isinstance(order[0], (tuple, list)):
+        order = order[0]
+    return tuple(x[place] for place in order)
+
+
+def permute_module(visit: Visit) -> Value:
+    x = visit.value(visit.node.args[0])
+    return tuple(x[place] for place in visit.module.dims)
+
+
+def transpose(visit: Visit) -> Value:
+    x = list(visit.value(visit.node.args[0]))
+    one, other = visit.argument(1, "dim0"), visit.argument(2, "dim1")
+    x[one], x[other] = x[other], x[one]
+    return tuple(x)
+
+
+def unsqueeze(visit: Visit) -> Value:
+    x, dim = list(visit.value(visit.node.args[0])), visit.argument(1, "dim")
+    x.insert(dim if dim >= 0 else dim + len(x) + 1, constant(1))
+    return tuple(x)
+
+
+def squeeze(visit: Visit) -> Value:
+    x = visit.value(visit.node.args[0])
+    over = visit.argument(1, "dim")
+    gone = {d % len(x) for d in ([over] if isinstance(over, int) else over or range(len(x)))}
+    return tuple(d for place, d in enumerate(x) if place not in gone or length(d) > 1)
+
+
+def expand(visit: Visit) -> Value:
+    x = visit.value(visit.node.args[0])
+    sizes, key = _sizes(visit)
+    lead = len(visit.shape) - len(x)
+    out = tuple(
+        x[place - lead] if place >= lead and length(x[place - lead]) == size else constant(size)
+        for place, size in enumerate(visit.shape)
+    )
+    _rewrite_sizes(visit, sizes, key, out)
+    return out
+
+
+def reshape(visit: Visit) -> Value:
+    """view, reshape: neighbouring dimensions merge or split; see `regroup`."""
+    sizes, key = _sizes(visit)
+    out = regroup(visit)
+    _rewrite_sizes(visit, sizes, key, out)
+    return out
+
+
+def regroup(visit: Visit) -> Value:
+    """Row-major regrouping. Input and output dimensions are cut into the smallest runs of equal
+    product; in a run, one elastic dimension may absorb constants around it or give them up."""
+    x = visit.value(visit.node.args[0])
+    if x is None:
+        return unknown(visit)
+    out: list[Dim] = []
+    before, after = list(x), list(visit.shape)
+    while before or after:
+        source, target = before[:1], after[:1]
+        left, right = before[1:], after[1:]
+        while (a := prod(map(length, source))) != (b := prod(target)) or not source or not target:
+            if (a < b or not source) and left:
+                source.append(left.pop(0))
+            elif right:
+                target.append(right.pop(0))
+            else:
+                break
+        # Trailing ones belong to this run.
+        while right and right[0] == 1 and not left:
+            target.append(right.pop(0))
+        while left and length(left[0]) == 1 and not right:
+            source.append(left.pop(0))
+        out += _regroup_run(visit, source, target)
+        before, after = left, right
+    return tuple(out)
+
+
+def _regroup_run(visit: Visit, source: list[Dim], target: list[int]) -> list[Dim]:
+    resolved = visit.resolved(source)
+    if all(visit.dims.is_constant(dim) for dim in resolved):
+        return [constant(size) for size in target]
+    whole = merge(resolved)
+    wide = [place for place, size in enumerate(target) if size > 1]
+    if whole is None or len(whole) > 64:
+        visit.freeze(tuple(source), reason="reshape that mixes several elastic dimensions")
+        return [constant(size) for size in target]
+    if len(wide) == 1:
+        return [whole if place == wide[0] else constant(1) for place in range(len(target))]
+    # A split: one of the parts stays elastic, the ones inside and outside it are constant.
+    place = _elastic_part(whole, [target[i] for i in wide])
+    size = target[wide[place]]
+    outer = prod(target[i] for i in wide[:place])
+    inner = prod(target[i] for i in wide[place + 1 :])
+    (part,) = visit.dims.fresh(size, unit="heads" if inner > 1 else "channels")
+    visit.unify(whole, (Atom(size * inner, part.variable, inner),) * outer)
+    return [(part,) if i == wide[place] else constant(n) for i, n in enumerate(target)]
+
+
+def _elastic_part(whole: Dim, sizes: list[int]) -> int:
+    """Which part of a split dimension is the elastic one: the one whose inner product is the
+    factor of the atoms where they already have one, else heads before head size: the middle
+    of (3, heads, size), the first of (heads, size)."""
+    factors = {atom.factor for atom in whole if atom.variable is not None}
+    if len(factors) == 1 and (factor := factors.pop()) > 1:
+        for place in range(len(sizes)):
+            if prod(sizes[place + 1 :]) == factor:
+                return place
+    return 1 if len(sizes) > 2 else 0
+
+
+def _sizes(visit: Visit) -> tuple[Sequence[Any], int | str | None]:
+    """The sizes of a reshape or expand, and the argument that holds them (None: all of the
+    positional ones)."""
+    args = visit.node.args[1:]
+    if len(args) == 1 and isinstance(args[0], (tuple, list)):
+        return args[0], 1
+    if args:
+        return args, None
+    for name in ("shape", "size"):
+        if name in visit.node.kwargs:
+            return visit.node.kwargs[name], name  # type: ignore[return-value]
+    return (), None
+
+
+def _rewrite_sizes(
+    visit: Visit, sizes: Sequence[Any], key: int | str | None, out: Sequence[Dim]
+) -> None:
+    """Elastic sizes follow the subnet; the others stay as the model wrote them. Which ones are
+    elastic is known only at the end, so every size that could be is listed."""
+    new = [
+        Size(dim) if any(atom.variable for atom in visit.dims.resolve(dim)) else given
+        for given, dim in zip(sizes, out, strict=True)
+    ]
+    if key is None:
+        visit.step.arguments.update(dict(enumerate(new, start=1)))
+    else:
+        visit.step.arguments[key] = new
+
+
+def index(visit: Visit) -> Value:
+    """x[...] of a tensor, a tuple or a shape."""
+    of, what = visit.node.args
+    x = visit.value(of)
+    if isinstance(x, list) and isinstance(what, int):
+        return x[what]
+    if not isinstance(x, tuple):
+        return visit.constants()
+    items = list(what) if isinstance(what, tuple) else [what]
+    if Ellipsis in items:
+        place = items.index(Ellipsis)
+        taken = sum(item is not None for item in items) - 1
+        items[place : place + 1] = [slice(None)] * (len(x) - taken)
+    rest, out = list(x), []
+    for item in items:
+        if item is None:
+            out.append(constant(1))
+        elif item == slice(None):
+            out.append(rest.pop(0))
+        elif isinstance(item, (int, slice)):
+            dim = rest.pop(0)
+            visit.freeze((dim,), reason="index into an elastic dimension")
+            if isinstance(item, slice):
+                out.append(constant(visit.shape[len(out)]))
+        else:
+            return unknown(visit)
+    return (*out, *rest)
+
+
+def passive(visit: Visit) -> Value:
+    """Yields no tensor (a shape, a size, an assertion) or integers computed from one."""
+    if isinstance(visit.shape, (torch.Size, list)) and _tensors_in(visit.shape):
+        return unknown(visit)
+    return None
+
+
+def _tensors_in(shape: Shape) -> bool:
+    return isinstance(shape, torch.Size) or (
+        isinstance(shape, list) and any(_tensors_in(item) for item in shape)
+    )
+
+
+def arithmetic(visit: Visit) -> Value:
+    """+ - * / of tensors (elementwise) or of integers that came from shapes."""
+    return elementwise(visit) if isinstance(visit.shape, torch.Size) else None
+
+
+def unknown(visit: Visit) -> Value:
+    """Freeze everything that reaches the operation, and say so."""
+    inputs = visit.node.all_input_nodes
+    name = type(visit.module).__name__ if visit.maybe_module is not None else visit.node.target
+    name = getattr(name, "__name__", name)
+    visit.freeze(*(visit.value(node) for node in inputs), reason=f"no rule for {name}")
+    if visit.maybe_module is not None:
+        for tensor, _ in visit.module.named_parameters():
+            visit.dims.freeze(visit.tensor(tensor), f"no rule for {name}", report=False)
+    return visit.constants()
+
+
+# -- the table --------------------------------------------------------------------------
+
+_ELEMENTWISE_MODULES = (
+    "ReLU ReLU6 LeakyReLU ELU CELU SELU GELU SiLU Mish Hardswish Hardsigmoid Hardtanh Sigmoid Tanh "
+    "Softplus LogSigmoid Identity Dropout Dropout1d Dropout2d Dropout3d AlphaDropout"
+).split()
+_ELEMENTWISE_NAMES = (
+    "relu relu6 leaky_relu elu gelu silu mish hardswish hardsigmoid hardtanh sigmoid tanh softplus "
+    "dropout dropout2d clamp abs exp log sqrt rsqrt square contiguous clone detach "
+    "float double half bfloat16 type type_as to neg add sub mul div maximum minimum pow where"
+).split()
+
+MODULES: dict[type[nn.Module], Rule] = {
+    nn.Linear: linear,
+    nn.Conv1d: convolution,
+    nn.Conv2d: convolution,
+    nn.Conv3d: convolution,
+    nn.BatchNorm1d: batch_norm,
+    nn.BatchNorm2d: batch_norm,
+    nn.BatchNorm3d: batch_norm,
+    nn.LayerNorm: layer_norm,
+    nn.RMSNorm: layer_norm,
+    nn.GroupNorm: group_norm,
+    nn.MultiheadAttention: multihead_attention,
+    nn.Flatten: regroup,
+    nn.Softmax: along,
+    **{
+        getattr(nn, f"{adaptive}{kind}Pool{d}d"): spatial
+        for adaptive in ("", "Adaptive")
+        for kind in ("Max", "Avg")
+        for d in (1, 2, 3)
+    },
+    nn.Upsample: spatial,
+    **{getattr(nn, name): elementwise for name in _ELEMENTWISE_MODULES},
+}
+
+#: Layers of libraries that `elastic` does not import, by qualified name.
+NAMED_MODULES: dict[str, Rule] = {
+    "torchvision.models.swin_transformer.ShiftedWindowAttention": window_attention,
+    "torchvision.ops.stochastic_depth.StochasticDepth": elementwise,
+    "torchvision.ops.misc.Permute": permute_module,
+}
+
+FUNCTIONS: dict[Any, Rule] = {
+    **{
+        function: elementwise
+        for home in (torch, F)
+        for name in _ELEMENTWISE_NAMES
+        if callable(function := getattr(home, name, None))
+    },
+    **{
+        function: arithmetic
+        for function in (
+            operator.add, operator.sub, operator.mul, operator.truediv, operator.neg, operator.pow,
+        )
+    },
+    **{
+        function: passive
+        for function in (
+            operator.floordiv, operator.mod, operator.eq, operator.ne, operator.lt, operator.le,
+            operator.gt, operator.ge, torch._assert, getattr,
+        )
+    },
+    operator.getitem: index,
+    operator.matmul: matmul,
+    torch.matmul: matmul,
+    torch.bmm: matmul,
+    F.linear: functional_linear,
+    F.layer_norm: functional_layer_norm,
+    F.adaptive_avg_pool2d: spatial,
+    F.adaptive_max_pool2d: spatial,
+    F.avg_pool2d: spatial,
+    F.max_pool2d: spatial,
+    F.interpolate: spatial,
+    F.pad: padding,
+    F.softmax: along,
+    torch.softmax: along,
+    torch.mean: reduction,
+    torch.sum: reduction,
+    torch.flatten: regroup,
+    torch.reshape: reshape,
+    torch.permute: permute,
+    torch.transpose: transpose,
+    torch.unsqueeze: unsqueeze,
+    torch.squeeze: squeeze,
+    torch.cat: concatenate,
+    torch.concat: concatenate,
+    torch.chunk: chunk,
+}  # fmt: skip
+
+NAMED_FUNCTIONS: dict[str, Rule] = {
+    "torchvision.models.swin_transformer._patch_merging_pad": merge_patches,
+    "torchvision.ops.stochastic_depth.stochastic_depth": elementwise,
+}
+
+METHODS: dict[str, Rule] = {
+    **dict.fromkeys(_ELEMENTWISE_NAMES, elementwise),
+    "size": passive,
+    "dim": passive,
+    "view": reshape,
+    "reshape": reshape,
+    "flatten": regroup,
+    "permute": permute,
+    "transpose": transpose,
+    "unsqueeze": unsqueeze,
+    "squeeze": squeeze,
+    "expand": expand,
+    "mean": reduction,
+    "sum": reduction,
+    "softmax": along,
+    "chunk": chunk,
+    "matmul": matmul,
+}
+
+
+def module_rule(module: nn.Module) -> Rule | None:
+    """The rule of a layer: of its class, or of a base class whose forward it inherits."""
+    named = NAMED_MODULES.get(_qualified(type(module)))
+    if named is not None:
+        return named
+    for base in type(module).__mro__:
+        if base in MODULES and base.forward is type(module).forward:  # type: ignore[attr-defined]
+            return MODULES[base]
+    return None
+
+
+def rule_for(node: fx.Node, module: nn.Module | None) -> Rule | None:
+    """The rule of a node of a traced graph, None if there is none."""
+    if module is not None:
+        return module_rule(module)
+    if node.op == "call_method":
+        return METHODS.get(str(node.target))
+    target: Any = node.target
+    return FUNCTIONS.get(target) or NAMED_FUNCTIONS.get(_qualified(target))
+
+
+def _qualified(thing: Any) -> str:
+    return f"{getattr(thing, '__module__', '')}.{getattr(thing, '__qualname__', '')}"
+

@@ -1,0 +1,116 @@
+"""Subnet -> which prefix of which tensor. The one plan behind running, extracting and pricing."""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .cost import Extent
+from .subnet import Subnet
+
+#: Per atom of a dimension: start, full length, axis (None: constant), elements per unit.
+Segments = tuple[tuple[int, int, str | None, int], ...]
+Ranges = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What one node of the graph needs to run sliced.
+
+    Args:
+        tensors: parameter or buffer -> segments per dimension, None for one that is never cut.
+        attributes: attribute of the module (dotted) -> value, with `Extent` for sizes.
+        arguments: position or keyword of the call -> value, with `Extent` for sizes.
+        narrow_class: the class of the narrowed module where it differs.
+        norm: whether the module keeps running statistics.
+        gates: blocks whose dropping removes the node.
+    """
+
+    tensors: Mapping[str, tuple[Segments | None, ...]] = field(default_factory=dict)
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+    arguments: Mapping[int | str, Any] = field(default_factory=dict)
+    narrow_class: type[nn.Module] | None = None
+    norm: bool = False
+    gates: frozenset[str] = frozenset()
+
+    def sizes(self, subnet: Subnet) -> dict[str, Any]:
+        """The attributes of the narrowed module."""
+        return {name: sized(value, subnet) for name, value in self.attributes.items()}
+
+    def cut(self, name: str, tensor: Tensor, subnet: Subnet) -> Tensor:
+        """The kept part of a parameter or buffer: the tensor itself where nothing is cut, a view
+        where every dimension keeps one prefix, else gathered parts."""
+        for dim, ranges in self.ranges(name, subnet).items():
+            parts = [tensor.narrow(dim, start, stop - start) for start, stop in ranges]
+            tensor = parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+        return tensor
+
+    def ranges(self, name: str, subnet: Subnet) -> dict[int, Ranges]:
+        """The kept ranges of every dimension that is cut."""
+        cuts = {}
+        for dim, segments in enumerate(self.tensors[name]):
+            if segments is not None:
+                kept = _ranges(segments, subnet.widths)
+                if kept != ((0, segments[-1][0] + segments[-1][1]),):
+                    cuts[dim] = kept
+        return cuts
+
+
+def _ranges(segments: Segments, widths: Mapping[str, int]) -> Ranges:
+    kept: list[tuple[int, int]] = []
+    for start, length, axis, factor in segments:
+        stop = start + (length if axis is None else widths[axis] * factor)
+        if kept and kept[-1][1] == start:
+            kept[-1] = (kept[-1][0], stop)
+        elif stop > start:
+            kept.append((start, stop))
+    return tuple(kept)
+
+
+def sized(value: Any, subnet: Subnet) -> Any:
+    """`value` with every `Extent` in it turned into an integer."""
+    if isinstance(value, Extent):
+        return value.at(subnet.widths)
+    if isinstance(value, (tuple, list)):
+        return type(value)(sized(item, subnet) for item in value)
+    return value
+
+
+def narrowed(
+    module: nn.Module,
+    tensors: Mapping[str, Tensor | None],
+    attributes: Mapping[str, Any],
+    kind: type[nn.Module] | None = None,
+) -> nn.Module:
+    """A layer like `module` with other tensors and sizes; `module` itself stays as it is.
+
+    What is not named is shared with `module`, so that a slice costs no copy.
+    """
+    shell = _shell(module, kind)
+    for name, value in {**attributes, **tensors}.items():
+        owner, path = shell, name.split(".")
+        for part in path[:-1]:
+            child = owner._modules[part]
+            assert child is not None
+            if child is module.get_submodule(part):
+                child = owner._modules[part] = _shell(child)
+            owner = child
+        leaf = path[-1]
+        if leaf in owner._parameters:
+            owner._parameters[leaf] = value
+        elif leaf in owner._buffers:
+            owner._buffers[leaf] = value
+        else:
+            owner.__dict__[leaf] = value
+    return shell
+
+
+def _shell(module: nn.Module, kind: type[nn.Module] | None = None) -> nn.Module:
+    shell = object.__new__(kind or type(module))
+    shell.__dict__.update(module.__dict__)
+    for registry in ("_parameters", "_buffers", "_modules"):
+        shell.__dict__[registry] = copy.copy(module.__dict__[registry])
+    return shell

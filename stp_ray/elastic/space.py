@@ -1,0 +1,336 @@
+"""The multi-dimension architecture space: axes, blocks, and ways to draw from them.
+
+Names and integers only. Every draw is canonical (an axis that lies wholly inside dropped
+blocks sits at its floor, so that equal networks are equal subnets), and every draw that
+is given a budget keeps it.
+"""
+
+import random
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from ..errors import BudgetError
+from .cost import Budget, Cost, CostTable, Term
+from .subnet import Subnet
+
+
+@dataclass(frozen=True)
+class WidthAxis:
+    """One width that can shrink.
+
+    Args:
+        name: the layer that produces it first, in dotted notation.
+        size: its full width, in `unit`.
+        choices: admissible widths, ascending, the last one being `size`.
+        unit: "channels", "heads" or "groups".
+        layers: every layer whose output moves together with it.
+    """
+
+    name: str
+    size: int
+    choices: tuple[int, ...]
+    unit: str = "channels"
+    layers: tuple[str, ...] = ()
+
+    def nearest(self, width: float) -> int:
+        """The admissible width nearest to `width`, the smaller one of two."""
+        return min(self.choices, key=lambda choice: (abs(choice - width), choice))
+
+
+@dataclass(frozen=True)
+class ResidualBlock:
+    """A residual branch that can be left out.
+
+    Args:
+        name: the module that holds it, in dotted notation.
+        axes: the axes that live only inside it.
+        layers: the layers that go with it.
+    """
+
+    name: str
+    axes: tuple[str, ...] = ()
+    layers: tuple[str, ...] = ()
+
+
+class SearchSpace:
+    """All subnets of one supernet, with their prices. Immutable.
+
+    Args:
+        axes: the widths that can shrink.
+        blocks: the residual blocks that can be dropped.
+        macs: terms of the MACs of one sample.
+        params: terms of the number of parameters.
+    """
+
+    #: Upper end of the rate at which a random subnet drops blocks [ours].
+    MAX_DROP_RATE = 0.5
+
+    def __init__(
+        self,
+        axes: Sequence[WidthAxis],
+        blocks: Sequence[ResidualBlock],
+        macs: Iterable[Term],
+        params: Iterable[Term],
+    ) -> None:
+        self.axes = tuple(axes)
+        self.blocks = tuple(blocks)
+        self._axis = {axis.name: axis for axis in self.axes}
+        self._homes: dict[str, frozenset[str]] = {
+            axis.name: frozenset(b.name for b in self.blocks if axis.name in b.axes)
+            for axis in self.axes
+        }
+        self._table = CostTable(self._axis, (b.name for b in self.blocks), macs, params)
+
+    def __repr__(self) -> str:
+        full, least = self.cost(self.full), self.cost(self.smallest)
+        return (
+            f"SearchSpace({len(self.axes)} axes, {len(self.blocks)} droppable blocks, "
+            f"{least.macs:,} to {full.macs:,} MACs)"
+        )
+
+    @cached_property
+    def full(self) -> Subnet:
+        """The main network."""
+        return Subnet({axis.name: axis.size for axis in self.axes})
+
+    @cached_property
+    def smallest(self) -> Subnet:
+        """Every axis at its floor, every block dropped."""
+        return Subnet(
+            {axis.name: axis.choices[0] for axis in self.axes},
+            [block.name for block in self.blocks],
+        )
+
+    # -- prices ---------------------------------------------------------------------
+
+    def cost(self, subnet: Subnet | None = None) -> Cost:
+        """The price of one subnet (of the main network without one). Touches no tensor."""
+        return self.costs([subnet or self.full])[0]
+
+    def costs(self, subnets: Sequence[Subnet]) -> list[Cost]:
+        """The prices of many subnets at once."""
+        widths = np.array(
+            [[s.widths[axis.name] for axis in self.axes] for s in subnets], dtype=np.int64
+        ).reshape(len(subnets), len(self.axes))
+        dropped = np.array(
+            [[b.name in s.dropped for b in self.blocks] for s in subnets], dtype=np.int64
+        ).reshape(len(subnets), len(self.blocks))
+        macs, params = self._table.price(widths, dropped)
+        return [Cost(int(m), int(p)) for m, p in zip(macs, params, strict=True)]
+
+    def admits(self, subnet: Subnet, budget: Budget) -> bool:
+        """Whether the subnet keeps the budget."""
+        return budget.admits(self.cost(subnet), of=self.cost())
+
+    def require(self, budget: Budget) -> None:
+        """Raise BudgetError if not even the smallest subnet keeps the budget."""
+        least, full = self.cost(self.smallest), self.cost()
+        if not budget.admits(least, of=full):
+            raise BudgetError(
+                f"no subnet keeps the budget {budget.label}: the cheapest one costs {least.macs:,} "
+                f"MACs ({least.macs / full.macs:.4f} of the full network) and {least.params:,} "
+                f"params ({least.params / full.params:.4f}); raise the budget, or lower "
+                "space.divisor or space.min_ratio"
+            )
+
+    def validate(self, subnet: Subnet) -> None:
+        """Raise ValueError if the subnet does not belong to this space."""
+        if set(subnet.widths) != set(self._axis):
+            odd = sorted(set(subnet.widths) ^ set(self._axis))
+            raise ValueError(f"subnet {subnet.id} names other axes than this space: {odd[:3]}")
+        for name, width in subnet.widths.items():
+            if width not in self._axis[name].choices:
+                raise ValueError(
+                    f"width {width} of {name} is not among {self._axis[name].choices}"
+                )
+        unknown = subnet.dropped - {block.name for block in self.blocks}
+        if unknown:
+            raise ValueError(f"subnet drops unknown blocks: {sorted(unknown)[:3]}")
+
+    # -- draws ----------------------------------------------------------------------
+
+    def uniform(self, ratio: float) -> Subnet:
+        """Every width at this ratio of its full width, all blocks kept."""
+        return Subnet({axis.name: axis.nearest(ratio * axis.size) for axis in self.axes})
+
+    def uniform_within(self, budget: Budget) -> Subnet:
+        """The largest uniform-width subnet that keeps the budget; blocks are dropped from
+        the end only if even the smallest widths are too many."""
+        self.require(budget)
+        candidates = [self.uniform(step / 200) for step in range(201)]
+        for count in range(1, len(self.blocks) + 1):
+            dropped = [block.name for block in self.blocks[-count:]]
+            candidates.append(Subnet(self.smallest.widths, dropped))
+        full = self.cost()
+        fitting = [
+            (cost.macs, cost.params, -len(candidate.dropped), i)
+            for i, (candidate, cost) in enumerate(
+                zip(candidates, self.costs(candidates), strict=True)
+            )
+            if budget.admits(cost, of=full)
+        ]
+        return self.canonical(candidates[max(fitting)[-1]])
+
+    def sample(self, rng: random.Random, budget: Budget | None = None) -> Subnet:
+        """A random subnet; with a budget, one that keeps it and comes near to it [ours].
+
+        Each axis draws u in [0, 1) for the place of its width among its choices, and each
+        block is dropped at a rate drawn once. With a budget, u becomes u ** g with the
+        smallest g (the widest subnet) that keeps it.
+
+        Raises BudgetError if no subnet keeps the budget.
+        """
+        rate = rng.uniform(0, self.MAX_DROP_RATE)
+        dropped = [block.name for block in self.blocks if rng.random() < rate]
+        places = np.array([rng.random() for _ in self.axes])
+        if budget is None:
+            return self._at(places, dropped)
+        self.require(budget)
+        kept = [block.name for block in self.blocks if block.name not in dropped]
+        rng.shuffle(kept)
+        while not self.admits(Subnet(self.smallest.widths, dropped), budget):
+            dropped.append(kept.pop())
+        low, high = 1e-3, 1e3
+        for _ in range(3):  # a grid, refined twice: about 1 % of the exponent
+            exponents = np.geomspace(low, high, 16)
+            fits = self._fits(places[None, :] ** exponents[:, None], dropped, budget)
+            first = int(np.argmax(fits)) if fits.any() else len(exponents) - 1
+            low, high = exponents[max(first - 1, 0)], exponents[first]
+        drawn = self._at(places**high, dropped)
+        return drawn if self.admits(drawn, budget) else self._at(np.zeros_like(places), dropped)
+
+    def mutate(
+        self, subnet: Subnet, rng: random.Random, p: float, budget: Budget | None = None
+    ) -> Subnet:
+        """Change each axis and each block with probability p [ours].
+
+        An axis moves by one or two choices half of the time and anywhere otherwise. With a
+        budget the result is brought back under it, and close to it, by single steps.
+        """
+        widths, dropped = dict(subnet.widths), set(subnet.dropped)
+        for block in self.blocks:
+            if rng.random() < p:
+                dropped ^= {block.name}
+                if block.name not in dropped:
+                    widths.update({name: rng.choice(self._axis[name].choices) for name in block.axes})
+        for axis in self.axes:
+            if rng.random() < p:
+                place = axis.choices.index(widths[axis.name])
+                step = rng.choice((-2, -1, 1, 2))
+                near = axis.choices[min(max(place + step, 0), len(axis.choices) - 1)]
+                widths[axis.name] = near if rng.random() < 0.5 else rng.choice(axis.choices)
+        return self._settle(widths, dropped, rng, budget)
+
+    def crossover(
+        self, one: Subnet, other: Subnet, rng: random.Random, budget: Budget | None = None
+    ) -> Subnet:
+        """Each block, with the axes inside it, and each other axis comes from either parent."""
+        widths, dropped = {}, set()
+        source = {block.name: rng.choice((one, other)) for block in self.blocks}
+        for block in self.blocks:
+            dropped |= source[block.name].dropped & {block.name}
+        for axis in self.axes:
+            homes = sorted(self._homes[axis.name])
+            parent = source[homes[0]] if homes else rng.choice((one, other))
+            widths[axis.name] = parent.widths[axis.name]
+        return self._settle(widths, dropped, rng, budget)
+
+    def expand(self, subnet: Subnet, rng: random.Random, p: float) -> Subnet:
+        """A mutation upwards: subnet within result within full (METHOD: subnet mutating
+        expansion). Each axis moves, with probability p, to a random width between its own
+        and the full one; each dropped block comes back with probability p."""
+        dropped = {name for name in sorted(subnet.dropped) if rng.random() >= p}
+        widths = {}
+        for axis in self.axes:
+            width = subnet.widths[axis.name]
+            if rng.random() < p:
+                width = rng.choice([choice for choice in axis.choices if choice >= width])
+            widths[axis.name] = width
+        return self.canonical(Subnet(widths, dropped))
+
+    def canonical(self, subnet: Subnet) -> Subnet:
+        """The same network with axes that lie wholly inside dropped blocks at their floor."""
+        dead = {name for name, homes in self._homes.items() if homes & subnet.dropped}
+        if not dead:
+            return subnet
+        return Subnet(
+            {
+                name: self._axis[name].choices[0] if name in dead else width
+                for name, width in subnet.widths.items()
+            },
+            subnet.dropped,
+        )
+
+    # -- internals ------------------------------------------------------------------
+
+    def _widths_at(self, places: np.ndarray) -> np.ndarray:
+        """Widths [..., axes] for places in [0, 1] [..., axes] among each axis's choices."""
+        columns = []
+        for i, axis in enumerate(self.axes):
+            last = len(axis.choices) - 1
+            index = np.minimum((places[..., i] * (last + 1)).astype(np.int64), last)
+            columns.append(np.asarray(axis.choices, dtype=np.int64)[index])
+        return np.stack(columns, axis=-1) if columns else np.zeros(places.shape, dtype=np.int64)
+
+    def _at(self, places: np.ndarray, dropped: Iterable[str]) -> Subnet:
+        widths = self._widths_at(places).tolist()
+        named: Mapping[str, int] = {
+            a.name: width for a, width in zip(self.axes, widths, strict=True)
+        }
+        return self.canonical(Subnet(named, dropped))
+
+    def _fits(self, places: np.ndarray, dropped: Iterable[str], budget: Budget) -> np.ndarray:
+        """Which rows of places [N, axes] keep the budget; bool [N]."""
+        gone = set(dropped)
+        flags = np.array([[block.name in gone for block in self.blocks]], dtype=np.int64)
+        macs, params = self._table.price(
+            self._widths_at(places), np.repeat(flags.reshape(1, -1), len(places), axis=0)
+        )
+        most_macs, most_params = budget.limits(self.cost())
+        return (macs <= most_macs) & (params <= most_params)
+
+    def _settle(
+        self,
+        widths: dict[str, int],
+        dropped: set[str],
+        rng: random.Random,
+        budget: Budget | None,
+    ) -> Subnet:
+        if budget is None:
+            return self.canonical(Subnet(widths, dropped))
+        self.require(budget)
+
+        def admitted() -> bool:
+            return self.admits(Subnet(widths, dropped), budget)
+
+        while not admitted():
+            shrinkable = [a for a in self.axes if widths[a.name] > a.choices[0]]
+            if shrinkable:
+                self._step(widths, rng.choice(shrinkable), -1)
+            else:
+                kept = [block.name for block in self.blocks if block.name not in dropped]
+                dropped.add(rng.choice(kept))
+        self._grow(widths, dropped, rng, admitted)
+        return self.canonical(Subnet(widths, dropped))
+
+    def _grow(
+        self,
+        widths: dict[str, int],
+        dropped: set[str],
+        rng: random.Random,
+        admitted: Callable[[], bool],
+    ) -> None:
+        """One pass over the axes in random order, each one step up where the budget allows."""
+        for axis in rng.sample(self.axes, len(self.axes)):
+            if widths[axis.name] < axis.size and not self._homes[axis.name] & dropped:
+                before = widths[axis.name]
+                self._step(widths, axis, +1)
+                if not admitted():
+                    widths[axis.name] = before
+
+    @staticmethod
+    def _step(widths: dict[str, int], axis: WidthAxis, step: int) -> None:
+        widths[axis.name] = axis.choices[axis.choices.index(widths[axis.name]) + step]

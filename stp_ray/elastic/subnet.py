@@ -1,0 +1,74 @@
+"""A subnet: one choice of width for every axis, and the residual blocks left out."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from types import MappingProxyType
+
+
+@dataclass(frozen=True, eq=False)
+class Subnet:
+    """An immutable, hashable description of a subnet; names and integers, no tensors.
+
+    Args:
+        widths: axis name -> width, in the axis's own unit (channels, heads or groups).
+        dropped: names of the residual blocks that are left out.
+    """
+
+    widths: Mapping[str, int]
+    dropped: frozenset[str] = frozenset()
+
+    def __init__(self, widths: Mapping[str, int], dropped: Iterable[str] = ()) -> None:
+        ordered = {str(name): int(widths[name]) for name in sorted(widths)}
+        object.__setattr__(self, "widths", MappingProxyType(ordered))
+        object.__setattr__(self, "dropped", frozenset(dropped))
+
+    @cached_property
+    def _json(self) -> str:
+        content = {"dropped": sorted(self.dropped), "widths": dict(self.widths)}
+        return json.dumps(content, separators=(",", ":"), sort_keys=True)
+
+    @property
+    def id(self) -> str:
+        """Twelve hexadecimal digits that are the same for equal subnets on any machine."""
+        return hashlib.sha256(self._json.encode()).hexdigest()[:12]
+
+    def to_json(self) -> str:
+        """Canonical JSON: equal subnets give equal text."""
+        return self._json
+
+    @classmethod
+    def from_json(cls, text: str) -> "Subnet":
+        """Read what `to_json` wrote. Raises ValueError for anything else."""
+        try:
+            content = json.loads(text)
+            widths, dropped = content["widths"], content["dropped"]
+            if set(content) != {"widths", "dropped"} or not all(
+                isinstance(name, str) for name in dropped
+            ):
+                raise ValueError("unexpected content")
+            if not all(type(width) is int for width in widths.values()):
+                raise ValueError("a width is not an integer")
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"not a subnet: {text[:80]!r} ({error}); expected "
+                '{"dropped": [names], "widths": {name: integer}}'
+            ) from error
+        return cls(widths, dropped)
+
+    def within(self, other: "Subnet") -> bool:
+        """Whether `other` keeps everything that this subnet keeps."""
+        return other.dropped <= self.dropped and all(
+            width <= other.widths[name] for name, width in self.widths.items()
+        )
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Subnet) and self._json == other._json
+
+    def __hash__(self) -> int:
+        return hash(self._json)
+
+    def __reduce__(self) -> tuple:
+        return Subnet, (dict(self.widths), tuple(sorted(self.dropped)))

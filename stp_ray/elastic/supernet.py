@@ -1,0 +1,266 @@
+"""A dense classifier and, in the same weights, every subnet of its search space."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+from torch import Tensor, fx, nn
+
+from .blocks import Branch
+from .cost import Cost, Extent
+from .dims import Frozen
+from .extract import extract
+from .slicing import Layout, Ranges, narrowed
+from .space import SearchSpace
+from .subnet import Subnet
+from .trace import Traced, trace
+
+#: BatchNorm layer -> {"running_mean": [C], "running_var": [C]} of one subnet.
+Stats = Mapping[str, Mapping[str, Tensor]]
+
+
+class StatsRecorder:
+    """Collects the BatchNorm statistics of one subnet over several batches.
+
+    Pass it as `stats` to the forward of a supernet; every layer then normalises with the batch
+    and its mean and variance are averaged over all batches seen [ST].
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, dict[str, Tensor]] = {}
+
+    def buffers(self, layer: str, like: Tensor, count: Tensor) -> dict[str, Tensor]:
+        """The running buffers of a layer; `like` [C] gives their size, type and device."""
+        if layer not in self._buffers:
+            self._buffers[layer] = {
+                "running_mean": like.new_zeros(like.shape),
+                "running_var": like.new_ones(like.shape),
+                "num_batches_tracked": count.new_zeros(()),
+            }
+        return self._buffers[layer]
+
+    def stats(self) -> Stats:
+        """What was collected, by layer; empty for a network without BatchNorm."""
+        return {
+            layer: {name: buffers[name].clone() for name in ("running_mean", "running_var")}
+            for layer, buffers in self._buffers.items()
+        }
+
+
+class Supernet(nn.Module):
+    """A traced classifier that runs as its main network or as any subnet of it.
+
+    A subnet is an argument of `forward`, never a state of the module. `state_dict()` of
+    `model` has the parameter names of the network that was traced.
+
+    Attributes:
+        model: the main network.
+        space: the search space.
+        frozen: layers that could not be made elastic, each with its reason.
+    """
+
+    model: fx.GraphModule
+
+    def __init__(self, traced: Traced) -> None:
+        super().__init__()
+        self.model = traced.model
+        self.space: SearchSpace = traced.space
+        self.frozen: tuple[Frozen, ...] = traced.frozen
+        self._layouts: Mapping[str, Layout] = traced.layouts
+        self._branches: Mapping[str, Branch] = traced.branches
+        self._merges = {
+            branch.addition: (name, branch.shortcut) for name, branch in self._branches.items()
+        }
+        self._last_uses = _last_uses(self.model.graph)
+
+    @classmethod
+    def trace(
+        cls,
+        model: nn.Module,
+        example_input: Tensor,
+        *,
+        divisor: int | None = None,
+        min_ratio: float = 0.125,
+    ) -> "Supernet":
+        """Turn any image classifier into a supernet. The model is copied, its weights are taken
+        as they are.
+
+        Args:
+            model: an `nn.Module` from images [B, C, H, W] to logits [B, classes].
+            example_input: images of the size to be used, any batch size.
+            divisor: widths are multiples of it; by default 8, or 1 for networks with no layer
+                of 128 channels or more.
+            min_ratio: smallest width of an axis as a share of its full width.
+
+        Raises:
+            TraceError: the model cannot be traced; names the operation and the line.
+        """
+        return cls(trace(model, example_input, divisor=divisor, min_ratio=min_ratio))
+
+    def forward(
+        self,
+        images: Tensor,
+        subnet: Subnet | None = None,
+        *,
+        stats: "Stats | StatsRecorder | None" = None,
+    ) -> Tensor:
+        """Logits [B, classes] of the main network, or of a subnet in the same weights.
+
+        In training mode a subnet normalises with the statistics of the batch and writes none. In
+        evaluation mode it uses `stats`, by default the prefix of the main network's statistics.
+
+        Args:
+            images: [B, C, H, W].
+            subnet: None for the main network.
+            stats: BatchNorm statistics of this subnet, as `calibrate` gives them.
+        """
+        if subnet is None and stats is None:
+            return self.model(images)
+        return self._run(images, subnet or self.space.full, stats)
+
+    def cost(self, subnet: Subnet | None = None) -> Cost:
+        """MACs for one sample of the example input's shape, and parameters."""
+        return self.space.cost(subnet)
+
+    def extract(self, subnet: Subnet, stats: Stats | None = None) -> nn.Module:
+        """The subnet as a module of ordinary layers with weights of its own, in the mode
+        (training or evaluation) of the supernet, which stays as it was.
+
+        Args:
+            subnet: what to keep.
+            stats: its BatchNorm statistics; by default the prefix of the main network's.
+        """
+        self.space.validate(subnet)
+        return extract(self.model, self._layouts, self._branches, subnet, stats)
+
+    def slices(self, subnet: Subnet) -> dict[str, dict[int, Ranges]]:
+        """The parameters that a subnet cuts: name -> {dimension: kept (start, stop) ranges}."""
+        cuts: dict[str, dict[int, Ranges]] = {}
+        for node in self.model.graph.nodes:
+            layout = self._layouts[node.name]
+            for name in layout.tensors:
+                full = name if node.op == "get_attr" else f"{node.target}.{name}"
+                ranges = layout.ranges(name, subnet)
+                if ranges and full in dict(self.model.named_parameters()):
+                    cuts[full] = ranges
+        return cuts
+
+    def extra_repr(self) -> str:
+        return f"{self.space!r}, {len(self.frozen)} frozen layers"
+
+    # -- the sliced run -------------------------------------------------------------
+
+    def _run(self, images: Tensor, subnet: Subnet, stats: "Stats | StatsRecorder | None") -> Tensor:
+        self.space.validate(subnet)
+        env: dict[fx.Node, Any] = {}
+        out: Any = None
+        for node in self.model.graph.nodes:
+            layout = self._layouts[node.name]
+            if not layout.gates.isdisjoint(subnet.dropped):
+                continue
+            block, shortcut = self._merges.get(node, (None, None))
+            if block in subnet.dropped:
+                env[node] = env[cast(fx.Node, shortcut)]
+            elif node.op == "placeholder":
+                env[node] = images
+            elif node.op == "get_attr":
+                env[node] = self._attribute(str(node.target), layout, subnet)
+            elif node.op == "output":
+                out = _load(node.args[0], env, subnet)
+            else:
+                args, kwargs = arguments(node, layout)
+                call = self._call(node, layout, subnet, stats)
+                env[node] = call(
+                    *(_load(arg, env, subnet) for arg in args),
+                    **{name: _load(value, env, subnet) for name, value in kwargs.items()},
+                )
+            for dead in self._last_uses.get(node, ()):
+                env.pop(dead, None)
+        return out
+
+    def _attribute(self, name: str, layout: Layout, subnet: Subnet) -> Any:
+        owner, _, leaf = name.rpartition(".")
+        value = getattr(self.model.get_submodule(owner), leaf)
+        return layout.cut(name, value, subnet) if name in layout.tensors else value
+
+    def _call(
+        self, node: fx.Node, layout: Layout, subnet: Subnet, stats: "Stats | StatsRecorder | None"
+    ) -> Callable[..., Any]:
+        if node.op == "call_function":
+            return cast(Callable[..., Any], node.target)
+        if node.op == "call_method":
+            name = str(node.target)
+            return lambda receiver, *args, **kwargs: getattr(receiver, name)(*args, **kwargs)
+        module = self.model.get_submodule(str(node.target))
+        tensors: dict[str, Tensor | None] = {}
+        for name in layout.tensors:
+            whole = _tensor(module, name)
+            part = layout.cut(name, whole, subnet)
+            if part is not whole:
+                tensors[name] = part
+        attributes = layout.sizes(subnet) if tensors else {}
+        kind = layout.narrow_class if tensors else None
+        if layout.norm and getattr(module, "running_mean", None) is not None:
+            _normalise(str(node.target), module, tensors, attributes, stats)
+        return narrowed(module, tensors, attributes, kind) if tensors or attributes else module
+
+
+def _normalise(
+    layer: str,
+    module: nn.Module,
+    tensors: dict[str, Tensor | None],
+    attributes: dict[str, Any],
+    stats: "Stats | StatsRecorder | None",
+) -> None:
+    """Choose the statistics that a subnet's BatchNorm uses; the main network's are only read."""
+    if isinstance(stats, StatsRecorder):
+        mean = tensors.get("running_mean")
+        like = cast(Tensor, module.running_mean if mean is None else mean)
+        tensors.update(stats.buffers(layer, like, cast(Tensor, module.num_batches_tracked)))
+        attributes.update(training=True, momentum=None)
+    elif module.training:
+        tensors.update(running_mean=None, running_var=None, num_batches_tracked=None)
+        attributes["track_running_stats"] = False
+    elif stats is not None:
+        tensors.update(stats[layer])
+
+
+def arguments(node: fx.Node, layout: Layout) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call with elastic sizes in place of those that the model wrote."""
+    args, kwargs = list(node.args), dict(node.kwargs)
+    for key, value in layout.arguments.items():
+        if isinstance(key, int):
+            args[key] = value
+        else:
+            kwargs[key] = value
+    return tuple(args), kwargs
+
+
+def _load(value: Any, env: Mapping[fx.Node, Any], subnet: Subnet) -> Any:
+    if isinstance(value, fx.Node):
+        return env[value]
+    if isinstance(value, Extent):
+        return value.at(subnet.widths)
+    if isinstance(value, (tuple, list)):
+        return type(value)(_load(item, env, subnet) for item in value)
+    if isinstance(value, slice):
+        return slice(*(_load(part, env, subnet) for part in (value.start, value.stop, value.step)))
+    if isinstance(value, dict):
+        return {key: _load(item, env, subnet) for key, item in value.items()}
+    return value
+
+
+def _tensor(module: nn.Module, name: str) -> Tensor:
+    owner, _, leaf = name.rpartition(".")
+    return getattr(module.get_submodule(owner), leaf)
+
+
+def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
+    """For each node the values that nothing after it needs."""
+    seen: set[fx.Node] = set()
+    last: dict[fx.Node, list[fx.Node]] = {}
+    for node in reversed(graph.nodes):
+        for source in node.all_input_nodes:
+            if source not in seen:
+                seen.add(source)
+                last.setdefault(node, []).append(source)
+    return last

@@ -1,0 +1,456 @@
+"""Model and example input -> graph, steps, axes and blocks, and what was frozen and why."""
+
+import copy
+import operator
+import os
+import re
+import traceback
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import ceil, gcd
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..errors import TraceError
+from . import ops
+from .blocks import Branch, find_branches
+from .cost import Extent, Term
+from .dims import Dim, Dims, Frozen, Variable
+from .ops import Size, Step, Value, Visit
+from .slicing import Layout
+from .space import ResidualBlock, SearchSpace, WidthAxis
+
+#: Samples in the shape pass. A prime that is no common layer width keeps the batch dimension
+#: from being mistaken for another one when a reshape is taken apart.
+_BATCH = 11
+
+_IN_PLACE = {operator.iadd: operator.add, operator.imul: operator.mul, operator.isub: operator.sub}
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A dense model understood as a space of subnets.
+
+    Args:
+        model: the dense network as a graph; its parameters have the original names.
+        layouts: what each node needs to run sliced.
+        branches: droppable residual branches by block name.
+        space: axes, blocks and prices.
+        frozen: what could not be made elastic.
+    """
+
+    model: fx.GraphModule
+    layouts: dict[str, Layout]
+    branches: dict[str, Branch]
+    space: SearchSpace
+    frozen: tuple[Frozen, ...]
+
+
+def trace(
+    model: nn.Module, example_input: Tensor, *, divisor: int | None = None, min_ratio: float = 0.125
+) -> Traced:
+    """Discover the elastic structure of a classifier.
+
+    Args:
+        model: any module that maps images to logits; it is copied, never changed.
+        example_input: images [B, C, H, W]; the spatial size is fixed by it, B is not.
+        divisor: widths are multiples of it; by default 8, or 1 for networks with no layer of
+            128 channels or more.
+        min_ratio: smallest width of an axis as a share of its full width.
+
+    Raises:
+        TraceError: the model cannot be traced; the message names the operation and the line.
+    """
+    if divisor is not None and divisor < 1:
+        raise ValueError(f"divisor is {divisor}; expected a positive integer")
+    if not 0 < min_ratio <= 1:
+        raise ValueError(f"min_ratio is {min_ratio}; expected a share in (0, 1]")
+    graph = symbolic_graph(model)
+    shapes, opaque = _shapes(graph, example_input)
+    analysis = _Analysis(graph, shapes, opaque)
+    analysis.walk()
+    return analysis.conclude(divisor, min_ratio)
+
+
+# -- the graph --------------------------------------------------------------------------
+
+
+class _Tracer(fx.Tracer):
+    """Keeps layers that have a rule whole, and remembers where tracing stopped."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.record_stack_traces = True
+        self.path: list[str] = []
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if ops.module_rule(m) is not None:
+            return True
+        return super().is_leaf_module(m, module_qualified_name)
+
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        self.path.append(self.path_of_module(m))
+        out = super().call_module(m, forward, args, kwargs)
+        self.path.pop()
+        return out
+
+
+def symbolic_graph(model: nn.Module) -> fx.GraphModule:
+    """The model as a graph whose layers follow `train()` and `eval()`, nothing in place."""
+    model = copy.deepcopy(model)
+    was_training = model.training
+    for module in model.modules():
+        if getattr(module, "inplace", False):
+            module.inplace = False  # type: ignore[assignment]
+    graphs = {mode: _trace_once(model.train(mode)) for mode in (True, False)}
+    graph = graphs[False]
+    _follow_mode(graphs[True], graph)
+    for node in graph.nodes:
+        if node.op == "call_function":
+            node.target = _IN_PLACE.get(node.target, node.target)
+        if node.kwargs.get("inplace") is True:
+            node.update_kwarg("inplace", False)
+    graph.lint()
+    traced = fx.GraphModule(model, graph, class_name=type(model).__name__)
+    # An unused second output would look like a way out of a residual branch.
+    traced.graph.eliminate_dead_code()
+    traced.recompile()
+    return traced.train(was_training)
+
+
+def _trace_once(model: nn.Module) -> fx.Graph:
+    tracer = _Tracer()
+    try:
+        return tracer.trace(model)
+    except Exception as error:  # the user's forward ran on proxies and may raise anything
+        frames = traceback.extract_tb(error.__traceback__)
+        home = os.path.dirname(torch.__file__)
+        own = [f for f in frames if not f.filename.startswith((home, __file__))]
+        where = f"{os.path.basename(own[-1].filename)}:{own[-1].lineno}" if own else "unknown line"
+        code = f" `{own[-1].line}`" if own and own[-1].line else ""
+        module = tracer.path[-1] if tracer.path else type(model).__name__
+        cause = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise TraceError(
+            f"cannot trace {type(model).__name__}: module {module!r} at {where}{code}: {cause}; "
+            "expected a forward whose control flow does not depend on the values of tensors; "
+            "replace the operation, or wrap it in a module of torch.nn, which is kept whole"
+        ) from error
+
+
+def _follow_mode(training: fx.Graph, graph: fx.Graph) -> None:
+    """Replace flags that were baked in when `self.training` was read: the arguments that differ
+    between a trace in training mode and one in evaluation mode."""
+    ours, theirs = list(graph.nodes), list(training.nodes)
+    for node, other in zip(ours, theirs, strict=False):
+        if (node.op, str(node.target)) != (other.op, str(other.target)):
+            break
+    else:
+        if len(ours) == len(theirs):
+            for node, other in zip(ours, theirs, strict=True):
+                _follow_mode_of(graph, node, other)
+            return
+        node = ours[min(len(ours), len(theirs)) - 1]
+    raise TraceError(
+        f"the model computes different operations in training and evaluation mode, first at "
+        f"{_source(node)}; expected one forward for both; move the difference into a module"
+    )
+
+
+def _follow_mode_of(graph: fx.Graph, node: fx.Node, other: fx.Node) -> None:
+    def merged(ours: Any, theirs: Any) -> Any:
+        if ours is False and theirs is True:
+            with graph.inserting_before(node):
+                return graph.get_attr("training")
+        return ours
+
+    node.args = tuple(merged(a, b) for a, b in zip(node.args, other.args, strict=True))
+    node.kwargs = {key: merged(value, other.kwargs[key]) for key, value in node.kwargs.items()}
+
+
+def _source(node: fx.Node) -> str:
+    """`name at file.py:line: code` of the innermost frame of the user's model."""
+    name = str(node.target) if node.op == "call_module" else node.name
+    frames = re.findall(r'File "([^"]+)", line (\d+)[^\n]*\n\s*([^\n]*)', node.stack_trace or "")
+    if not frames:
+        return name
+    file, line, code = frames[-1]
+    return f"{name} at {os.path.basename(file)}:{line} `{code.strip()}`"
+
+
+# -- shapes -----------------------------------------------------------------------------
+
+
+class _ShapePass(fx.Interpreter):
+    """Records the shape of every node, and the MACs of operations that have no rule."""
+
+    def __init__(self, graph: fx.GraphModule) -> None:
+        super().__init__(graph)
+        self.shapes: dict[str, ops.Shape] = {}
+        self.opaque: dict[str, int] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        module = self.fetch_attr(str(n.target)) if n.op == "call_module" else None
+        known = n.op in ("placeholder", "get_attr", "output") or ops.rule_for(n, module)
+        if known:
+            value = super().run_node(n)
+        else:
+            with FlopCounterMode(display=False) as counter:
+                value = super().run_node(n)
+            self.opaque[n.name] = counter.get_total_flops() // 2
+        self.shapes[n.name] = _shape(value)
+        return value
+
+
+def _shape(value: Any) -> ops.Shape:
+    if isinstance(value, Tensor):
+        return value.shape
+    if isinstance(value, (tuple, list)):
+        return [_shape(item) for item in value]
+    return None
+
+
+@torch.no_grad()
+def _shapes(
+    graph: fx.GraphModule, example: Tensor
+) -> tuple[dict[fx.Node, ops.Shape], dict[fx.Node, int]]:
+    if example.dim() != 4:
+        raise TraceError(
+            f"the example input has shape {list(example.shape)}; expected images [B, C, H, W]"
+        )
+    size = (_BATCH, *example.shape[1:])
+    shadow = copy.deepcopy(graph).eval()
+    try:  # shapes alone: no arithmetic
+        run = _ShapePass(shadow.to("meta"))
+        run.run(torch.empty(size, dtype=example.dtype, device="meta"))
+    except (NotImplementedError, RuntimeError):
+        shadow = copy.deepcopy(graph).eval()
+        run = _ShapePass(shadow)
+        try:
+            run.run(torch.zeros(size, dtype=example.dtype, device=example.device))
+        except Exception as error:  # the user's model refuses its own example
+            raise TraceError(
+                f"the model fails on images {list(size)}: {str(error).splitlines()[0]}; "
+                "expected a model that fits the image size and channels of the data"
+            ) from error
+    nodes = {node.name: node for node in graph.graph.nodes}
+    return (
+        {nodes[name]: shape for name, shape in run.shapes.items()},
+        {nodes[name]: macs for name, macs in run.opaque.items()},
+    )
+
+
+# -- the walk ---------------------------------------------------------------------------
+
+
+class _Analysis:
+    """Visits every node once, then turns what the rules found into a search space."""
+
+    def __init__(
+        self,
+        graph: fx.GraphModule,
+        shapes: dict[fx.Node, ops.Shape],
+        opaque: dict[fx.Node, int],
+    ) -> None:
+        self.graph, self.shapes, self.opaque = graph, shapes, opaque
+        self.dims = Dims()
+        self.steps: dict[fx.Node, Step] = {}
+        self.values: dict[fx.Node, Value] = {}
+        self._tensor_dims: dict[int, tuple[Dim, ...]] = {}
+
+    def walk(self) -> None:
+        for node in self.graph.graph.nodes:
+            step = self.steps[node] = Step()
+            if node.op == "placeholder":
+                self.values[node] = ops.constants(self.shapes[node])
+            elif node.op == "get_attr":
+                tensor = _attribute(self.graph, str(node.target))
+                if isinstance(tensor, Tensor):
+                    self.values[node] = self._declare(str(node.target))
+                    step.tensors[str(node.target)] = self.values[node]
+            elif node.op == "output":
+                for source in node.all_input_nodes:
+                    for tensor in ops.tensors(self.values.get(source)):
+                        self.dims.freeze(tensor, "network output", report=False)
+            else:
+                self.values[node] = self._visit(node, step)
+
+    def _visit(self, node: fx.Node, step: Step) -> Value:
+        module = self.graph.get_submodule(str(node.target)) if node.op == "call_module" else None
+        visit = Visit(
+            node, module, step, self.dims, self.values, self.shapes, _BATCH, self._declare,
+            _source(node),
+        )  # fmt: skip
+        value = (ops.rule_for(node, module) or ops.unknown)(visit)
+        if node in self.opaque:
+            step.macs.append((self.opaque[node], ()))
+        return value
+
+    def _declare(self, name: str) -> tuple[Dim, ...]:
+        """Dimensions of a parameter or buffer; one that is used twice has them once."""
+        tensor = _attribute(self.graph, name)
+        if id(tensor) not in self._tensor_dims:
+            self._tensor_dims[id(tensor)] = tuple(self.dims.fresh(n) for n in tensor.shape)
+        return self._tensor_dims[id(tensor)]
+
+    def conclude(self, divisor: int | None, min_ratio: float) -> Traced:
+        branches = find_branches(self.graph, self.shapes)
+        gates: dict[fx.Node, frozenset[str]] = {
+            node: frozenset(name for name, branch in branches.items() if node in branch.nodes)
+            for node in self.graph.graph.nodes
+        }
+        axes = self._axes(divisor, min_ratio)
+        layouts = {
+            node.name: Layout(
+                tensors={
+                    name: tuple(_segments(self.dims.resolve(dim), axes) for dim in dims)
+                    for name, dims in step.tensors.items()
+                },
+                attributes={k: self._sized(v, axes) for k, v in step.attributes.items()},
+                arguments={k: self._sized(v, axes) for k, v in step.arguments.items()},
+                narrow_class=step.narrow_class,
+                norm=step.norm,
+                gates=gates[node],
+            )
+            for node, step in self.steps.items()
+        }
+        macs, params = self._terms(axes, gates)
+        homes = self._homes(axes, gates)
+        blocks = [
+            ResidualBlock(
+                name=name,
+                axes=tuple(sorted(a for a, home in homes.items() if name in home)),
+                layers=tuple(
+                    dict.fromkeys(str(n.target) for n in branch.nodes if n.op == "call_module")
+                ),
+            )
+            for name, branch in branches.items()
+        ]
+        space = SearchSpace([axis for _, axis in axes.values()], blocks, macs, params)
+        return Traced(self.graph, layouts, branches, space, tuple(self.dims.frozen))
+
+    def _axes(
+        self, divisor: int | None, min_ratio: float
+    ) -> dict[Variable, tuple[str, WidthAxis]]:
+        """The free variables that some layer produces, as axes."""
+        found: dict[Variable, int] = {}
+        for step in self.steps.values():
+            for dims in step.tensors.values():
+                for dim in dims:
+                    for atom in self.dims.resolve(dim):
+                        if atom.variable is not None and atom.variable.producers:
+                            least = found.get(atom.variable, atom.factor)
+                            found[atom.variable] = min(least, atom.factor)
+        if divisor is None:
+            widest = max((v.size * factor for v, factor in found.items()), default=0)
+            divisor = 8 if widest >= 128 else 1
+        axes: dict[Variable, tuple[str, WidthAxis]] = {}
+        taken: Counter[str] = Counter()
+        for variable, factor in found.items():
+            producers = self.dims.producers(variable)
+            name = producers[0]
+            taken[name] += 1
+            if taken[name] > 1:
+                name = f"{name}#{taken[name]}"
+            step_size = 1 if variable.unit == "heads" else divisor // gcd(divisor, factor)
+            floor = max(step_size, ceil(variable.size * min_ratio / step_size) * step_size)
+            choices = tuple(
+                dict.fromkeys([*range(floor, variable.size, step_size), variable.size])
+            )
+            if len(choices) < 2:
+                self.dims.frozen += [
+                    Frozen(layer, variable.size, f"no width below {variable.size} is admissible")
+                    for layer in producers
+                ]
+                continue
+            axis = WidthAxis(
+                name, variable.size, choices, variable.unit, tuple(producers)
+            )
+            axes[variable] = (name, axis)
+        return axes
+
+    def _sized(self, value: Any, axes: dict[Variable, tuple[str, WidthAxis]]) -> Any:
+        if isinstance(value, Size):
+            extent = _extent(self.dims.resolve(value.dim), axes)
+            return Extent(
+                extent.constant // value.per,
+                tuple((axis, factor // value.per) for axis, factor in extent.parts),
+            )
+        if isinstance(value, (tuple, list)):
+            return type(value)(self._sized(item, axes) for item in value)
+        return value
+
+    def _terms(
+        self, axes: dict[Variable, tuple[str, WidthAxis]], gates: dict[fx.Node, frozenset[str]]
+    ) -> tuple[list[Term], list[Term]]:
+        macs, params = [], []
+        counted: set[int] = set()
+        for node, step in self.steps.items():
+            for coefficient, dims in step.macs:
+                per_sample, rest = divmod(coefficient, _BATCH)
+                if rest:
+                    raise TraceError(
+                        f"the cost of {_source(node)} does not grow with the batch; expected an "
+                        "operation that treats every sample alike"
+                    )
+                extents = tuple(_extent(self.dims.resolve(dim), axes) for dim in dims)
+                macs.append(Term(per_sample, extents, gates[node]))
+            for name, dims in step.tensors.items():
+                full = name if node.op == "get_attr" else f"{node.target}.{name}"
+                tensor = _attribute(self.graph, full)
+                if isinstance(tensor, nn.Parameter) and id(tensor) not in counted:
+                    counted.add(id(tensor))
+                    extents = tuple(_extent(self.dims.resolve(dim), axes) for dim in dims)
+                    params.append(Term(1, extents, gates[node]))
+        return macs, params
+
+    def _homes(
+        self, axes: dict[Variable, tuple[str, WidthAxis]], gates: dict[fx.Node, frozenset[str]]
+    ) -> dict[str, frozenset[str]]:
+        """For each axis the blocks that hold every tensor it touches."""
+        homes: dict[str, frozenset[str]] = {}
+        for node, step in self.steps.items():
+            for dims in step.tensors.values():
+                for dim in dims:
+                    for atom in self.dims.resolve(dim):
+                        if atom.variable in axes:
+                            name = axes[atom.variable][0]
+                            homes[name] = homes.get(name, gates[node]) & gates[node]
+        return homes
+
+
+def _attribute(root: nn.Module, name: str) -> Any:
+    found: Any = root
+    for part in name.split("."):
+        found = getattr(found, part)
+    return found
+
+
+def _extent(dim: Dim, axes: dict[Variable, tuple[str, WidthAxis]]) -> Extent:
+    total, parts = 0, Counter[str]()
+    for atom in dim:
+        if atom.variable in axes:
+            parts[axes[atom.variable][0]] += atom.factor
+        else:
+            total += atom.length
+    return Extent(total, tuple(sorted(parts.items())))
+
+
+def _segments(
+    dim: Dim, axes: dict[Variable, tuple[str, WidthAxis]]
+) -> tuple[tuple[int, int, str | None, int], ...] | None:
+    """(start, length, axis or None, factor) per atom; None for a dimension never cut."""
+
+    def walk() -> Iterator[tuple[int, int, str | None, int]]:
+        start = 0
+        for atom in dim:
+            name = axes[atom.variable][0] if atom.variable in axes else None
+            yield start, atom.length, name, atom.factor
+            start += atom.length
+
+    segments = tuple(walk())
+    return segments if any(axis for _, _, axis, _ in segments) else None
+
