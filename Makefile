@@ -1,0 +1,52 @@
+# Everything here needs only Python 3.11 or later, make and git.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.stamp-setup
+
+# Recipe overrides for the demo, for example: make demo ARGS="seed=1"
+ARGS ?=
+
+.DELETE_ON_ERROR:
+.PHONY: help setup demo test lint format clean
+
+help:
+	@echo "make setup   build $(VENV) with the package and its development dependencies"
+	@echo "make demo    run the whole pipeline on real handwritten digits, results in runs/latest"
+	@echo "make test    every check: lint, format, types, layers, tests with coverage"
+	@echo "make lint    the checks that start no process"
+	@echo "make format  rewrite the code in the house style"
+	@echo "make clean   remove $(VENV) and caches, keep runs"
+
+setup: $(STAMP)
+
+# pip is brought up to date first: the one that comes with Python 3.11 can search for an
+# hour among the versions of s3fs, aiobotocore and boto3 where a current one needs seconds.
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit(f"found Python {v.major}.{v.minor}; expected 3.11 or later; set PYTHON=")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@
+
+demo: setup
+	$(BIN)/stp run demo storage=runs $(ARGS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: lint
+	$(BIN)/pytest --cov --cov-report=term
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .coverage .coverage.* .mypy_cache .pytest_cache .ruff_cache \
+		.hypothesis .import_linter_cache
+	find stp_ray pipelines benchmarks tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,392 @@
+"""A pruned model as files that outlive the run.
+
+`save_model` writes what `stp_ray.load` reads back: weights as safetensors beside a JSON
+description that names how to rebuild the architecture. ONNX and `.pt2` programs are
+written for other runtimes, each checked against the module first, and are never read
+back here: loading a `.pt2` can run code.
+"""
+
+import copy
+import io
+import json
+import logging
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+import yaml
+from torch import Tensor, nn
+
+from .artifacts import Store
+from .elastic.subnet import Subnet
+from .errors import StpError
+
+Result = TypeVar("Result")
+
+WEIGHTS = "model.safetensors"
+DESCRIPTION = "model.json"
+ONNX = "model.onnx"
+PT2 = "model.pt2"
+
+#: What model.json says it is; a reader refuses a format that it does not know.
+FORMAT = "stp_ray.model/1"
+
+#: Largest relative difference between an exported program and its module.
+TOLERANCE = 1e-4
+
+_REQUIRED = ("model", "num_classes", "image_size", "space", "subnet")
+
+# What PyTorch's exporters raise for a model that they cannot express: there is no common
+# base class, and an export may not end a run that trained for days.
+_EXPORTER_ERRORS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
+
+class ExportError(StpError):
+    """A program that could not be written, or that computes something else."""
+
+
+def save_model(store: Store, module: nn.Module, description: Mapping[str, Any]) -> dict[str, str]:
+    """Write `model.safetensors` and then `model.json`: a model that can be loaded again.
+
+    Args:
+        store: where to; the description is written last, so that its presence means that
+            the weights are complete.
+        module: an extracted model; its state dict is written in float32 or whatever type
+            it has, without sharing between tensors.
+        description: what `stp_ray.load` needs to rebuild the architecture, JSON only:
+            `model`: {"name", "kwargs"} of the dense model, `num_classes`, `image_size` in
+            pixels (or None), `space`: {"divisor", "min_ratio"}, and `subnet`: the JSON of
+            the subnet, as text or as its parsed form. More keys may follow.
+
+    Returns:
+        The names of the files and their SHA-256.
+
+    Raises:
+        ExportError: a key is missing or a value is not JSON.
+    """
+    missing = [key for key in _REQUIRED if key not in description]
+    if not missing and "name" not in description["model"]:
+        missing = ["model.name"]
+    if missing:
+        raise ExportError(
+            f"a model description lacks {', '.join(missing)}; expected the keys "
+            f"{', '.join(_REQUIRED)}, with model = {{name, kwargs}}"
+        )
+    subnet = description["subnet"]
+    if isinstance(subnet, str):
+        subnet = json.loads(subnet)
+    content = {
+        **description,
+        "format": FORMAT,
+        "model": {"kwargs": {}, **description["model"]},
+        "subnet": json.loads(Subnet.from_json(json.dumps(subnet)).to_json()),
+    }
+    try:
+        content = json.loads(json.dumps(content, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise ExportError(f"a model description is not JSON: {error}") from error
+    tensors = {
+        # Cloned, because safetensors refuses tensors that share memory.
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, tensor in module.state_dict().items()
+    }
+    weights = store.save_tensors(WEIGHTS, tensors)
+    return {WEIGHTS: weights, DESCRIPTION: store.write_json(DESCRIPTION, content)}
+
+
+def to_onnx(module: nn.Module, example: Tensor, tolerance: float = TOLERANCE) -> bytes:
+    """An ONNX program with a dynamic batch size, checked with ONNX Runtime on the CPU.
+
+    Args:
+        module: a classifier; exported in evaluation mode, left as it is.
+        example: images [N, 3, H, W]; only the batch size stays free.
+        tolerance: largest relative difference to the module's own output.
+
+    Returns:
+        The serialised program, input "images", output "logits".
+
+    Raises:
+        ExportError: a package of the `export` extra is missing, the model cannot be
+            expressed, or the program computes something else.
+    """
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401  (needed by torch.onnx, which says so less clearly)
+    except ImportError as error:
+        raise ExportError(
+            f"no ONNX file: the package {error.name} is not installed; "
+            "install it with pip install 'stp_ray[export]', or set export.onnx=false"
+        ) from error
+    with _frozen(module, example) as (frozen, images):
+        program = _attempt(
+            "ONNX",
+            lambda: torch.onnx.export(
+                frozen,
+                (_batch(images, 2),),
+                input_names=["images"],
+                output_names=["logits"],
+                dynamic_shapes=({0: torch.export.Dim.DYNAMIC},),
+                dynamo=True,
+                verbose=False,
+            ),
+        )
+        assert program is not None
+        data: bytes = program.model_proto.SerializeToString()
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+
+        def session() -> onnxruntime.InferenceSession:
+            return onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+
+        running = _attempt("ONNX", session)
+        name = running.get_inputs()[0].name
+
+        def forward(batch: Tensor) -> Tensor:
+            return torch.from_numpy(running.run(None, {name: batch.numpy()})[0])
+
+        _compare("ONNX", frozen, forward, images, tolerance)
+    return data
+
+
+def to_pt2(module: nn.Module, example: Tensor, tolerance: float = TOLERANCE) -> bytes:
+    """A `torch.export` program (`.pt2`) with a dynamic batch size, checked before writing.
+
+    Arguments, result and errors as for `to_onnx`.
+    """
+    with _frozen(module, example) as (frozen, images):
+        program = _attempt(
+            ".pt2",
+            lambda: torch.export.export(
+                frozen,
+                (_batch(images, 2),),
+                dynamic_shapes=({0: torch.export.Dim.DYNAMIC},),
+            ),
+        )
+        _compare(".pt2", frozen, program.module(), images, tolerance)
+        buffer = io.BytesIO()
+        _attempt(".pt2", lambda: torch.export.save(program, buffer))
+    return buffer.getvalue()
+
+
+def write_programs(
+    store: Store, module: nn.Module, example: Tensor, *, onnx: bool = True, pt2: bool = True
+) -> tuple[dict[str, str], list[str]]:
+    """Write `model.onnx` and `model.pt2` as far as they can be had.
+
+    Returns:
+        The files that were written with their SHA-256, and one line for each program that
+        was asked for and could not be had: an export never fails a run.
+    """
+    written, notes = {}, []
+    for wanted, name, export in ((onnx, ONNX, to_onnx), (pt2, PT2, to_pt2)):
+        if not wanted:
+            continue
+        try:
+            data = export(module, example)
+        except ExportError as error:
+            notes.append(str(error))
+        else:
+            written[name] = store.write_bytes(name, data)
+    return written, notes
+
+
+def latency(module: nn.Module, example: Tensor, repeats: int = 30, threads: int = 1) -> float:
+    """Median seconds of one forward pass on this machine's CPU, after warming up.
+
+    Args:
+        module: measured in evaluation mode on a copy, so that it is left as it is.
+        example: images [N, 3, H, W]; the time is for the whole batch, so pass one image
+            for the latency of one image.
+        repeats: timed passes, after a third as many (at least three) that are not timed.
+        threads: threads PyTorch may use, so that figures compare between machines with
+            different numbers of cores.
+    """
+    if repeats < 1 or threads < 1:
+        raise ValueError(f"latency: repeats={repeats}, threads={threads}; expected at least 1 each")
+    before = torch.get_num_threads()
+    with _frozen(module, example) as (frozen, images), torch.inference_mode():
+        torch.set_num_threads(threads)
+        try:
+            for _ in range(max(3, repeats // 3)):
+                frozen(images)
+            seconds = []
+            for _ in range(repeats):
+                start = time.perf_counter()
+                frozen(images)
+                seconds.append(time.perf_counter() - start)
+        finally:
+            torch.set_num_threads(before)
+    return statistics.median(seconds)
+
+
+def model_card(
+    summary: Mapping[str, Any],
+    budget: str,
+    description: Mapping[str, Any],
+    notes: Sequence[str] = (),
+) -> str:
+    """The README.md of a pruned model: metadata block, figures, how to load it.
+
+    Args:
+        summary: a run's summary (see docs/design.md); only the entry of this budget, the
+            dense network's figures and the run's identity are read.
+        budget: a key of `summary["budgets"]`.
+        description: what `save_model` wrote.
+        notes: remarks for the reader, such as an export that was not possible.
+    """
+    entry = summary["budgets"][budget]
+    name = description["model"]["name"]
+    dataset = description.get("data") or "the run's test images"
+    title = f"{name} pruned to {budget} of its cost"
+    metadata = {
+        "library_name": "stp_ray",
+        "pipeline_tag": "image-classification",
+        "tags": ["pruning", "structured-pruning", "stimulative-training"],
+        "model-index": [
+            {
+                "name": f"{summary['run_id']}/budget-{budget}",
+                "results": [
+                    {
+                        "task": {"type": "image-classification"},
+                        "dataset": {"name": dataset, "type": dataset},
+                        "metrics": [{"type": "accuracy", "value": entry["top1"]}],
+                    }
+                ],
+            }
+        ],
+    }
+    rows = [
+        ("Top-1, %", entry["top1"], summary.get("dense_top1"), "{:.2f}"),
+        ("MACs of one image", entry["macs"], summary["macs"], "{:,}"),
+        ("Parameters", entry["params"], summary["params"], "{:,}"),
+        (
+            "CPU latency of one image, ms",
+            entry.get("latency_ms"),
+            entry.get("dense_latency_ms"),
+            "{:.2f}",
+        ),
+    ]
+    lines = [
+        "---",
+        yaml.safe_dump(metadata, sort_keys=False).strip(),
+        "---",
+        "",
+        f"# {title}",
+        "",
+        "Pruned by stimulative training with mutating expansion (STP); not fine-tuned after "
+        f"pruning. Run `{summary['run_id']}`, subnet `{entry['subnet_id']}`.",
+        "",
+        "| | pruned | dense |",
+        "|---|---:|---:|",
+        *(f"| {label} | {_cell(a, form)} | {_cell(b, form)} |" for label, a, b, form in rows),
+        "",
+        f"Retention: {_cell(entry.get('retention_dense'), '{:.2f} %')} of the separately trained "
+        f"dense network, {_cell(entry.get('retention_main'), '{:.2f} %')} of the run's own main "
+        f"network (top-1 {_cell(summary.get('main_top1'), '{:.2f} %')}).",
+        "",
+        "## Load it",
+        "",
+        "```python",
+        "import stp_ray",
+        "",
+        f'model = stp_ray.load("{entry["uri"]}")  # an ordinary torch.nn.Module, in eval mode',
+        "```",
+        "",
+        f"`{WEIGHTS}` holds the weights, `{DESCRIPTION}` the architecture; neither is unpickled. "
+        f"`{ONNX}` and `{PT2}`, where present, are for other runtimes.",
+    ]
+    if notes:
+        lines += ["", "## Notes", "", *(f"- {note}" for note in notes)]
+    return "\n".join(lines) + "\n"
+
+
+def _cell(value: float | int | None, form: str) -> str:
+    return "not measured" if value is None else form.format(value)
+
+
+@contextmanager
+def _frozen(module: nn.Module, example: Tensor) -> Iterator[tuple[nn.Module, Tensor]]:
+    """A copy of the module on the CPU in evaluation mode, and the example beside it.
+
+    The multi-head attention fast path is off: it is one fused operation that neither
+    exporter can express, and it would hide what a runtime really does.
+    """
+    frozen = copy.deepcopy(module).cpu().eval()
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.no_grad():
+            yield frozen, example.detach().cpu()
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+
+
+def _batch(images: Tensor, size: int) -> Tensor:
+    """The images repeated or cut to a batch of this size."""
+    times = -(-size // len(images))
+    return images.repeat(times, *[1] * (images.dim() - 1))[:size].contiguous()
+
+
+def _attempt(kind: str, action: Callable[[], Result]) -> Result:
+    """Run a step of an exporter; what it cannot do becomes one line."""
+    try:
+        with warnings.catch_warnings(), _quiet_exporters():
+            warnings.simplefilter("ignore")
+            return action()
+    except _EXPORTER_ERRORS as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise ExportError(
+            f"no {kind} file: PyTorch could not express this model ({reason}); "
+            f"set export.{kind.lower().lstrip('.')}=false to leave it out"
+        ) from error
+
+
+@contextmanager
+def _quiet_exporters() -> Iterator[None]:
+    """Keep the exporters' progress notes, which are not the user's concern, off the log."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _compare(
+    kind: str,
+    module: nn.Module,
+    program: Callable[[Tensor], Tensor],
+    images: Tensor,
+    tolerance: float,
+) -> None:
+    """Raise ExportError unless program and module agree, at batch sizes 1 and 3."""
+    generator = torch.Generator().manual_seed(0)
+    for size in (1, 3):
+        batch = _batch(images, size)
+        # Random images as well: an example of zeros would agree for the wrong reason.
+        batch = batch + torch.randn(batch.shape, generator=generator).to(batch)
+        expected = module(batch)
+        found = _attempt(kind, partial(program, batch))
+        scale = expected.abs().max().clamp_min(torch.finfo(expected.dtype).tiny)
+        difference = ((found - expected).abs().max() / scale).item()
+        if found.shape != expected.shape or not difference <= tolerance:
+            raise ExportError(
+                f"no {kind} file: the exported program differs from the model by {difference:.2g} "
+                f"(relative, batch of {size}); expected at most {tolerance:g}"
+            )

@@ -1,0 +1,250 @@
+"""From a run's tables to the page: what is shown, in plain rows; the template only places it."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from typing import Any
+
+import jinja2
+import pyarrow as pa
+import yaml
+from markupsafe import Markup
+
+from ..elastic.space import SearchSpace
+from ..elastic.subnet import Subnet
+from ..errors import StorageError
+from . import plots
+
+_SPACE_KEY = b"space"
+_MOST_POINTS = 400
+_NOT_CURVES = {"epoch", "step", "lr", "time", "seconds", "images_per_s", "steps_per_epoch"}
+
+
+def with_space(candidates: pa.Table, space: SearchSpace) -> pa.Table:
+    """The table with the space written into its schema's metadata (key "space", JSON).
+
+    It travels with the Parquet file, so that the report can show an architecture before
+    and after without the model.
+    """
+    content = {
+        "axes": {axis.name: axis.size for axis in space.axes},
+        "blocks": {block.name: list(block.axes) for block in space.blocks},
+    }
+    metadata = {**(candidates.schema.metadata or {}), _SPACE_KEY: json.dumps(content).encode()}
+    return candidates.replace_schema_metadata(metadata)
+
+
+def render(
+    summary: Mapping[str, Any],
+    config: Mapping[str, Any],
+    candidates: pa.Table,
+    curves: Mapping[str, pa.Table],
+    environment: Mapping[str, Any] | None = None,
+) -> str:
+    """The report page of a run: one HTML text, no script, no request to anywhere.
+
+    Args:
+        summary: the run's summary, as in summary.json.
+        config: the resolved configuration.
+        candidates: every subnet scored, one row for each score: columns `macs` and `score`,
+            and where present `subnet_id`, `subnet` (JSON) and `images` (the number it was
+            scored on, 0 for all). `with_space` adds what the architecture table needs.
+        curves: a title -> a table of one row per step: `step` or `epoch`, and any metrics.
+        environment: what environment.json holds.
+
+    Raises:
+        StorageError: `candidates` lacks a column that is needed.
+    """
+    scored = _best_fidelity(candidates)
+    points = [(row["macs"], row["score"]) for row in scored]
+    chosen = {
+        budget: row
+        for budget, entry in summary["budgets"].items()
+        for row in scored
+        if row["subnet_id"] == entry["subnet_id"]
+    }
+    environment_ = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    template = environment_.from_string(
+        resources.files(__package__).joinpath("page.html.j2").read_text(encoding="utf-8")
+    )
+    return template.render(
+        summary=summary,
+        cards=[_card(budget, entry, summary) for budget, entry in summary["budgets"].items()],
+        rows=_rows(summary),
+        figures=_figures(summary, points, chosen, curves),
+        architecture=_architecture(candidates, chosen),
+        config=yaml.safe_dump(_plain(config), sort_keys=False),
+        environment=yaml.safe_dump(_plain(environment or {}), sort_keys=False),
+        model=(config.get("model") or {}).get("name", "model"),
+        data=(config.get("data") or {}).get("name", "data"),
+        duration=_duration(summary.get("seconds")),
+    )
+
+
+def _card(budget: str, entry: Mapping[str, Any], summary: Mapping[str, Any]) -> dict[str, Any]:
+    faster = None
+    if entry.get("latency_ms") and entry.get("dense_latency_ms"):
+        faster = entry["dense_latency_ms"] / entry["latency_ms"]
+    return {
+        "budget": budget,
+        "top1": entry["top1"],
+        "smaller": summary["macs"] / entry["macs"],
+        "lighter": summary["params"] / entry["params"],
+        "faster": faster,
+        "latency_ms": entry.get("latency_ms"),
+        "retention_dense": entry.get("retention_dense"),
+        "retention_main": entry.get("retention_main"),
+        "uri": entry["uri"],
+    }
+
+
+def _rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One row for each network: dense, main, and each budget."""
+    latency = next((entry.get("dense_latency_ms") for entry in summary["budgets"].values()), None)
+    full = {"macs": summary["macs"], "params": summary["params"], "latency_ms": latency}
+    rows = []
+    if summary.get("dense_top1") is not None:
+        rows.append({"name": "dense, trained alone", "top1": summary["dense_top1"], **full})
+    rows.append({"name": "main network", "top1": summary.get("main_top1"), **full})
+    rows += [{"name": f"pruned, {budget}", **entry} for budget, entry in summary["budgets"].items()]
+    return [{"retention_dense": None, "retention_main": None, **row} for row in rows]
+
+
+def _best_fidelity(candidates: pa.Table) -> list[dict[str, Any]]:
+    """One row for each subnet, the score on the most images; without scores that are not finite."""
+    for column in ("macs", "score"):
+        if column not in candidates.column_names:
+            raise StorageError(
+                f"the table of candidates has the columns {', '.join(candidates.column_names)}; "
+                f"expected {column} as well; run the exploration again"
+            )
+    best: dict[Any, tuple[float, dict[str, Any]]] = {}
+    for number, row in enumerate(candidates.to_pylist()):
+        if row["score"] is None or not math.isfinite(row["score"]):
+            continue
+        subnet = row.get("subnet")
+        row.setdefault("subnet_id", Subnet.from_json(subnet).id if subnet else None)
+        identity = row["subnet_id"] or number
+        images = row.get("images", 0) or math.inf  # 0 stands for all of them
+        if identity not in best or images >= best[identity][0]:
+            best[identity] = (images, row)
+    return [row for _, row in best.values()]
+
+
+def _front(points: plots.Points) -> list[tuple[float, float]]:
+    """The points that no other one beats in both, ascending in the first."""
+    front: list[tuple[float, float]] = []
+    for x, y in sorted(points):
+        if not front or y < front[-1][1]:
+            front.append((x, y))
+    return front
+
+
+def _figures(
+    summary: Mapping[str, Any],
+    points: plots.Points,
+    chosen: Mapping[str, Mapping[str, Any]],
+    curves: Mapping[str, pa.Table],
+) -> dict[str, list[Markup]]:
+    stars = {budget: (row["macs"], row["score"]) for budget, row in chosen.items()}
+    cost = [plots.accuracy_svg(summary)]
+    if points:
+        cost.append(plots.front_svg(points, _front(points), stars))
+    training, accuracy = [], {}
+    for title, table in curves.items():
+        x_label, series = _series(table)
+        top1 = {name: points for name, points in series.items() if "top1" in name}
+        losses = {name: points for name, points in series.items() if name not in top1}
+        if losses:
+            training.append(plots.curves_svg(title, losses, x_label, "loss"))
+        for name, line in top1.items():
+            label = title if len(top1) == 1 else f"{title}: {name}"
+            # Stages have different lengths: each is shown over its own course.
+            end = line[-1][0] or 1.0
+            accuracy[label] = [(100 * x / end, y) for x, y in line]
+    if accuracy:
+        training.append(
+            plots.curves_svg("Accuracy", accuracy, "per cent of the stage's training", "top-1, %")
+        )
+    # Markup: matplotlib has escaped every label, and nothing else is in them.
+    return {
+        "cost": [Markup(svg) for svg in cost],
+        "training": [Markup(svg) for svg in training],
+    }
+
+
+def _series(table: pa.Table) -> tuple[str, dict[str, plots.Points]]:
+    """The numeric columns over `step` or `epoch`, thinned, without holes."""
+    x_name = next((name for name in ("step", "epoch") if name in table.column_names), None)
+    xs = table[x_name].to_pylist() if x_name else range(table.num_rows)
+    series: dict[str, plots.Points] = {}
+    for name in table.column_names:
+        kind = table.schema.field(name).type
+        if name in _NOT_CURVES or not (pa.types.is_floating(kind) or pa.types.is_integer(kind)):
+            continue
+        points = [
+            (float(x), float(y))
+            for x, y in zip(xs, table[name].to_pylist(), strict=True)
+            if x is not None and y is not None and math.isfinite(y)
+        ]
+        if points:
+            series[name] = _thinned(points)
+    return x_name or "row", series
+
+
+def _thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """At most `_MOST_POINTS` points, each the mean of its neighbours."""
+    size = -(-len(points) // _MOST_POINTS)
+    if size == 1:
+        return list(points)
+    groups = [points[i : i + size] for i in range(0, len(points), size)]
+    return [(group[-1][0], sum(y for _, y in group) / len(group)) for group in groups]
+
+
+def _architecture(
+    candidates: pa.Table, chosen: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any] | None:
+    """Width of every axis before and after; None where the subnets are not in the table."""
+    subnets = {
+        budget: Subnet.from_json(row["subnet"])
+        for budget, row in chosen.items()
+        if row.get("subnet")
+    }
+    metadata = (candidates.schema.metadata or {}).get(_SPACE_KEY)
+    if not subnets or metadata is None:
+        return None
+    space = json.loads(metadata)
+    homes: dict[str, set[str]] = {}
+    for block, axes in space["blocks"].items():
+        for axis in axes:
+            homes.setdefault(axis, set()).add(block)
+    rows = []
+    for axis, size in space["axes"].items():
+        cells = []
+        for subnet in subnets.values():
+            gone = bool(homes.get(axis, set()) & subnet.dropped)
+            width = 0 if gone else subnet.widths[axis]
+            cells.append({"width": width, "share": 100 * width / size, "dropped": gone})
+        rows.append({"axis": axis, "size": size, "cells": cells})
+    return {
+        "budgets": list(subnets),
+        "rows": rows,
+        "blocks": len(space["blocks"]),
+        "dropped": {budget: sorted(subnet.dropped) for budget, subnet in subnets.items()},
+    }
+
+
+def _plain(content: Any) -> Any:
+    """The content as JSON would hold it, which YAML can always write."""
+    return json.loads(json.dumps(content, default=str))
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return ""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"

@@ -1,0 +1,226 @@
+"""Plots as SVG that take their foreground from the page, so they read in dark and light."""
+
+import io
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import cycle, islice
+from typing import Any, Literal
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+#: Series colours, each with a contrast of at least 3 to a white and to a dark page.
+PALETTE = ("#3a7fc4", "#c9701d", "#2f8f5b", "#b1559c", "#8a7a1e", "#c2504a")
+FAINT = "#828b96"
+ACCENT = PALETTE[1]
+
+# Stands for the page's own text colour until the SVG is written.
+_FOREGROUND = "#010203"
+_LIGHT, _DARK = "#1f2328", "#e6edf3"
+
+#: One candidate or series value: (MACs, score) or (step, value).
+Points = Sequence[tuple[float, float]]
+
+
+def short(count: float) -> str:
+    """A count with a unit: 590 k, 41.3 M, 4.09 G."""
+    for size, unit in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if abs(count) >= size:
+            return f"{count / size:.3g}{unit}"
+    return f"{count:.3g}"
+
+
+def accuracy_against_macs(
+    summary: Mapping[str, Any], format: Literal["svg", "png"] = "svg"
+) -> bytes:
+    """Top-1 against MACs of the dense, main and pruned networks, as a picture of its own.
+
+    Args:
+        summary: a run's summary.
+        format: "svg" follows the reader's dark or light setting; "png" is on white.
+    """
+    with _style():
+        figure = _accuracy_figure(summary)
+        if format == "png":
+            return _save(figure, "png")
+    svg = _svg(figure, "Top-1 accuracy against MACs")
+    style = (
+        f"<style>svg{{color:{_LIGHT};font-family:system-ui,sans-serif}}"
+        f"@media(prefers-color-scheme:dark){{svg{{color:{_DARK}}}}}</style>"
+    )
+    return svg.replace(">", f">{style}", 1).encode()
+
+
+def accuracy_svg(summary: Mapping[str, Any]) -> str:
+    """The same plot for a page."""
+    with _style():
+        figure = _accuracy_figure(summary)
+    return _svg(figure, "Top-1 accuracy against MACs")
+
+
+def front_svg(candidates: Points, front: Points, chosen: Mapping[str, tuple[float, float]]) -> str:
+    """Every candidate's distillation loss against its MACs.
+
+    Args:
+        candidates: (MACs, score) of every subnet scored, at its best fidelity.
+        front: those that no other one beats in both, ascending in MACs.
+        chosen: budget -> (MACs, score) of the subnet that was pruned to.
+    """
+    with _style():
+        figure, axes = _axes()
+        axes.scatter(
+            *_columns(candidates),
+            s=9,
+            color=FAINT,
+            alpha=0.6,
+            linewidths=0,
+            label=f"{len(candidates):,} candidates",
+            rasterized=len(candidates) > 3000,
+        )
+        axes.plot(*_columns(front), color=PALETTE[0], marker=".", label="front")
+        if chosen:
+            axes.scatter(
+                *_columns(list(chosen.values())),
+                s=70,
+                marker="*",
+                color=ACCENT,
+                zorder=3,
+                label="chosen",
+            )
+        for budget, (macs, score) in chosen.items():
+            axes.annotate(budget, (macs, score), (6, 6), textcoords="offset points")
+        _log_where_wide(axes, [score for _, score in candidates], ratio=5)
+        _macs_axis(axes)
+        axes.set_ylabel("KL from the main network")
+        axes.legend()
+    return _svg(figure, "Distillation loss of every candidate against its MACs")
+
+
+def curves_svg(title: str, series: Mapping[str, Points], x_label: str, y_label: str = "") -> str:
+    """Lines over training; log scale where all values are positive and span two decades."""
+    with _style():
+        figure, axes = _axes()
+        for (name, points), color in zip(
+            series.items(), islice(cycle(PALETTE), len(series)), strict=True
+        ):
+            marker = "." if len(points) < 40 else ""
+            axes.plot(*_columns(points), color=color, marker=marker, label=name)
+        values = [value for points in series.values() for _, value in points]
+        _log_where_wide(axes, values, ratio=100)
+        axes.set_title(title)
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+        if len(series) > 1:
+            axes.legend()
+    return _svg(figure, title)
+
+
+def _accuracy_figure(summary: Mapping[str, Any]) -> Figure:
+    figure, axes = _axes()
+    entries = sorted((entry["macs"], entry["top1"]) for entry in summary["budgets"].values())
+    main, dense = summary.get("main_top1"), summary.get("dense_top1")
+    line = entries if main is None else [*entries, (summary["macs"], main)]
+    axes.plot(*_columns(line), color=PALETTE[0], linewidth=1)
+    if main is not None:
+        axes.scatter(summary["macs"], main, color=PALETTE[0], zorder=3, label="main network")
+    if dense is not None:
+        color = PALETTE[2]
+        axes.scatter(summary["macs"], dense, marker="s", color=color, label="dense, trained alone")
+        axes.axhline(dense, linewidth=0.8, linestyle=":", color=color)
+    axes.scatter(*_columns(entries), s=70, marker="*", color=ACCENT, zorder=3, label="pruned")
+    for macs, top1 in entries:
+        axes.annotate(f"{top1:.1f} %", (macs, top1), (5, -14), textcoords="offset points")
+    axes.set_xlim(0, summary["macs"] * 1.08)
+    axes.margins(y=0.25)
+    _macs_axis(axes)
+    axes.set_ylabel("top-1, %")
+    axes.legend(loc="lower right")
+    return figure
+
+
+def _axes() -> tuple[Figure, Axes]:
+    # Small on purpose: on a phone the text stays readable when the plot fills the screen.
+    figure = Figure(figsize=(5.0, 3.4), layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def _log_where_wide(axes: Axes, values: Sequence[float], ratio: float) -> None:
+    """A log scale with plain numbers, where all values are positive and differ that much."""
+    if not values or min(values) <= 0 or max(values) / min(values) <= ratio:
+        return
+    axes.set_yscale("log")
+    subs = (1.0, 2.0, 5.0) if max(values) / min(values) < 1000 else (1.0,)
+    axes.yaxis.set_major_locator(LogLocator(subs=subs))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _macs_axis(axes: Axes) -> None:
+    axes.set_xlabel("MACs of one image")
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
+
+
+def _columns(points: Points) -> tuple[list[float], list[float]]:
+    return [x for x, _ in points], [y for _, y in points]
+
+
+@contextmanager
+def _style() -> Iterator[None]:
+    with matplotlib.rc_context(
+        {
+            "axes.edgecolor": _FOREGROUND,
+            "axes.labelcolor": _FOREGROUND,
+            "axes.spines.right": False,
+            "axes.spines.top": False,
+            "axes.titlecolor": _FOREGROUND,
+            "axes.titlesize": "medium",
+            "font.family": ["sans-serif"],
+            "font.size": 10.5,
+            "legend.frameon": False,
+            "legend.fontsize": "small",
+            "legend.labelcolor": _FOREGROUND,
+            "lines.linewidth": 1.5,
+            "svg.fonttype": "none",
+            "svg.hashsalt": "stp_ray",
+            "text.color": _FOREGROUND,
+            "text.parse_math": False,
+            "xtick.color": _FOREGROUND,
+            "ytick.color": _FOREGROUND,
+        }
+    ):
+        yield
+
+
+def _save(figure: Figure, format: str) -> bytes:
+    buffer = io.BytesIO()
+    if format == "svg":
+        figure.savefig(buffer, format=format, transparent=True, metadata={"Date": None})
+    else:
+        figure.savefig(buffer, format=format, dpi=160, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def _svg(figure: Figure, label: str) -> str:
+    """The figure as one <svg> element: no prolog, no metadata, no fixed size, no black."""
+    with _style():
+        text = _save(figure, "svg").decode()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    # Group names repeat from plot to plot, and nothing refers to them.
+    text = re.sub(r'<g id="[^"]*"', "<g", text)
+    # The page's font instead of matplotlib's list.
+    text = re.sub(r"font-family: [^;\"]*; ?", "", text)
+    text = text.replace(_FOREGROUND, "currentColor")
+    opening = re.match(r"<svg[^>]*>", text)
+    assert opening is not None
+    view = re.search(r'viewBox="[^"]*"', opening[0])
+    assert view is not None
+    safe = label.replace("&", "&amp;").replace("<", "&lt;").replace('"', "&quot;")
+    head = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+        f'{view[0]} role="img" aria-label="{safe}">'
+    )
+    return (head + text[opening.end() :]).strip()

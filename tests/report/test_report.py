@@ -1,0 +1,275 @@
+import json
+import random
+import re
+from html.parser import HTMLParser
+from xml.etree import ElementTree
+
+import pyarrow as pa
+import pytest
+import yaml
+
+from stp_ray.elastic.cost import Extent, Term
+from stp_ray.elastic.space import ResidualBlock, SearchSpace, WidthAxis
+from stp_ray.errors import StorageError
+from stp_ray.report import accuracy_against_macs, page, plots, render, with_space
+
+VOID = {"meta", "br", "hr", "img", "input", "link"}
+
+
+class Page(HTMLParser):
+    """Collects tags, text and attributes, and fails on tags that do not close."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.text, self.attributes, self._open = [], [], [], []
+        self.feed(text)
+        self.close()
+        assert self._open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.attributes += attributes
+        if tag not in VOID:
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append(tag)
+        self.attributes += attributes
+
+    def handle_endtag(self, tag):
+        assert self._open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+@pytest.fixture
+def space():
+    axes = [WidthAxis("stem", 16, (4, 8, 16)), WidthAxis("block.inner", 32, (8, 16, 32))]
+    blocks = [ResidualBlock("block", axes=("block.inner",))]
+    macs = [Term(100, (Extent(0, (("stem", 1),)), Extent(0, (("block.inner", 1),))))]
+    return SearchSpace(axes, blocks, macs, macs)
+
+
+@pytest.fixture
+def candidates(space):
+    rng = random.Random(0)
+    subnets = [space.sample(rng) for _ in range(40)]
+    rows = [
+        {
+            "subnet_id": subnet.id,
+            "subnet": subnet.to_json(),
+            "macs": space.cost(subnet).macs,
+            "params": space.cost(subnet).params,
+            "score": 1.0 / (1 + i),
+            "images": 128,
+            "generation": i // 8,
+        }
+        for i, subnet in enumerate({s.id: s for s in subnets}.values())
+    ]
+    rows.append({**rows[0], "images": 0, "score": 0.123})  # scored again on all images
+    return with_space(pa.Table.from_pylist(rows), space)
+
+
+@pytest.fixture
+def summary(candidates):
+    rows = candidates.to_pylist()
+
+    def entry(row, top1, **changes):
+        return {
+            "top1": top1,
+            "retention_dense": 100 * top1 / 98,
+            "retention_main": 100 * top1 / 97.5,
+            "macs": row["macs"],
+            "params": row["params"],
+            "latency_ms": 0.5,
+            "dense_latency_ms": 1.75,
+            "subnet_id": row["subnet_id"],
+            "uri": "runs/demo/budget",
+            **changes,
+        }
+
+    return {
+        "run_id": "demo-<script>alert(1)</script>",
+        "storage": "runs",
+        "dense_top1": 98.0,
+        "main_top1": 97.5,
+        "macs": 51_200,
+        "params": 51_200,
+        "budgets": {"0.5": entry(rows[0], 97.31), "0.15": entry(rows[1], 96.12)},
+        "seconds": 3725.4,
+    }
+
+
+@pytest.fixture
+def config():
+    return {
+        "name": "demo",
+        "model": {"name": "resnet20", "kwargs": {}},
+        "data": {"name": "digits"},
+        "note": "</pre><img src=https://evil.example/x>",
+    }
+
+
+@pytest.fixture
+def curves():
+    steps = list(range(1000))
+    return {
+        "supernet": pa.table(
+            {
+                "step": steps,
+                "epoch": [step // 100 for step in steps],
+                "lr": [0.1] * 1000,
+                "loss": [2.0 / (1 + step) for step in steps],
+                "kl": [float("nan") if step % 2 else 1.0 for step in steps],
+                "top1": [50.0 + step / 25 if step % 100 == 99 else None for step in steps],
+                "split": ["train"] * 1000,
+            }
+        ),
+        "budget $0.15$": pa.table({"epoch": [0, 1], "loss": [0.5, 0.25], "top1": [90.0, 96.0]}),
+    }
+
+
+@pytest.fixture
+def text(summary, config, candidates, curves):
+    return render(summary, config, candidates, curves, environment={"torch": "2.15"})
+
+
+def test_page_is_well_formed_and_asks_nobody(text):
+    parsed = Page(text)
+    assert not {"script", "link", "iframe", "img"} & set(parsed.tags)
+    for name, value in parsed.attributes:
+        if name in {"src", "href", "xlink:href", "action"}:
+            assert value.startswith(("#", "data:")), (name, value)
+    bare = re.sub(r'xmlns(:\w+)?="[^"]*"', "", text)
+    assert not re.findall(r"url\((?!#)|@import|<link|<base", bare)
+    outside = set(re.findall(r"https?://[^\s\"'<&]+", bare))
+    assert outside <= {"https://evil.example/x"}  # text of the configuration, escaped
+
+
+def test_user_text_is_escaped(text):
+    assert "<script>alert" not in text and "&lt;script&gt;" in text
+    assert "<img" not in text
+
+
+def test_budgets_come_first_with_how_much_smaller_faster_and_better(text, summary):
+    first = text[: text.index("<svg")]
+    for budget, entry in summary["budgets"].items():
+        assert f"budget {budget}" in first
+        assert f"{summary['macs'] / entry['macs']:.1f}×" in first
+        assert f"{entry['top1']:.2f}" in first
+        assert f"{entry['retention_dense']:.1f}" in first
+    assert first.count("3.5×") == 2  # 1.75 ms / 0.5 ms
+    assert "1 h 2 min" in first
+
+
+def test_dark_light_and_phone(text):
+    assert "prefers-color-scheme: dark" in text
+    assert 'name="viewport"' in text
+    svgs = re.findall(r"<svg[^>]*>", text)
+    assert len(svgs) == 5  # accuracy, front, two losses, one accuracy over training
+    for opening in svgs:
+        assert "viewBox" in opening and "width=" not in opening and "aria-label" in opening
+    assert "mathdefault" not in text and "font-family:" not in text[text.index("<svg") :]
+    assert "currentColor" in text and plots._FOREGROUND not in text
+    ids = [value for name, value in Page(text).attributes if name == "id"]
+    referenced = set(re.findall(r"(?:url\(|href=\")#([^)\"]+)", text))
+    assert referenced and referenced <= set(ids)
+
+
+def luminance(color):
+    channels = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+@pytest.mark.parametrize("color", [*plots.PALETTE, plots.FAINT])
+def test_series_colours_are_visible_on_both_pages(color):
+    for background in ("#ffffff", "#14171c"):
+        high, low = sorted((luminance(color), luminance(background)), reverse=True)
+        assert (high + 0.05) / (low + 0.05) >= 3
+
+
+def test_architecture_shows_widths_and_dropped_blocks(text, candidates, summary):
+    metadata = json.loads(candidates.schema.metadata[b"space"])
+    assert metadata == {
+        "axes": {"stem": 16, "block.inner": 32},
+        "blocks": {"block": ["block.inner"]},
+    }
+    found = page._architecture(
+        candidates,
+        {
+            "a": {"subnet": '{"dropped": [], "widths": {"stem": 4, "block.inner": 16}}'},
+            "b": {"subnet": '{"dropped": ["block"], "widths": {"stem": 16, "block.inner": 8}}'},
+        },
+    )
+    stem, inner = found["rows"]
+    assert [cell["width"] for cell in stem["cells"]] == [4, 16]
+    assert [cell["share"] for cell in stem["cells"]] == [25, 100]
+    assert inner["cells"][0]["width"] == 16 and not inner["cells"][0]["dropped"]
+    assert inner["cells"][1]["dropped"]
+    assert "Architecture before and after" in text
+
+
+def test_a_subnet_counts_once_with_its_best_score(candidates):
+    rows = page._best_fidelity(candidates)
+    assert len(rows) == candidates.num_rows - 1
+    twice = candidates.to_pylist()[0]["subnet_id"]
+    assert [row["score"] for row in rows if row["subnet_id"] == twice] == [0.123]
+
+
+def test_the_front_holds_what_nothing_beats():
+    assert page._front([(3, 1.0), (1, 2.0), (2, 2.5), (2, 1.5), (4, 1.0)]) == [
+        (1, 2.0),
+        (2, 1.5),
+        (3, 1.0),
+    ]
+
+
+def test_curves_skip_holes_and_stay_small(curves):
+    x_name, series = page._series(curves["supernet"])
+    assert x_name == "step"
+    assert set(series) == {"loss", "kl", "top1"}
+    assert len(series["loss"]) <= page._MOST_POINTS
+    assert len(series["top1"]) == 10
+    assert series["top1"][-1] == (999.0, 50.0 + 999 / 25)
+
+
+def test_a_run_without_dense_baseline_latency_or_history_still_reports(summary, config):
+    summary["dense_top1"] = None
+    for entry in summary["budgets"].values():
+        entry.update(retention_dense=None, latency_ms=None, dense_latency_ms=None)
+    empty = pa.table({"macs": pa.array([], pa.int64()), "score": pa.array([], pa.float64())})
+    text = render(summary, config, empty, {})
+    Page(text)
+    assert "not measured" in text
+    assert "faster" not in text and "Training" not in text and "Architecture" not in text
+    assert "own main network" in text
+
+
+def test_missing_columns_are_named(summary, config):
+    with pytest.raises(StorageError, match="score"):
+        render(summary, config, pa.table({"macs": [1]}), {})
+
+
+def test_configuration_and_environment_are_shown(text, config):
+    shown = re.findall(r"<pre>(.*?)</pre>", text, re.DOTALL)
+    assert yaml.safe_load(shown[0].replace("&lt;", "<").replace("&gt;", ">")) == config
+    assert "torch" in shown[1]
+
+
+def test_pictures_stand_alone(summary):
+    svg = accuracy_against_macs(summary)
+    root = ElementTree.fromstring(svg)
+    assert root.tag.endswith("svg")
+    assert b"prefers-color-scheme" in svg and b"96.1 %" in svg
+    assert svg == accuracy_against_macs(summary)  # the same bytes every time
+    assert accuracy_against_macs(summary, format="png").startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("count", "expected"),
+    [(950, "950"), (590_000, "590 k"), (41_300_000, "41.3 M"), (4_089_184_256, "4.09 G")],
+)
+def test_short_counts(count, expected):
+    assert plots.short(count) == expected

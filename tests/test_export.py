@@ -1,0 +1,226 @@
+import io
+import re
+import sys
+import zipfile
+
+import pytest
+import torch
+import yaml
+from torch import nn
+
+from stp_ray import export
+from stp_ray.artifacts import Store
+
+
+class Small(nn.Module):
+    """Convolution, BatchNorm, a residual addition and a flattening that keeps the batch free."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.norm = nn.BatchNorm2d(8)
+        self.branch = nn.Conv2d(8, 8, 3, padding=1)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, images):
+        x = torch.relu(self.norm(self.stem(images)))
+        x = torch.relu(x + self.branch(x))
+        return self.head(x.mean((2, 3)))
+
+
+class BakedBatch(nn.Module):
+    """Only ever answers for two images."""
+
+    def forward(self, images):
+        return images.reshape(2, -1)[:, :4]
+
+
+class Stateful(nn.Module):
+    """Its exported form is a different function: the module scales by what it counts."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, images):
+        self.calls += 1
+        return images.flatten(1)[:, :4] * self.calls
+
+
+@pytest.fixture
+def module():
+    torch.manual_seed(0)
+    small = Small()
+    small.norm.running_mean.normal_()
+    small.norm.running_var.uniform_(0.5, 2)
+    return small
+
+
+@pytest.fixture
+def store(tmp_path):
+    return Store(tmp_path / "model")
+
+
+@pytest.fixture
+def example():
+    return torch.randn(1, 3, 12, 12)
+
+
+DESCRIPTION = {
+    "model": {"name": "resnet20", "kwargs": {"num_classes": 5}},
+    "num_classes": 5,
+    "image_size": 12,
+    "space": {"divisor": None, "min_ratio": 0.125},
+    "subnet": '{"dropped": ["b"], "widths": {"a": 4}}',
+    "data": "digits",
+}
+
+
+def test_saved_model_holds_weights_and_description(module, store):
+    written = export.save_model(store, module, DESCRIPTION)
+    loaded = store.load_tensors("model.safetensors")
+    state = module.state_dict()
+    assert loaded.keys() == state.keys()
+    assert all(torch.equal(loaded[name], state[name]) for name in state)
+    content = store.read_json("model.json")
+    assert content["format"] == export.FORMAT
+    assert content["subnet"] == {"dropped": ["b"], "widths": {"a": 4}}
+    assert content["model"] == DESCRIPTION["model"]
+    assert written == {name: store.checksum(name) for name in store.names()}
+
+
+def test_shared_and_sliced_tensors_are_saved_whole_and_small(module, store):
+    module.tied = module.head
+    module.head.weight = nn.Parameter(torch.randn(100, 8)[:5])
+    export.save_model(store, module, DESCRIPTION)
+    loaded = store.load_tensors("model.safetensors")
+    assert torch.equal(loaded["tied.weight"], loaded["head.weight"])
+    assert loaded["head.weight"].shape == (5, 8)
+    assert len(store.read_bytes("model.safetensors")) < 8000
+
+
+@pytest.mark.parametrize("key", ["model", "num_classes", "image_size", "space", "subnet"])
+def test_a_description_that_cannot_rebuild_the_model_is_refused(module, store, key):
+    with pytest.raises(export.ExportError, match=key):
+        export.save_model(store, module, {k: v for k, v in DESCRIPTION.items() if k != key})
+    with pytest.raises(export.ExportError, match="JSON"):
+        export.save_model(store, module, {**DESCRIPTION, "space": {"divisor": torch.ones(1)}})
+    assert store.names() == []
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_pt2_computes_the_same_for_any_batch(module, example, training):
+    module.train(training)
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    data = export.to_pt2(module, example)
+    assert zipfile.is_zipfile(io.BytesIO(data))
+    assert module.training is training
+    assert all(torch.equal(before[name], tensor) for name, tensor in module.state_dict().items())
+    # As another program would read it.
+    program = torch.export.load(io.BytesIO(data)).module()
+    module.eval()
+    for size in (1, 2, 7):
+        images = torch.randn(size, 3, 12, 12)
+        torch.testing.assert_close(program(images), module(images))
+
+
+def test_onnx_computes_the_same_for_any_batch(module, example):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    data = export.to_onnx(module, example)
+    session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
+    assert [i.name for i in session.get_inputs()] == ["images"]
+    assert [o.name for o in session.get_outputs()] == ["logits"]
+    module.eval()
+    for size in (1, 2, 7):
+        images = torch.randn(size, 3, 12, 12)
+        found = torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+        torch.testing.assert_close(found, module(images), rtol=1e-4, atol=1e-5)
+
+
+def test_a_program_that_computes_something_else_is_refused(example):
+    with pytest.raises(export.ExportError, match="differs from the model"):
+        export.to_pt2(Stateful(), example)
+
+
+def test_what_cannot_be_exported_becomes_a_note_and_not_a_failure(example, store):
+    written, notes = export.write_programs(store, BakedBatch(), example, onnx=False)
+    assert len(notes) == 1 and notes[0].startswith("no .pt2 file") and "\n" not in notes[0]
+    assert written == {}
+    assert "export.pt2=false" in notes[0]
+    assert store.names() == []
+
+
+def test_a_missing_package_becomes_a_note(module, example, store, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    written, notes = export.write_programs(store, module, example)
+    assert len(notes) == 1 and "stp_ray[export]" in notes[0] and "\n" not in notes[0]
+    assert written == {"model.pt2": store.checksum("model.pt2")}
+
+
+def test_nothing_is_exported_unasked(module, example, store):
+    assert export.write_programs(store, module, example, onnx=False, pt2=False) == ({}, [])
+    assert store.names() == []
+
+
+def test_latency_is_a_median_and_restores_the_thread_count(module, example, monkeypatch):
+    before = torch.get_num_threads()
+    ticks = iter([0.0, 1.0, 0.0, 9.0, 0.0, 2.0])
+    monkeypatch.setattr(export.time, "perf_counter", lambda: next(ticks))
+    module.train()
+    assert export.latency(module, example, repeats=3) == 2.0
+    assert module.training
+    assert torch.get_num_threads() == before
+    with pytest.raises(ValueError, match="repeats=0"):
+        export.latency(module, example, repeats=0)
+
+
+def test_latency_grows_with_the_work(module):
+    little = export.latency(module, torch.randn(1, 3, 8, 8), repeats=15)
+    much = export.latency(module, torch.randn(8, 3, 96, 96), repeats=15)
+    assert 0 < little < much
+
+
+SUMMARY = {
+    "run_id": "demo-1a2b",
+    "storage": "runs",
+    "dense_top1": 98.0,
+    "main_top1": 97.5,
+    "macs": 4_000_000,
+    "params": 270_000,
+    "budgets": {
+        "0.15": {
+            "top1": 96.1,
+            "retention_dense": 98.061,
+            "retention_main": 98.564,
+            "macs": 590_000,
+            "params": 40_123,
+            "latency_ms": 0.51,
+            "dense_latency_ms": 1.9,
+            "subnet_id": "abcdef012345",
+            "uri": "runs/demo-1a2b/budget-0.15",
+        }
+    },
+    "seconds": 12.0,
+}
+
+
+def test_model_card_states_the_figures_and_how_to_load():
+    card = export.model_card(SUMMARY, "0.15", DESCRIPTION, notes=["no ONNX file: reason"])
+    metadata = yaml.safe_load(re.match(r"---\n(.*?)\n---\n", card, re.DOTALL)[1])
+    result = metadata["model-index"][0]["results"][0]
+    assert result["metrics"] == [{"type": "accuracy", "value": 96.1}]
+    assert result["dataset"]["name"] == "digits"
+    assert "| Top-1, % | 96.10 | 98.00 |" in card
+    assert "| MACs of one image | 590,000 | 4,000,000 |" in card
+    assert "98.06 %" in card and "98.56 %" in card
+    assert 'stp_ray.load("runs/demo-1a2b/budget-0.15")' in card
+    assert "no ONNX file: reason" in card
+
+
+def test_model_card_says_what_was_not_measured():
+    entry = {**SUMMARY["budgets"]["0.15"], "retention_dense": None, "latency_ms": None}
+    summary = {**SUMMARY, "dense_top1": None, "budgets": {"0.15": entry}}
+    card = export.model_card(summary, "0.15", DESCRIPTION)
+    assert "| Top-1, % | 96.10 | not measured |" in card
+    assert "Retention: not measured of" in card
