@@ -1,0 +1,513 @@
+"""A run's files on any fsspec storage: atomic, checksummed, never pickled.
+
+`Store` is one folder; `Checkpoints` a row of resumable states in it; `Manifest` the record
+of which stages are done. Weights are safetensors, tables Parquet, everything else JSON.
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import logging
+import math
+import os
+import re
+import sys
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TypedDict
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import safetensors
+import safetensors.torch
+from fsspec.implementations.local import LocalFileSystem
+from torch import Tensor
+
+from .errors import StorageError
+from .uris import refuse_credentials
+
+log = logging.getLogger(__name__)
+
+_SEGMENT = re.compile(r"[A-Za-z0-9_=-][A-Za-z0-9._=-]*")
+_EXTRAS = {
+    "s3": "s3",
+    "s3a": "s3",
+    "gs": "gcs",
+    "gcs": "gcs",
+    "az": "azure",
+    "abfs": "azure",
+    "abfss": "azure",
+    "adl": "azure",
+}
+# Exceptions of the back-ends that are not OSErrors; looked up only once they are loaded.
+_FOREIGN_ERRORS = (
+    ("botocore.exceptions", "BotoCoreError"),
+    ("botocore.exceptions", "ClientError"),
+    ("aiohttp", "ClientError"),
+    ("google.auth.exceptions", "GoogleAuthError"),
+    ("azure.core.exceptions", "AzureError"),
+)
+
+
+class Store:
+    """One folder on local disk or object storage.
+
+    Names are relative, in segments of letters, digits and `._=-`, separated by "/". Every
+    write is atomic: a reader sees the old content or the new, never a part. Pickles as its
+    URI, so it can be handed to another process.
+
+    Args:
+        uri: a folder, or an fsspec URI such as "s3://bucket/folder". For s3,
+            AWS_ENDPOINT_URL is honoured. Credentials in the URI are refused.
+
+    Raises:
+        StorageError: the back-end is unknown or not installed, or the URI holds credentials.
+    """
+
+    def __init__(self, uri: str | os.PathLike[str]) -> None:
+        text = os.fspath(uri)
+        refuse_credentials(text)
+        if not text:
+            raise StorageError("the storage is empty; expected a folder or a URI")
+        self._fs, path = _open_filesystem(text)
+        self._path = path.rstrip("/")
+
+    def __repr__(self) -> str:
+        return f"Store({self.uri!r})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Store) and self.uri == other.uri
+
+    def __hash__(self) -> int:
+        return hash(self.uri)
+
+    def __reduce__(self) -> tuple[type["Store"], tuple[str]]:
+        return Store, (self.uri,)
+
+    @property
+    def uri(self) -> str:
+        """The absolute URI, "file:///..." for local folders."""
+        return str(self._fs.unstrip_protocol(self._path))
+
+    @property
+    def local_path(self) -> Path | None:
+        """The folder itself where the store is on a local file system, else None."""
+        return Path(self._path) if isinstance(self._fs, LocalFileSystem) else None
+
+    def child(self, *names: str) -> "Store":
+        """A folder within this one. Nothing is created until something is written."""
+        return Store(self._fs.unstrip_protocol("/".join([self._path, *map(_checked, names)])))
+
+    # -- bytes ----------------------------------------------------------------------
+
+    def write_bytes(self, name: str, data: bytes) -> str:
+        """Write a file atomically and return its sha256 as hexadecimal digits."""
+        path = self._at(name)
+        with self._explained("write", name):
+            if self.local_path is None:
+                self._fs.pipe_file(path, data)  # one put: visible when complete
+            else:
+                _replace_file(Path(path), data)
+        return hashlib.sha256(data).hexdigest()
+
+    def read_bytes(self, name: str) -> bytes:
+        """The content of a file."""
+        with self._explained("read", name):
+            return bytes(self._fs.cat_file(self._at(name)))
+
+    def checksum(self, name: str) -> str:
+        """The sha256 of a file's content, as hexadecimal digits."""
+        return hashlib.sha256(self.read_bytes(name)).hexdigest()
+
+    def exists(self, name: str) -> bool:
+        """Whether a file or a folder of this name exists."""
+        with self._explained("look for", name):
+            return bool(self._fs.exists(self._at(name)))
+
+    def names(self, prefix: str = "") -> list[str]:
+        """Names of the files and folders directly in this folder, sorted; [] without it."""
+        with self._explained("list", prefix):
+            try:
+                found = self._fs.ls(self._path, detail=False)
+            except (FileNotFoundError, NotADirectoryError):
+                return []
+        names = {str(path).rstrip("/").rpartition("/")[2] for path in found}
+        # A temporary file of a write that was killed begins with a dot.
+        return sorted(n for n in names if n.startswith(prefix) and _SEGMENT.fullmatch(n))
+
+    def delete(self, name: str) -> None:
+        """Delete a file, or a folder with all it holds. Nothing happens without it."""
+        with self._explained("delete", name), contextlib.suppress(FileNotFoundError):
+            self._fs.rm(self._at(name), recursive=True)
+
+    # -- formats --------------------------------------------------------------------
+
+    def write_json(self, name: str, content: Any) -> str:
+        """Write JSON (a non-finite number becomes null) and return the sha256."""
+        text = json.dumps(jsonable(content), indent=2, ensure_ascii=False, allow_nan=False)
+        return self.write_bytes(name, (text + "\n").encode())
+
+    def read_json(self, name: str) -> Any:
+        """The content of a JSON file."""
+        try:
+            return json.loads(self.read_bytes(name))
+        except ValueError as error:
+            raise StorageError(
+                f"{self.uri}/{name} is not JSON ({error}); it was damaged or written by something "
+                "else; delete it to have it made again"
+            ) from None
+
+    def write_table(self, name: str, table: pa.Table | Sequence[Mapping[str, Any]]) -> str:
+        """Write a table (or a list of rows) as Parquet and return the sha256."""
+        if not isinstance(table, pa.Table):
+            table = pa.Table.from_pylist([dict(row) for row in table])
+        buffer = io.BytesIO()
+        pq.write_table(table, buffer, compression="zstd")
+        return self.write_bytes(name, buffer.getvalue())
+
+    def read_table(self, name: str) -> pa.Table:
+        """The content of a Parquet file."""
+        data = self.read_bytes(name)
+        try:
+            return pq.read_table(pa.BufferReader(data))
+        except pa.ArrowException as error:
+            raise StorageError(
+                f"{self.uri}/{name} is not a Parquet file ({_first_line(error)}); delete it to "
+                "have it made again"
+            ) from None
+
+    def save_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> str:
+        """Write tensors of any device as safetensors and return the sha256.
+
+        Tensors that share memory are written as separate copies.
+        """
+        flat: dict[str, Tensor] = {}
+        seen: set[int] = set()
+        for key, tensor in tensors.items():
+            plain = tensor.detach().cpu().contiguous()
+            place = plain.untyped_storage().data_ptr()
+            if place in seen:
+                plain = plain.clone()
+            seen.add(place)
+            flat[key] = plain
+        return self.write_bytes(name, safetensors.torch.save(flat))
+
+    def load_tensors(self, name: str) -> dict[str, Tensor]:
+        """The tensors of a safetensors file, on the CPU."""
+        return _tensors(self.read_bytes(name), f"{self.uri}/{name}")
+
+    # -- checks ---------------------------------------------------------------------
+
+    def probe(self) -> None:
+        """Write, read and delete a marker; leaves nothing behind, folders included.
+
+        Raises:
+            StorageError: the storage cannot be used; one line saying why.
+        """
+        missing: list[Path] = []
+        if self.local_path is not None:
+            folders = [self.local_path, *self.local_path.parents]
+            missing = [folder for folder in folders if not folder.exists()]
+        name = f"probe-{uuid.uuid4().hex}"
+        try:
+            self.write_bytes(name, name.encode())
+            if self.read_bytes(name) != name.encode():
+                raise StorageError(
+                    f"storage {self.uri} gives back something else than was written; expected a "
+                    "consistent file system; choose another storage"
+                )
+            self.delete(name)
+        finally:
+            for folder in missing:
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
+
+    # -- internals ------------------------------------------------------------------
+
+    def _at(self, name: str) -> str:
+        return f"{self._path}/{_checked(name)}"
+
+    @contextlib.contextmanager
+    def _explained(self, action: str, name: str) -> Iterator[None]:
+        try:
+            yield
+        except _backend_errors() as error:
+            what = f"{self.uri}/{name}" if name else self.uri
+            raise StorageError(f"cannot {action} {what}: {_reason(error)}") from error
+
+
+def _open_filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    scheme = uri.partition("://")[0].lower() if "://" in uri else "file"
+    options: dict[str, Any] = {}
+    if scheme != "file":
+        # Other processes write too: a remembered listing would be out of date.
+        options["use_listings_cache"] = False
+    if scheme in ("s3", "s3a"):
+        options["config_kwargs"] = {
+            "connect_timeout": 5,
+            "read_timeout": 60,
+            "retries": {"max_attempts": 3, "mode": "standard"},
+        }
+        endpoint = os.environ.get("AWS_ENDPOINT_URL")
+        if endpoint:
+            options["endpoint_url"] = endpoint
+    try:
+        filesystem, path = fsspec.url_to_fs(uri, **options)
+    except ImportError as error:
+        extra = _EXTRAS.get(scheme)
+        cure = f"pip install stp_ray[{extra}]" if extra else "install its fsspec package"
+        raise StorageError(
+            f"storage {uri} needs a package that is not installed ({_first_line(error)}); {cure}"
+        ) from None
+    except ValueError as error:
+        raise StorageError(
+            f"storage {uri} cannot be used: {_first_line(error)}; expected a folder or a URI such "
+            "as s3://, gs:// or az://"
+        ) from None
+    return filesystem, str(path)
+
+
+def _checked(name: str) -> str:
+    if not all(_SEGMENT.fullmatch(segment) for segment in name.split("/")):
+        raise StorageError(
+            f"the name {name!r} cannot be used in a store; expected relative segments of letters, "
+            "digits and ._=- that do not begin with a dot"
+        )
+    return name
+
+
+def _replace_file(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}.tmp"
+    try:
+        with temporary.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _tensors(data: bytes, source: str) -> dict[str, Tensor]:
+    try:
+        return safetensors.torch.load(data)
+    except safetensors.SafetensorError as error:
+        raise StorageError(
+            f"{source} is not a safetensors file ({_first_line(error)}); it was damaged or written "
+            "by something else; delete it to have it made again"
+        ) from None
+
+
+def jsonable(content: Any) -> Any:
+    """The same content with non-finite numbers as null, and one-element arrays as numbers."""
+    if isinstance(content, Mapping):
+        return {str(key): jsonable(value) for key, value in content.items()}
+    if isinstance(content, list | tuple | set | frozenset):
+        return [jsonable(value) for value in content]
+    if isinstance(content, float):
+        return content if math.isfinite(content) else None
+    if hasattr(content, "item"):
+        return jsonable(content.item())
+    return content
+
+
+def _backend_errors() -> tuple[type[Exception], ...]:
+    loaded = [
+        getattr(sys.modules[module], name)
+        for module, name in _FOREIGN_ERRORS
+        if module in sys.modules
+    ]
+    return (OSError, *loaded)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "it does not exist; check the bucket, the folder and the name"
+    if isinstance(error, PermissionError):
+        return f"permission denied ({_first_line(error)}); check the access rights"
+    return f"{type(error).__name__}: {_first_line(error)}"
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+# -- checkpoints ------------------------------------------------------------------------
+
+
+class Checkpoints:
+    """Resumable states `checkpoint-<step>/{state.safetensors, meta.json, complete.json}`.
+
+    `complete.json` holds the checksums and is written last, so that a state which was being
+    written when the process died is recognised and passed over. Written by one process.
+
+    Args:
+        store: the folder that they lie in.
+        keep: how many of the newest complete ones stay.
+    """
+
+    _PREFIX = "checkpoint-"
+    _MARKER = "complete.json"
+
+    def __init__(self, store: Store, keep: int = 2) -> None:
+        if keep < 1:
+            raise ValueError(f"keep is {keep}; expected at least 1")
+        self.store = store
+        self.keep = keep
+
+    def save(self, step: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+        """Write the state of `step` (optimiser steps done), then delete the oldest ones.
+
+        Args:
+            step: at least 0; a state of the same step is replaced.
+            tensors: named tensors of any device.
+            meta: JSON-able content.
+        """
+        name = f"{self._PREFIX}{step:08d}"
+        folder = self.store.child(name)
+        folder.delete(self._MARKER)
+        checksums = {
+            "state.safetensors": folder.save_tensors("state.safetensors", tensors),
+            "meta.json": folder.write_json("meta.json", meta),
+        }
+        folder.write_json(self._MARKER, {"step": step, "sha256": checksums})
+        self._prune(name)
+
+    def latest(self) -> tuple[int, dict[str, Tensor], dict[str, Any]] | None:
+        """The newest state that is complete and undamaged: (step, tensors, meta).
+
+        One that is incomplete or fails its checksums is passed over with a warning.
+        """
+        for name in reversed(self._folders()):
+            try:
+                return self._load(name)
+            except StorageError as error:
+                log.warning("passing over %s: %s", name, error)
+        return None
+
+    def _load(self, name: str) -> tuple[int, dict[str, Tensor], dict[str, Any]]:
+        folder = self.store.child(name)
+        if not folder.exists(self._MARKER):
+            raise StorageError("it was not finished")
+        marker = folder.read_json(self._MARKER)
+        content = {}
+        for file in ("state.safetensors", "meta.json"):
+            content[file] = folder.read_bytes(file)
+            expected = marker.get("sha256", {}).get(file) if isinstance(marker, dict) else None
+            if hashlib.sha256(content[file]).hexdigest() != expected:
+                raise StorageError(f"{file} does not match its checksum")
+        tensors = _tensors(content["state.safetensors"], f"{folder.uri}/state.safetensors")
+        return int(marker["step"]), tensors, json.loads(content["meta.json"])
+
+    def _folders(self) -> list[str]:
+        names = self.store.names(self._PREFIX)
+        return sorted(
+            (n for n in names if n.removeprefix(self._PREFIX).isdecimal()),
+            key=lambda n: int(n.removeprefix(self._PREFIX)),
+        )
+
+    def _prune(self, newest: str) -> None:
+        """Delete what is older than the `keep` newest complete ones, unfinished ones included."""
+        older = self._folders()
+        older = older[: older.index(newest)] if newest in older else []
+        kept = 1
+        for name in reversed(older):
+            folder = self.store.child(name)
+            if kept < self.keep and folder.exists(self._MARKER):
+                kept += 1
+                continue
+            folder.delete(self._MARKER)  # first, so that a half-deleted one is not taken for whole
+            self.store.delete(name)
+
+
+# -- manifest ---------------------------------------------------------------------------
+
+
+class Record(TypedDict):
+    """What the manifest says about a finished stage."""
+
+    inputs: dict[str, Any]
+    outputs: dict[str, str]
+    seconds: float
+    device_seconds: float
+    metrics: dict[str, Any]
+    finished: str
+
+
+class Manifest:
+    """Which stages of a run are done, in `manifest.json`. Written by one process: the driver.
+
+    Args:
+        store: the run's folder.
+    """
+
+    _NAME = "manifest.json"
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+
+    def stages(self) -> dict[str, Record]:
+        """The records of all finished stages, in the order in which they finished."""
+        if not self.store.exists(self._NAME):
+            return {}
+        content = self.store.read_json(self._NAME)
+        stages = content.get("stages") if isinstance(content, dict) else None
+        if not isinstance(stages, dict):
+            raise StorageError(
+                f"{self.store.uri}/{self._NAME} holds no stages; delete it to run them all again"
+            )
+        return stages
+
+    def done(self, stage: str) -> Record | None:
+        """The record of a finished stage whose outputs are still there and undamaged.
+
+        None, with a warning, if an output is missing or fails its checksum: then the stage
+        has to run again.
+        """
+        record = self.stages().get(stage)
+        if record is None:
+            return None
+        for name, expected in record["outputs"].items():
+            if not self.store.exists(name) or self.store.checksum(name) != expected:
+                log.warning("stage %s runs again: its output %s is missing or damaged", stage, name)
+                return None
+        return record
+
+    def finish(
+        self,
+        stage: str,
+        *,
+        inputs: Mapping[str, Any],
+        outputs: Mapping[str, str],
+        seconds: float,
+        device_seconds: float,
+        metrics: Mapping[str, Any],
+    ) -> Record:
+        """Record that a stage is done.
+
+        Args:
+            stage: for example "supernet" or "finalize/0.15".
+            inputs: what it was made from: names and checksums or URIs.
+            outputs: name relative to the run's folder -> sha256.
+            seconds: wall-clock duration.
+            device_seconds: seconds times the devices (CPU cores or GPUs) that were held.
+            metrics: JSON-able figures.
+        """
+        stages = self.stages()
+        record = Record(
+            inputs=dict(inputs),
+            outputs=dict(outputs),
+            seconds=float(seconds),
+            device_seconds=float(device_seconds),
+            metrics=dict(metrics),
+            finished=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
+        stages[stage] = record
+        self.store.write_json(self._NAME, {"stages": stages})
+        return record

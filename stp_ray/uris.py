@@ -1,0 +1,46 @@
+"""What a URI may contain. Standard library only, so that every layer can ask."""
+
+import re
+from urllib.parse import parse_qsl
+
+from .errors import StorageError
+
+_SECRET_KEY = re.compile(
+    r"^sig$|signature|token|secret|passw|credential|(access|api|account)[-_]?key", re.IGNORECASE
+)
+_BUCKETS = {"s3", "s3a", "gs", "gcs"}
+
+HOW_TO_MEND = (
+    "expected a URI without credentials; give them through the environment "
+    "(for example AWS_ACCESS_KEY_ID) or the machine's role"
+)
+
+
+def credentials_in(uri: str) -> str | None:
+    """Which kind of credential a URI carries, or None. A plain path carries none.
+
+    URIs end up in config.json, logs and reports, so a secret in one would be published.
+    The answer never repeats the secret.
+    """
+    # fsspec chains URIs with "::"; each link is looked at.
+    for link in uri.split("::"):
+        scheme, separator, rest = link.partition("://")
+        if not separator:
+            continue
+        # A secret may hold "/", which ends the host part for a standard parser.
+        before_at = rest.rpartition("@")[0]
+        host = rest.partition("/")[0]
+        if ":" in before_at.partition("/")[0] or (scheme.lower() in _BUCKETS and ":" in host):
+            return "a user name with a password, or an access key"
+        for key, value in parse_qsl(rest.partition("?")[2]):
+            if value and _SECRET_KEY.search(key):
+                return f"the query parameter {key!r}"
+    return None
+
+
+def refuse_credentials(uri: str) -> None:
+    """Raise StorageError if the URI carries a password, a key or a signature."""
+    found = credentials_in(uri)
+    if found:
+        scheme = uri.partition("://")[0]
+        raise StorageError(f"a {scheme}:// URI contains {found}; {HOW_TO_MEND}")

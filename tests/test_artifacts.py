@@ -1,0 +1,391 @@
+import hashlib
+import json
+import logging
+import os
+import pickle
+import subprocess
+import sys
+import uuid
+
+import pyarrow as pa
+import pytest
+import torch
+
+from stp_ray.artifacts import Checkpoints, Manifest, Store
+from stp_ray.errors import StorageError
+
+pytestmark = pytest.mark.timeout(120)
+
+
+@pytest.fixture(scope="module")
+def s3():
+    """A bucket on a moto server; fake keys, in the environment of these tests only."""
+    server_module = pytest.importorskip("moto.server")
+    boto3 = pytest.importorskip("boto3")
+    pytest.importorskip("s3fs")
+    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        patch.setenv("AWS_ACCESS_KEY_ID", "testing")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        client = boto3.client("s3", endpoint_url=f"http://{host}:{port}")
+        client.create_bucket(Bucket="artifacts")
+        try:
+            yield "s3://artifacts"
+        finally:
+            server.stop()
+
+
+@pytest.fixture(params=["local", "memory", "s3"])
+def store(request, tmp_path):
+    if request.param == "local":
+        return Store(tmp_path / "run")
+    if request.param == "memory":
+        return Store(f"memory://{uuid.uuid4().hex}/run")
+    return Store(f"{request.getfixturevalue('s3')}/{uuid.uuid4().hex}")
+
+
+def test_bytes_come_back(store):
+    digest = store.write_bytes("a/b.bin", b"first")
+    assert digest == hashlib.sha256(b"first").hexdigest() == store.checksum("a/b.bin")
+    store.write_bytes("a/b.bin", b"second")
+    assert store.read_bytes("a/b.bin") == store.child("a").read_bytes("b.bin") == b"second"
+    assert store.exists("a/b.bin")
+    assert store.exists("a")
+    assert not store.exists("c")
+
+
+def test_names_are_sorted_direct_and_current(store):
+    assert store.names() == []
+    other = Store(store.uri)
+    store.write_bytes("part-2.json", b"2")
+    assert other.names() == ["part-2.json"]
+    store.write_bytes("part-1.json", b"1")
+    store.write_bytes("folder/inner.json", b"0")
+    assert other.names() == ["folder", "part-1.json", "part-2.json"]
+    assert other.names("part-") == ["part-1.json", "part-2.json"]
+
+
+def test_files_and_folders_are_deleted(store):
+    store.write_bytes("keep", b"")
+    store.write_bytes("folder/a", b"a")
+    store.write_bytes("folder/deep/b", b"b")
+    store.delete("folder")
+    store.delete("absent")
+    assert not store.exists("folder/deep/b")
+    assert store.names() == ["keep"]
+    store.delete("keep")
+    assert not store.exists("keep")
+
+
+def test_json_and_tables_come_back(store):
+    store.write_json("a.json", {"loss": float("nan"), "top1": torch.tensor(3.5), "all": (1, 2)})
+    assert store.read_json("a.json") == {"loss": None, "top1": 3.5, "all": [1, 2]}
+    rows = [{"id": "a", "macs": 1}, {"id": "b", "macs": 2}]
+    store.write_table("rows.parquet", rows)
+    assert store.read_table("rows.parquet").to_pylist() == rows
+    table = pa.table({"x": [1.5]})
+    store.write_table("table.parquet", table)
+    assert store.read_table("table.parquet") == table
+
+
+def test_tensors_come_back_to_the_bit(store):
+    weights = torch.randn(4, 6)
+    tensors = {
+        "weights": weights,
+        "shared": weights,
+        "slice": weights[:, 1:3],
+        "half": torch.randn(3).to(torch.bfloat16),
+        "count": torch.tensor(7),
+        "empty": torch.zeros(0, 3),
+        "empty too": torch.zeros(0),
+        "parameter": torch.nn.Parameter(torch.ones(2)),
+    }
+    digest = store.save_tensors("t.safetensors", tensors)
+    assert digest == store.checksum("t.safetensors")
+    loaded = store.load_tensors("t.safetensors")
+    assert loaded.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert loaded[name].dtype == tensor.dtype
+        assert torch.equal(loaded[name], tensor)
+
+
+def test_what_is_missing_or_damaged_is_told_in_one_line(store):
+    store.write_bytes("junk", b"junk")
+    for read, told in (
+        (lambda: store.read_bytes("absent"), "does not exist"),
+        (lambda: store.read_json("junk"), "is not JSON"),
+        (lambda: store.read_table("junk"), "is not a Parquet file"),
+        (lambda: store.load_tensors("junk"), "is not a safetensors file"),
+    ):
+        with pytest.raises(StorageError, match=told) as caught:
+            read()
+        assert "\n" not in str(caught.value)
+        assert store.uri in str(caught.value)
+
+
+def test_a_probe_leaves_nothing(store):
+    store.probe()
+    assert store.names() == []
+
+
+def test_a_store_travels_as_its_uri(store):
+    store.write_bytes("a", b"a")
+    copy = pickle.loads(pickle.dumps(store))
+    assert copy == store
+    assert hash(copy) == hash(store)
+    assert copy.read_bytes("a") == b"a"
+    assert repr(store) == f"Store({store.uri!r})"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", "../x", "a/../b", "/etc/passwd", "a//b", ".hidden", "a b", "a\\b", "s3://b/c", "a/"],
+)
+def test_names_that_leave_the_folder_are_refused(tmp_path, name):
+    store = Store(tmp_path)
+    for use in (store.read_bytes, store.exists, store.delete, store.child):
+        with pytest.raises(StorageError, match="cannot be used in a store"):
+            use(name)
+
+
+def test_local_stores_are_absolute_and_lazy(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    store = Store("runs").child("demo-1", "budget-0.15")
+    monkeypatch.chdir("/")
+    assert store.local_path == tmp_path / "runs" / "demo-1" / "budget-0.15"
+    assert store.uri == f"file://{store.local_path}"
+    assert Store(store.uri) == store
+    store.probe()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_local_write_is_all_or_nothing(tmp_path, monkeypatch):
+    store = Store(tmp_path)
+    store.write_bytes("a", b"old")
+
+    def refuse(source, target):
+        raise OSError("disk on fire")
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(StorageError, match="disk on fire"):
+        store.write_bytes("a", b"new")
+    assert store.read_bytes("a") == b"old"
+    assert list(tmp_path.iterdir()) == [tmp_path / "a"]
+    # What a killed process leaves is not listed.
+    (tmp_path / ".a.0123.tmp").write_bytes(b"ne")
+    assert store.names() == ["a"]
+
+
+def test_storage_below_a_file_cannot_be_used(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="cannot write") as caught:
+        Store(tmp_path / "file" / "runs").probe()
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_bucket_or_server_is_told_in_one_line(s3, monkeypatch):
+    with pytest.raises(StorageError, match="cannot write s3://no-such-bucket") as caught:
+        Store("s3://no-such-bucket/runs").probe()
+    assert "\n" not in str(caught.value)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    with pytest.raises(StorageError, match="cannot write s3://artifacts") as caught:
+        Store("s3://artifacts/runs").probe()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("uri", "package", "extra"),
+    [("s3://c/x", "s3fs", "s3"), ("gs://b/x", "gcsfs", "gcs"), ("az://b/x", "adlfs", "azure")],
+)
+def test_a_missing_back_end_names_the_extra(uri, package, extra, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setattr(sys.modules["fsspec.registry"], "_registry", {})
+    with pytest.raises(StorageError, match=rf"pip install stp_ray\[{extra}\]"):
+        Store(uri)
+
+
+@pytest.mark.parametrize(
+    ("uri", "told"),
+    [
+        ("", "empty"),
+        ("nosuch://b/x", "nosuch"),
+        ("s3://AKIAXYZ:secret@bucket/x", "without credentials"),
+    ],
+)
+def test_bad_uris(uri, told):
+    with pytest.raises(StorageError, match=told) as caught:
+        Store(uri)
+    assert "AKIAXYZ" not in str(caught.value)
+
+
+# -- checkpoints ----------------------------------------------------------------------
+
+
+def state(step):
+    return {"weights": torch.full((3,), float(step)), "step": torch.tensor(step)}
+
+
+def test_the_latest_checkpoint_comes_back_and_old_ones_go(store):
+    checkpoints = Checkpoints(store)
+    assert checkpoints.latest() is None
+    for step in (0, 5, 10, 100_000_000):
+        checkpoints.save(step, state(step), {"step": step, "lr": 0.1})
+    assert store.names() == ["checkpoint-00000010", "checkpoint-100000000"]
+    step, tensors, meta = checkpoints.latest()
+    assert (step, meta) == (100_000_000, {"step": step, "lr": 0.1})
+    assert torch.equal(tensors["weights"], state(step)["weights"])
+
+
+def test_one_step_can_be_saved_twice(tmp_path):
+    checkpoints = Checkpoints(Store(tmp_path), keep=1)
+    checkpoints.save(3, state(1), {"try": 1})
+    checkpoints.save(3, state(2), {"try": 2})
+    assert checkpoints.latest()[2] == {"try": 2}
+    assert Store(tmp_path).names() == ["checkpoint-00000003"]
+
+
+def damage_marker(folder):
+    folder.delete("complete.json")
+
+
+def damage_state(folder):
+    data = bytearray(folder.read_bytes("state.safetensors"))
+    data[-1] ^= 1
+    folder.write_bytes("state.safetensors", bytes(data))
+
+
+def damage_meta(folder):
+    folder.write_bytes("meta.json", b"{}")
+
+
+def damage_missing(folder):
+    folder.delete("state.safetensors")
+
+
+def damage_marker_content(folder):
+    folder.write_bytes("complete.json", b"[]")
+
+
+def damage_marker_json(folder):
+    folder.write_bytes("complete.json", b"{")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        damage_marker,
+        damage_state,
+        damage_meta,
+        damage_missing,
+        damage_marker_content,
+        damage_marker_json,
+    ],
+)
+def test_a_damaged_checkpoint_is_passed_over_with_a_warning(store, damage, caplog):
+    checkpoints = Checkpoints(store)
+    checkpoints.save(1, state(1), {})
+    checkpoints.save(2, state(2), {})
+    damage(store.child("checkpoint-00000002"))
+    with caplog.at_level(logging.WARNING):
+        assert checkpoints.latest()[0] == 1
+    assert "passing over checkpoint-00000002" in caplog.text
+    checkpoints.save(2, state(2), {})
+    assert checkpoints.latest()[0] == 2
+
+
+def test_pruning_keeps_complete_ones_and_clears_unfinished_ones(tmp_path):
+    store = Store(tmp_path)
+    checkpoints = Checkpoints(store, keep=2)
+    checkpoints.save(1, state(1), {})
+    store.write_bytes("checkpoint-00000002/state.safetensors", b"half")
+    (tmp_path / "checkpoint-00000002" / ".meta.json.77.tmp").write_bytes(b"{")
+    store.write_bytes("checkpoint-notes", b"not ours")
+    checkpoints.save(3, state(3), {})
+    assert store.names() == ["checkpoint-00000001", "checkpoint-00000003", "checkpoint-notes"]
+
+
+def test_a_checkpoint_survives_a_kill_at_any_write(tmp_path):
+    """The process dies before its n-th file is in place: the state before is still good."""
+    code = """
+import os, sys, torch
+from stp_ray.artifacts import Checkpoints, Store
+count, real = int(sys.argv[2]), os.replace
+def replace(source, target):
+    global count
+    count -= 1
+    if count < 0:
+        os.kill(os.getpid(), 9)
+    real(source, target)
+os.replace = replace
+Checkpoints(Store(sys.argv[1])).save(2, {"weights": torch.ones(3)}, {"step": 2})
+"""
+    for writes in (0, 2, 3):
+        folder = tmp_path / str(writes)
+        Checkpoints(Store(folder)).save(1, state(1), {"step": 1})
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(folder), str(writes)], timeout=60, check=False
+        )
+        assert done.returncode == (0 if writes == 3 else -9)
+        assert Checkpoints(Store(folder)).latest()[0] == (2 if writes == 3 else 1)
+
+
+def test_at_least_one_checkpoint_is_kept(tmp_path):
+    with pytest.raises(ValueError, match="keep is 0"):
+        Checkpoints(Store(tmp_path), keep=0)
+
+
+# -- manifest -------------------------------------------------------------------------
+
+
+def finish(manifest, stage, outputs):
+    return manifest.finish(
+        stage,
+        inputs={"config": "demo"},
+        outputs=outputs,
+        seconds=2,
+        device_seconds=4,
+        metrics={"top1": 97.5},
+    )
+
+
+def test_a_finished_stage_is_done(store):
+    manifest = Manifest(store)
+    assert manifest.done("supernet") is None
+    digest = store.write_bytes("supernet/model.safetensors", b"weights")
+    record = finish(manifest, "supernet", {"supernet/model.safetensors": digest})
+    finish(manifest, "finalize/0.15", {})
+    again = Manifest(Store(store.uri))
+    assert again.done("supernet") == record
+    assert record["metrics"] == {"top1": 97.5}
+    assert (record["seconds"], record["device_seconds"]) == (2.0, 4.0)
+    assert record["finished"].endswith("+00:00")
+    assert list(again.stages()) == ["supernet", "finalize/0.15"]
+
+
+def test_a_stage_whose_output_was_lost_or_changed_is_not_done(store, caplog):
+    manifest = Manifest(store)
+    digest = store.write_bytes("a", b"a")
+    finish(manifest, "explore", {"a": digest})
+    store.write_bytes("a", b"b")
+    assert manifest.done("explore") is None
+    store.delete("a")
+    assert manifest.done("explore") is None
+    assert "explore runs again" in caplog.text
+
+
+def test_a_damaged_manifest_is_told(store):
+    for content in (b"[]", b'{"stages": 1}', b"{"):
+        store.write_bytes("manifest.json", content)
+        with pytest.raises(StorageError, match=r"manifest\.json"):
+            Manifest(store).done("supernet")
+
+
+def test_a_manifest_is_plain_json(tmp_path):
+    finish(Manifest(Store(tmp_path)), "supernet", {})
+    content = json.loads((tmp_path / "manifest.json").read_text())
+    assert content["stages"]["supernet"]["inputs"] == {"config": "demo"}
