@@ -1,0 +1,41 @@
+"""The mathematics of STP: objectives, samplers, calibration, exploration and the loop."""
+
+from .calibrate import calibrate
+from .explore import Candidate, Exploration, Explorer, Scored, reference_logits, score
+from .objective import (
+    DenseObjective,
+    Expansion,
+    ExpansionObjective,
+    Stimulation,
+    StimulativeObjective,
+    cross_entropy,
+    kl_divergence,
+)
+from .sampling import ladder, sampler
+from .sparsity import relative_sparsity
+from .training import Optimisation, Progress, Trainer, evaluate, learning_rate
+
+__all__ = [
+    "Candidate",
+    "DenseObjective",
+    "Expansion",
+    "ExpansionObjective",
+    "Exploration",
+    "Explorer",
+    "Optimisation",
+    "Progress",
+    "Scored",
+    "Stimulation",
+    "StimulativeObjective",
+    "Trainer",
+    "calibrate",
+    "cross_entropy",
+    "evaluate",
+    "kl_divergence",
+    "ladder",
+    "learning_rate",
+    "reference_logits",
+    "relative_sparsity",
+    "sampler",
+    "score",
+]

@@ -1,0 +1,39 @@
+"""BatchNorm statistics of a subnet, measured anew."""
+
+from collections.abc import Iterable
+
+from torch import Tensor
+
+from ..elastic.subnet import Subnet
+from ..elastic.supernet import Stats, StatsRecorder, Supernet
+from .checks import require
+from .modes import device_of, inspecting
+
+
+def calibrate(net: Supernet, subnet: Subnet, batches: Iterable[Tensor]) -> Stats:
+    """Cumulative averages of the batch means and variances of every BatchNorm layer [ST].
+
+    The network's mode, weights and buffers stay as they are.
+
+    Args:
+        net: the supernet.
+        subnet: whose statistics.
+        batches: images [B, ...], normalised as for training but not augmented.
+
+    Returns:
+        Layer name -> named tensors, for `net(x, subnet, stats=...)` and `net.extract`;
+        empty if the subnet has no BatchNorm.
+
+    Raises:
+        ValueError: there is no batch.
+    """
+    recorder = StatsRecorder()
+    device = device_of(net)
+    count = 0
+    with inspecting(net):
+        for count, images in enumerate(batches, start=1):
+            net(images.to(device), subnet, stats=recorder)
+            if count == 1 and not recorder.stats():
+                return {}
+    require(count > 0, "the number of calibration batches", count, "at least 1", "add images")
+    return recorder.stats()

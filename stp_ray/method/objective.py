@@ -1,0 +1,283 @@
+"""The losses. Each objective runs the main network and all subnets in one forward pass,
+so that data-parallel training reduces the gradients once a step, whatever K is.
+
+Translated from the mathematics of METHOD: the paper's [paper], its ancestors' [ST], or a
+decision of this project's [ours], as marked.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..elastic.subnet import Subnet
+from ..elastic.supernet import Supernet
+from .checks import require
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stimulation:
+    """Options of stimulative training. Raises ValueError for a value out of range."""
+
+    __pydantic_config__ = {"extra": "forbid", "use_attribute_docstrings": True}  # noqa: RUF012
+
+    subnets: int = 1
+    """K, the subnets trained beside the main network in each step [ST]."""
+    kd_weight: float = 1.0
+    """Lambda, the weight of the mean distillation loss of the subnets [ours]."""
+    temperature: float = 1.0
+    """T of the distillation; the loss is multiplied by T squared [ours]."""
+    sampler: Literal["uniform", "stratified", "sandwich", "narrowing"] = "stratified"
+    """Which subnets: any; evenly spread over MACs; the smallest and random ones; or with an
+    upper limit that falls from the full network to the budgets as training goes on [ours]."""
+    direction: bool = False
+    """Distil the direction of the logits alone, each divided by its L2 norm ("KL-") [ST]."""
+    resolutions: tuple[float, ...] = (1.0,)
+    """Scales of the input's height and width for subnets, one drawn for each of them [ST]."""
+    different_per_rank: bool = True
+    """Whether data-parallel workers train different subnets: W times K a step [ours]."""
+
+    def __post_init__(self) -> None:
+        require(self.subnets >= 1, "subnets", self.subnets, "at least 1", "raise it")
+        _check_distillation(self.kd_weight, self.temperature)
+        require(
+            self.sampler in ("uniform", "stratified", "sandwich", "narrowing"),
+            "sampler",
+            self.sampler,
+            "uniform, stratified, sandwich or narrowing",
+            "choose one",
+        )
+        require(
+            self.sampler != "sandwich" or self.subnets >= 2,
+            "subnets",
+            self.subnets,
+            "at least 2 with the sandwich sampler, the smallest subnet being one of them",
+            "raise it or choose another sampler",
+        )
+        require(
+            len(self.resolutions) > 0 and all(0 < scale <= 1 for scale in self.resolutions),
+            "resolutions",
+            self.resolutions,
+            "at least one scale, each in (0, 1]",
+            "(1.0,) keeps the size of the images",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Expansion:
+    """Options of mutating-expansion distillation. Raises ValueError for a value out of range."""
+
+    __pydantic_config__ = {"extra": "forbid", "use_attribute_docstrings": True}  # noqa: RUF012
+
+    p_start: float = 0.5
+    """Probability that an axis or a dropped block is expanded, at the start [ours]."""
+    p_end: float = 0.0
+    """The same at the end; in between it moves linearly [ours]."""
+    rungs: int = 1
+    """Expanded subnets between the main network and the target; 0 distils directly [ours]."""
+    target_ce: float = 1.0
+    """Weight of the cross-entropy on the target itself [ours]."""
+    kd_weight: float = 1.0
+    """Weight of each distillation loss of the ladder [ours]."""
+    temperature: float = 1.0
+    """T of the distillation; the loss is multiplied by T squared [ours]."""
+    main: Literal["train", "drop"] = "train"
+    """"train": the main network goes on learning the labels and teaches the ladder [paper].
+    "drop": it is let go, and the expanded subnets learn the labels in its place [ours]."""
+
+    def __post_init__(self) -> None:
+        for name, p in (("p_start", self.p_start), ("p_end", self.p_end)):
+            require(0 <= p <= 1, name, p, "a probability in [0, 1]", "0.5 is usual to start with")
+        require(self.rungs >= 0, "rungs", self.rungs, "0 or more", "1 is usual")
+        require(
+            0 <= self.target_ce < math.inf, "target_ce", self.target_ce, "0 or more", "1 is usual"
+        )
+        _check_distillation(self.kd_weight, self.temperature)
+        require(self.main in ("train", "drop"), "main", self.main, "train or drop", "choose one")
+        require(
+            self.main == "train" or self.rungs >= 1,
+            "rungs",
+            self.rungs,
+            "at least 1 when the main network is dropped, or nobody teaches the target",
+            "raise it or set main to train",
+        )
+
+
+def _check_distillation(kd_weight: float, temperature: float) -> None:
+    require(0 <= kd_weight < math.inf, "kd_weight", kd_weight, "0 or more", "1 is usual")
+    require(
+        0 < temperature < math.inf, "temperature", temperature, "a positive number", "1 is usual"
+    )
+
+
+def kl_divergence(
+    teacher_logits: Tensor,
+    student_logits: Tensor,
+    temperature: float = 1.0,
+    direction: bool = False,
+) -> Tensor:
+    """Mean KL(softmax(teacher / T) || softmax(student / T)) * T^2; no gradient to the teacher.
+
+    Args:
+        teacher_logits: [B, C].
+        student_logits: [B, C].
+        temperature: T.
+        direction: divide each row of logits by its L2 norm first ("KL-") [ST].
+
+    Returns:
+        A scalar of at least single precision; zero where both agree.
+    """
+    teacher, student = _precise(teacher_logits.detach()), _precise(student_logits)
+    if direction:
+        teacher, student = F.normalize(teacher, dim=1), F.normalize(student, dim=1)
+    divergence = F.kl_div(
+        F.log_softmax(student / temperature, dim=1),
+        F.log_softmax(teacher / temperature, dim=1),
+        reduction="batchmean",
+        log_target=True,
+    )
+    return divergence * temperature**2
+
+
+def _precise(logits: Tensor) -> Tensor:
+    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Mean cross-entropy of logits [B, C] with class indices [B] or soft targets [B, C]."""
+    logits = _precise(logits)
+    if labels.is_floating_point():
+        labels = labels.to(logits.dtype)
+    return F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+
+
+class DenseObjective(nn.Module):
+    """Plain cross-entropy: the baseline, and networks of a fixed shape."""
+
+    uses_all_parameters = True
+
+    def __init__(self, model: nn.Module, label_smoothing: float = 0.0) -> None:
+        super().__init__()
+        self.model = model
+        self.label_smoothing = label_smoothing
+
+    def forward(
+        self, images: Tensor, labels: Tensor, subnets: Sequence[Subnet] = ()
+    ) -> dict[str, Tensor]:
+        """{"loss"}; the subnets are not looked at."""
+        return {"loss": cross_entropy(self.model(images), labels, self.label_smoothing)}
+
+
+class StimulativeObjective(nn.Module):
+    """CE(z_M, y) + lambda * (1/K) sum_k KL(stop_grad(z_M) || z_k) [paper, ST].
+
+    Args:
+        net: the supernet.
+        options: K is the number of subnets that the sampler draws, not read here.
+        label_smoothing: of the cross-entropy.
+    """
+
+    uses_all_parameters = True
+
+    def __init__(self, net: Supernet, options: Stimulation, label_smoothing: float = 0.0) -> None:
+        super().__init__()
+        self.net = net
+        self.options = options
+        self.label_smoothing = label_smoothing
+        self.different_per_rank = options.different_per_rank
+
+    def forward(
+        self, images: Tensor, labels: Tensor, subnets: Sequence[Subnet]
+    ) -> dict[str, Tensor]:
+        """{"loss", "ce": of the main network, "kd": mean over the subnets}."""
+        options = self.options
+        main = self.net(images)
+        ce = cross_entropy(main, labels, self.label_smoothing)
+        losses = [
+            kl_divergence(
+                main, self.net(self._scaled(images), subnet), options.temperature, options.direction
+            )
+            for subnet in subnets
+        ]
+        kd = torch.stack(losses).mean() if losses else ce.new_zeros(())
+        return {"loss": ce + options.kd_weight * kd, "ce": ce.detach(), "kd": kd.detach()}
+
+    def _scaled(self, images: Tensor) -> Tensor:
+        """The images at a scale drawn from torch's CPU generator, which the trainer seeds."""
+        scales = self.options.resolutions
+        scale = scales[int(torch.randint(len(scales), ()))] if len(scales) > 1 else scales[0]
+        if scale == 1.0:
+            return images
+        size = [max(1, round(extent * scale)) for extent in images.shape[-2:]]
+        return F.interpolate(
+            images, size=size, mode="bilinear", align_corners=False, antialias=True
+        )
+
+
+class ExpansionObjective(nn.Module):
+    """CE(z_M, y) + KL(z_M || z_e) + KL(z_e || z_a*), teachers without gradient [paper].
+
+    The subnets of a step are the expanded ones, from large to small; each learns from the
+    one before it and the target from the last. With `options.main == "drop"` there is no
+    main network: the expanded subnets learn the labels (their mean cross-entropy takes the
+    place of the main network's), and what lies outside the largest of them gets no gradient.
+
+    Args:
+        net: the supernet.
+        target: the subnet that will be extracted.
+        options: weights of the ladder.
+        label_smoothing: of the cross-entropies.
+    """
+
+    def __init__(
+        self, net: Supernet, target: Subnet, options: Expansion, label_smoothing: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.net = net
+        self.target = target
+        self.options = options
+        self.label_smoothing = label_smoothing
+        self.uses_all_parameters = options.main == "train"
+
+    def forward(
+        self, images: Tensor, labels: Tensor, subnets: Sequence[Subnet]
+    ) -> dict[str, Tensor]:
+        """{"loss", "ce": of the teacher(s), "ce_target", "kd": sum over the expanded subnets,
+        "kd_target"}."""
+        options = self.options
+        main = [self.net(images)] if options.main == "train" else []
+        rungs = [self.net(images, subnet) for subnet in subnets]
+        target = self.net(images, self.target)
+        ladder = main + rungs
+        learners = main or rungs
+        require(
+            len(ladder) > 0,
+            "the number of expanded subnets",
+            0,
+            "at least 1 without a main network",
+            "draw them with stp_ray.method.ladder",
+        )
+
+        ce = torch.stack(
+            [cross_entropy(logits, labels, self.label_smoothing) for logits in learners]
+        ).mean()
+        ce_target = cross_entropy(target, labels, self.label_smoothing)
+        steps = [
+            kl_divergence(teacher, student, options.temperature)
+            for teacher, student in pairwise(ladder)
+        ]
+        kd = torch.stack(steps).sum() if steps else ce.new_zeros(())
+        kd_target = kl_divergence(ladder[-1], target, options.temperature)
+        loss = ce + options.target_ce * ce_target + options.kd_weight * (kd + kd_target)
+        return {
+            "loss": loss,
+            "ce": ce.detach(),
+            "ce_target": ce_target.detach(),
+            "kd": kd.detach(),
+            "kd_target": kd_target.detach(),
+        }

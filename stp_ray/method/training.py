@@ -1,0 +1,501 @@
+"""The training loop: it yields metrics and state, and knows nothing of where they go.
+
+Everything random is derived from (seed, step, rank), so the number of steps done is all
+the position that a checkpoint has to hold: a run that was stopped at a step boundary and
+loaded again goes on bit for bit as if it had not been stopped.
+"""
+
+import hashlib
+import math
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..elastic.subnet import Subnet
+from ..errors import RunError, StorageError
+from .checks import require
+
+Batches = Callable[[int, int], Iterable[tuple[Tensor, Tensor]]]
+"""(epoch, first step of it) -> (images, labels) of this rank, from that step on."""
+
+Draw = Callable[[random.Random, float], Sequence[Subnet]]
+"""(random numbers of this step, progress in [0, 1)) -> the subnets to train in this step."""
+
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_MENDING = "lower lr, set grad_clip or use precision fp32, and look for bad values in the images"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimisation:
+    """How a network is trained. Raises ValueError for a value out of range."""
+
+    __pydantic_config__ = {"extra": "forbid", "use_attribute_docstrings": True}  # noqa: RUF012
+
+    epochs: int = 10
+    """Passes over the training images."""
+    batch_size: int = 128
+    """Images in one optimiser step, over all workers together."""
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    """SGD with momentum, or AdamW with its usual betas."""
+    lr: float = 0.1
+    """Learning rate after the warm-up, for the whole batch."""
+    momentum: float = 0.9
+    """Momentum of SGD; AdamW does not read it."""
+    nesterov: bool = True
+    """Nesterov's form of SGD's momentum."""
+    weight_decay: float = 5e-4
+    """Weight decay; norms and biases are spared."""
+    warmup_epochs: float = 1.0
+    """Epochs in which the learning rate rises linearly; at most `epochs`."""
+    min_lr: float = 0.0
+    """Where the cosine ends, as a fraction of `lr`."""
+    label_smoothing: float = 0.0
+    """Share of the label that is spread over all classes, in [0, 1)."""
+    grad_clip: float | None = None
+    """Largest L2 norm of the gradient; None leaves it as it is."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Arithmetic of the forward pass (autocast); fp16 comes with loss scaling."""
+    ema: float | None = None
+    """Decay of an exponential moving average of the weights, in (0, 1); None keeps none."""
+    checkpoint_every: int = 0
+    """Steps between checkpoints, besides the one at the end of each epoch; 0 for that alone."""
+
+    def __post_init__(self) -> None:
+        def check(holds: bool, name: str, expected: str, change: str) -> None:
+            require(holds, name, getattr(self, name), expected, change)
+
+        check(self.epochs >= 1, "epochs", "at least 1", "raise it")
+        check(self.batch_size >= 1, "batch_size", "at least 1", "raise it")
+        check(self.optimizer in ("sgd", "adamw"), "optimizer", "sgd or adamw", "choose one")
+        check(0 < self.lr < math.inf, "lr", "a positive number", "0.1 is usual for sgd")
+        check(0 <= self.momentum < 1, "momentum", "a number in [0, 1)", "0.9 is usual")
+        check(
+            0 <= self.weight_decay < math.inf, "weight_decay", "0 or more", "5e-4 is usual for sgd"
+        )
+        check(
+            0 <= self.warmup_epochs <= self.epochs,
+            "warmup_epochs",
+            f"between 0 and epochs ({self.epochs})",
+            "shorten the warm-up or train longer",
+        )
+        check(0 <= self.min_lr <= 1, "min_lr", "a fraction of lr in [0, 1]", "0 is usual")
+        check(0 <= self.label_smoothing < 1, "label_smoothing", "in [0, 1)", "0.1 is usual")
+        check(
+            self.grad_clip is None or 0 < self.grad_clip < math.inf,
+            "grad_clip",
+            "a positive norm or null",
+            "1.0 is usual",
+        )
+        check(
+            self.precision in ("fp32", *_AUTOCAST), "precision", "fp32, bf16 or fp16", "choose one"
+        )
+        check(self.ema is None or 0 < self.ema < 1, "ema", "in (0, 1) or null", "0.999 is usual")
+        check(
+            self.checkpoint_every >= 0, "checkpoint_every", "0 or more steps", "0 for epochs only"
+        )
+
+
+def learning_rate(options: Optimisation, step: int, total_steps: int) -> float:
+    """The learning rate of a step: linear warm-up, then a cosine down to `min_lr * lr`.
+
+    Args:
+        options: how the network is trained.
+        step: optimiser steps done so far, 0 for the first.
+        total_steps: steps of the whole training.
+    """
+    warmup = round(options.warmup_epochs / options.epochs * total_steps)
+    if step < warmup:
+        return options.lr * (step + 1) / warmup
+    share = min(1.0, (step - warmup) / max(1, total_steps - warmup))
+    cosine = 0.5 * (1 + math.cos(math.pi * share))
+    return options.lr * (options.min_lr + (1 - options.min_lr) * cosine)
+
+
+@dataclass
+class Progress:
+    """What one optimiser step reports."""
+
+    step: int
+    """Optimiser steps done, this one included."""
+    epoch: int
+    """The epoch that the step belongs to, counted from 0."""
+    steps_per_epoch: int
+    total_steps: int
+    lr: float
+    """The learning rate that the step used."""
+    end_of_epoch: bool
+    checkpoint_due: bool
+    """Whether a checkpoint should be saved now; true at the end of each epoch."""
+    parts: Mapping[str, Tensor] = field(repr=False)
+    """The loss and its parts on the device, detached."""
+
+    @cached_property
+    def metrics(self) -> dict[str, float]:
+        """The loss and its parts as numbers. Reading them waits for the device."""
+        values = torch.stack([part.float() for part in self.parts.values()]).tolist()
+        return dict(zip(self.parts, values, strict=True))
+
+
+class Trainer:
+    """Trains an objective, one optimiser step at a time.
+
+    Args:
+        objective: maps (images, labels, subnets) to {"loss": scalar, further parts}. An
+            attribute `different_per_rank = False` makes all ranks train the same subnets.
+        options: how to train.
+        steps_per_epoch: optimiser steps in one pass over the data.
+        seed: all randomness of the loop follows from it, the step and the rank.
+        rank, world_size: this worker among the data-parallel ones.
+        device: where to train.
+        wrap: applied to the objective once it is on the device; DistributedDataParallel
+            in a cluster.
+        check_every: steps between checks that the loss is finite; by default 1 on the CPU
+            and 50 elsewhere, where each check waits for the device.
+    """
+
+    def __init__(
+        self,
+        objective: nn.Module,
+        options: Optimisation,
+        *,
+        steps_per_epoch: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        device: torch.device | str = "cpu",
+        wrap: Callable[[nn.Module], nn.Module] = lambda module: module,
+        check_every: int | None = None,
+    ) -> None:
+        require(steps_per_epoch >= 1, "steps_per_epoch", steps_per_epoch, "at least 1", "add data")
+        self.options = options
+        self.steps_per_epoch = steps_per_epoch
+        self.total_steps = options.epochs * steps_per_epoch
+        self.step = 0
+        self.device = torch.device(device)
+        self.objective = objective.to(self.device)
+        self._seed, self._rank, self._world_size = seed, rank, world_size
+        self._draw_rank = rank if getattr(objective, "different_per_rank", True) else 0
+        self._check_every = check_every or (1 if self.device.type == "cpu" else 50)
+        self._spoiled = torch.zeros((), device=self.device)
+        self._parameters = {name: p for name, p in objective.named_parameters() if p.requires_grad}
+        self._optimizer = self._make_optimizer()
+        self._scaler = torch.amp.GradScaler(self.device.type, enabled=options.precision == "fp16")
+        self._ema: dict[str, Tensor] | None = None
+        if options.ema is not None:
+            self._ema = {name: t.detach().clone() for name, t in self._averageable().items()}
+        self._module = wrap(objective)
+
+    @property
+    def finished(self) -> bool:
+        """Whether all steps are done."""
+        return self.step >= self.total_steps
+
+    # -- the loop -------------------------------------------------------------------
+
+    def run(self, batches: Batches, draw: Draw) -> Iterator[Progress]:
+        """Train to the end from wherever the trainer stands, yielding after every step.
+
+        The objective is put into training mode before each step, so the consumer may
+        evaluate between two of them.
+
+        Args:
+            batches: gives this rank's (images, labels) from a step of an epoch on; labels
+                are class indices [B] or soft targets [B, C]. It must be deterministic for
+                a restart to be exact.
+            draw: gives the subnets of a step.
+
+        Raises:
+            RunError: the loss or a weight is not finite (on the CPU the step that would
+                have spoilt the weights is not taken), or an epoch has too few batches.
+        """
+        while not self.finished:
+            epoch, first = divmod(self.step, self.steps_per_epoch)
+            for images, labels in batches(epoch, first):
+                progress = self._advance(images, labels, draw, epoch)
+                yield progress
+                if progress.end_of_epoch:
+                    break
+            else:
+                raise RunError(
+                    f"epoch {epoch} ended after {self.step - epoch * self.steps_per_epoch} steps; "
+                    f"expected {self.steps_per_epoch}; the data changed while the run read them"
+                )
+
+    def _advance(self, images: Tensor, labels: Tensor, draw: Draw, epoch: int) -> Progress:
+        options, done = self.options, self.step + 1
+        end_of_epoch = done % self.steps_per_epoch == 0
+        due = end_of_epoch or bool(
+            options.checkpoint_every and done % options.checkpoint_every == 0
+        )
+        torch.manual_seed(_seed_of(self._seed, self.step, self._rank))
+        rng = random.Random(f"{self._seed}:{self.step}:{self._draw_rank}")
+        subnets = draw(rng, self.step / self.total_steps)
+        lr = learning_rate(options, self.step, self.total_steps)
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+
+        self._module.train()
+        images = images.to(self.device, non_blocking=True)
+        labels = labels.to(self.device, non_blocking=True)
+        with torch.autocast(
+            self.device.type,
+            dtype=_AUTOCAST.get(options.precision),
+            enabled=options.precision != "fp32",
+        ):
+            parts = self._module(images, labels, subnets)
+        loss = parts["loss"]
+        parts = {name: part.detach() for name, part in parts.items()}
+        self._spoiled += ~torch.isfinite(parts["loss"])
+        if due or done % self._check_every == 0:
+            self._require_finite_loss(parts, epoch)
+
+        self._optimizer.zero_grad(set_to_none=True)
+        self._scaler.scale(loss).backward()
+        if options.grad_clip is not None:
+            self._scaler.unscale_(self._optimizer)
+            nn.utils.clip_grad_norm_(self._parameters.values(), options.grad_clip)
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
+        self.step = done
+        self._update_ema()
+        if due:
+            self._require_finite_weights(epoch)
+        return Progress(
+            step=done,
+            epoch=epoch,
+            steps_per_epoch=self.steps_per_epoch,
+            total_steps=self.total_steps,
+            lr=lr,
+            end_of_epoch=end_of_epoch,
+            checkpoint_due=due,
+            parts=parts,
+        )
+
+    def _require_finite_loss(self, parts: Mapping[str, Tensor], epoch: int) -> None:
+        """All ranks come to the same verdict, so that none waits for another in vain."""
+        spoiled = self._spoiled.clone()
+        if self._world_size > 1 and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(spoiled)
+        if spoiled.item() == 0:
+            return
+        self._spoiled.zero_()
+        values = ", ".join(f"{name}={float(part):.4g}" for name, part in parts.items())
+        since = "" if self._check_every == 1 else f" or one of the {self._check_every} before it"
+        raise RunError(
+            f"step {self.step} of epoch {epoch}{since} has a loss that is not finite on some "
+            f"worker (here: {values}); expected finite numbers; {_MENDING}; the last checkpoint "
+            "is kept"
+        )
+
+    def _require_finite_weights(self, epoch: int) -> None:
+        """A finite loss can still have a gradient that is not: such weights are never saved."""
+        finite = torch.stack([p.detach().isfinite().all() for p in self._parameters.values()])
+        if not bool(finite.all()):
+            name = list(self._parameters)[finite.tolist().index(False)]
+            raise RunError(
+                f"weight {name} is not finite after step {self.step - 1} of epoch {epoch}; "
+                f"expected finite numbers; {_MENDING}; the last checkpoint is kept"
+            )
+
+    # -- the optimiser --------------------------------------------------------------
+
+    def _make_optimizer(self) -> torch.optim.Optimizer:
+        options = self.options
+        decayed: list[nn.Parameter] = []
+        spared: list[nn.Parameter] = []
+        for name, parameter in self._parameters.items():
+            bare = parameter.ndim < 2 or "bias" in name.rpartition(".")[2]
+            (spared if bare else decayed).append(parameter)
+        groups: list[dict[str, Any]] = [
+            {"params": decayed, "weight_decay": options.weight_decay},
+            {"params": spared, "weight_decay": 0.0},
+        ]
+        groups = [group for group in groups if group["params"]]
+        fused = self.device.type == "cuda"  # keeps the loss scaler's verdict on the device
+        if options.optimizer == "adamw":
+            return torch.optim.AdamW(groups, lr=options.lr, fused=fused)
+        return torch.optim.SGD(
+            groups,
+            lr=options.lr,
+            momentum=options.momentum,
+            nesterov=options.nesterov and options.momentum > 0,
+            fused=fused,
+        )
+
+    # -- the moving average ---------------------------------------------------------
+
+    def _averageable(self) -> dict[str, Tensor]:
+        return {name: t for name, t in self._tensors().items() if t.is_floating_point()}
+
+    @torch.no_grad()
+    def _update_ema(self) -> None:
+        if self._ema is None or self.options.ema is None:
+            return
+        # the first steps count less, or the average would remember the initial weights
+        decay = min(self.options.ema, (1 + self.step) / (10 + self.step))
+        live = self._averageable()
+        torch._foreach_lerp_(
+            list(self._ema.values()), [live[name] for name in self._ema], 1 - decay
+        )
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The averaged weights are in place inside, where `ema` is on; otherwise nothing."""
+        if self._ema is None:
+            yield
+            return
+        live = self._averageable()
+        kept = {name: t.detach().clone() for name, t in live.items()}
+        _assign(live, self._ema)
+        try:
+            yield
+        finally:
+            _assign(live, kept)
+
+    # -- state ----------------------------------------------------------------------
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Parameters and persistent buffers; tied ones once, under their first name."""
+        seen: set[int] = set()
+        found = {}
+        for name, tensor in self.objective.state_dict(keep_vars=True).items():
+            if isinstance(tensor, Tensor) and id(tensor) not in seen:
+                seen.add(id(tensor))
+                found[name] = tensor
+        return found
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Everything that `load` needs to go on bit for bit.
+
+        Returns:
+            Tensors on the CPU, copied, named "model.*", "optim.<parameter>.<slot>" and
+            "ema.*"; and a description that JSON can hold.
+        """
+        tensors = {f"model.{name}": t for name, t in self._tensors().items()}
+        for name, parameter in self._parameters.items():
+            for slot, value in self._optimizer.state.get(parameter, {}).items():
+                if isinstance(value, Tensor):
+                    tensors[f"optim.{name}.{slot}"] = value
+        for name, average in (self._ema or {}).items():
+            tensors[f"ema.{name}"] = average
+        copies = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
+        meta = {
+            "step": self.step,
+            "steps_per_epoch": self.steps_per_epoch,
+            "total_steps": self.total_steps,
+            "seed": self._seed,
+            "scaler": self._scaler.state_dict(),
+        }
+        return copies, meta
+
+    def load(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+        """Go on from what `state` returned.
+
+        Raises:
+            StorageError: the state belongs to another model, optimiser, data size or seed.
+        """
+        for key, here in (
+            ("steps_per_epoch", self.steps_per_epoch),
+            ("total_steps", self.total_steps),
+            ("seed", self._seed),
+        ):
+            if meta.get(key) != here:
+                raise StorageError(
+                    f"the checkpoint has {key} {meta.get(key)!r}; expected {here!r}; resume with "
+                    "the configuration and the data that it was made with, or start another run"
+                )
+        groups: dict[str, dict[str, Tensor]] = {"model": {}, "optim": {}, "ema": {}}
+        for name, tensor in tensors.items():
+            group, _, rest = name.partition(".")
+            groups.setdefault(group, {})[rest] = tensor
+        model, ema = self._tensors(), self._ema or {}
+        _require_same(groups["model"], model, "model")
+        _require_same(groups["ema"], ema, "ema")
+        state: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in groups["optim"].items():
+            parameter, _, slot = name.rpartition(".")
+            if parameter not in self._parameters or tensor.shape not in (
+                (),
+                self._parameters[parameter].shape,
+            ):
+                raise StorageError(
+                    f"the checkpoint's optimiser state {name} {list(tensor.shape)} fits no "
+                    "parameter of this model; resume with the configuration it was made with"
+                )
+            state.setdefault(parameter, {})[slot] = tensor
+        _assign(model, groups["model"])
+        _assign(ema, groups["ema"])
+        self._optimizer.state.clear()
+        for parameter, slots in state.items():
+            live = self._parameters[parameter]
+            self._optimizer.state[live] = {
+                slot: self._place(tensor, live) for slot, tensor in slots.items()
+            }
+        self._scaler.load_state_dict(dict(meta["scaler"]))
+        self._spoiled.zero_()
+        self.step = int(meta["step"])
+
+    def _place(self, tensor: Tensor, parameter: Tensor) -> Tensor:
+        if tensor.shape != parameter.shape or (tensor.ndim == 0 and parameter.ndim > 0):
+            # AdamW's step counter lives on the CPU unless the fused kernel reads it
+            return tensor.to(self.device if self.device.type == "cuda" else "cpu", copy=True)
+        return torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor).detach()
+
+
+def evaluate(
+    forward: Callable[[Tensor], Tensor], batches: Iterable[tuple[Tensor, Tensor]]
+) -> dict[str, float]:
+    """Accuracy of a classifier; the caller has put it into eval mode.
+
+    Args:
+        forward: images [B, ...] -> logits [B, C].
+        batches: (images, labels), labels as class indices [B].
+
+    Returns:
+        "top1" in per cent, "loss" (mean cross-entropy) and "count" (images).
+
+    Raises:
+        ValueError: there is nothing to evaluate.
+    """
+    correct, losses, count = [], [], 0
+    with torch.no_grad():
+        for images, labels in batches:
+            logits = forward(images).float()
+            labels = labels.to(logits.device)
+            correct.append((logits.argmax(dim=1) == labels).sum())
+            losses.append(F.cross_entropy(logits, labels, reduction="sum"))
+            count += len(labels)
+    require(count > 0, "the number of images", count, "at least 1", "check the data's split")
+    hits = sum(torch.stack(correct).tolist())
+    loss = math.fsum(torch.stack(losses).tolist())
+    return {"top1": 100.0 * hits / count, "loss": loss / count, "count": count}
+
+
+def _seed_of(seed: int, step: int, rank: int) -> int:
+    digest = hashlib.sha256(f"{seed}:{step}:{rank}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+@torch.no_grad()
+def _assign(live: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    for name, tensor in live.items():
+        tensor.copy_(values[name])
+
+
+def _require_same(found: Mapping[str, Tensor], live: Mapping[str, Tensor], what: str) -> None:
+    odd = sorted(found.keys() ^ live.keys()) or [
+        name for name, tensor in live.items() if tensor.shape != found[name].shape
+    ]
+    if odd:
+        raise StorageError(
+            f"the checkpoint's {what} tensors differ from this network's ({odd[0]}, {len(odd)} in "
+            "all); expected the same names and shapes; resume with the configuration it was made "
+            "with"
+        )
