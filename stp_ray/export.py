@@ -1,6 +1,6 @@
 """A pruned model as files that outlive the run.
 
-`save_model` writes what `stp_ray.load` reads back: weights as safetensors beside a JSON
+`save_model` writes what `load` reads back: weights as safetensors beside a JSON
 description that names how to rebuild the architecture. ONNX and `.pt2` programs are
 written for other runtimes, each checked against the module first, and are never read
 back here: loading a `.pt2` can run code.
@@ -22,9 +22,11 @@ import torch
 import yaml
 from torch import Tensor, nn
 
+from . import models
 from .artifacts import Store
 from .elastic.subnet import Subnet
-from .errors import StpError
+from .elastic.supernet import Supernet
+from .errors import ConfigError, StorageError, StpError
 
 Result = TypeVar("Result")
 
@@ -67,9 +69,9 @@ def save_model(store: Store, module: nn.Module, description: Mapping[str, Any]) 
             the weights are complete.
         module: an extracted model; its state dict is written in float32 or whatever type
             it has, without sharing between tensors.
-        description: what `stp_ray.load` needs to rebuild the architecture, JSON only:
+        description: what `load` needs to rebuild the architecture, JSON only:
             `model`: {"name", "kwargs"} of the dense model, `num_classes`, `image_size` in
-            pixels (or None), `space`: {"divisor", "min_ratio"}, and `subnet`: the JSON of
+            pixels, `space`: {"divisor", "min_ratio"}, and `subnet`: the JSON of
             the subnet, as text or as its parsed form. More keys may follow.
 
     Returns:
@@ -106,6 +108,59 @@ def save_model(store: Store, module: nn.Module, description: Mapping[str, Any]) 
     }
     weights = store.save_tensors(WEIGHTS, tensors)
     return {WEIGHTS: weights, DESCRIPTION: store.write_json(DESCRIPTION, content)}
+
+
+def load(uri: str, factory: Callable[..., nn.Module] | None = None) -> nn.Module:
+    """A pruned model back from the folder that `save_model` wrote, in evaluation mode.
+
+    The dense architecture is built again, sliced to the subnet, and given the weights.
+    Nothing is unpickled and no import path read from storage is followed.
+
+    Args:
+        uri: the folder of model.safetensors and model.json, on any storage.
+        factory: builds the dense model where it is your own; called with the keyword
+            arguments of the run's `model.kwargs`, and num_classes and image_size where it
+            takes them.
+
+    Raises:
+        StorageError: a file is missing, damaged, or of another format.
+        ConfigError: the model is your own and no factory was passed.
+    """
+    store = Store(uri)
+    content = store.read_json(DESCRIPTION)
+    found = content.get("format") if isinstance(content, dict) else None
+    if found != FORMAT:
+        raise StorageError(
+            f"{store.uri}/{DESCRIPTION} has the format {found!r}; expected {FORMAT!r}; "
+            "load it with the version of stp_ray that wrote it"
+        )
+    dense = _dense(content, factory)
+    size = content["image_size"]
+    net = Supernet.trace(dense, torch.zeros(1, 3, size, size), **content["space"])
+    subnet = Subnet.from_json(json.dumps(content["subnet"]))
+    try:
+        net.space.validate(subnet)
+        module = net.extract(subnet)
+        module.load_state_dict(store.load_tensors(WEIGHTS))
+    except (RuntimeError, ValueError) as error:
+        raise StorageError(
+            f"{store.uri} does not fit the model {content['model']['name']!r}: "
+            f"{str(error).splitlines()[0]}; build the same dense model that was trained"
+        ) from error
+    return module.eval()
+
+
+def _dense(content: Mapping[str, Any], factory: Callable[..., nn.Module] | None) -> nn.Module:
+    name, kwargs = content["model"]["name"], content["model"]["kwargs"]
+    sizes = {"num_classes": content["num_classes"], "image_size": content["image_size"]}
+    if factory is not None:
+        return factory(**{**models._accepted(factory, sizes), **kwargs})
+    if ":" in name:
+        raise ConfigError(
+            f"the model is {name!r}, which is not ours; expected a function that builds it, for "
+            "an import path read from storage is never followed; pass it as factory="
+        )
+    return models.build_model(name, **sizes, **kwargs)
 
 
 def to_onnx(module: nn.Module, example: Tensor, tolerance: float = TOLERANCE) -> bytes:

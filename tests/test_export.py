@@ -10,6 +10,10 @@ from torch import nn
 
 from stp_ray import export
 from stp_ray.artifacts import Store
+from stp_ray.elastic.subnet import Subnet
+from stp_ray.elastic.supernet import Supernet
+from stp_ray.errors import ConfigError, StorageError
+from stp_ray.models import resnet20, resnet56
 
 
 class Small(nn.Module):
@@ -106,6 +110,54 @@ def test_a_description_that_cannot_rebuild_the_model_is_refused(module, store, k
     with pytest.raises(export.ExportError, match="JSON"):
         export.save_model(store, module, {**DESCRIPTION, "space": {"divisor": torch.ones(1)}})
     assert store.names() == []
+
+
+@pytest.fixture
+def pruned():
+    """An extracted ResNet-20 with a dropped block, and its description."""
+    torch.manual_seed(0)
+    dense = resnet20(num_classes=5)
+    net = Supernet.trace(dense, torch.zeros(1, 3, 16, 16), divisor=4, min_ratio=0.25)
+    uniform = net.space.uniform(0.5)
+    subnet = net.space.canonical(Subnet(uniform.widths, [net.space.blocks[0].name]))
+    description = {
+        **DESCRIPTION,
+        "model": {"name": "resnet20", "kwargs": {}},
+        "image_size": 16,
+        "space": {"divisor": 4, "min_ratio": 0.25},
+        "subnet": subnet.to_json(),
+    }
+    return net.extract(subnet), description
+
+
+def test_a_saved_model_comes_back_the_same(pruned, store):
+    module, description = pruned
+    export.save_model(store, module, description)
+    loaded = export.load(store.uri)
+    assert not loaded.training
+    images = torch.randn(3, 3, 16, 16)
+    assert torch.equal(loaded(images), module.eval()(images))
+
+
+def test_a_model_of_the_users_own_comes_back_through_a_factory_only(pruned, store):
+    module, description = pruned
+    own = {"name": "os:abort", "kwargs": {}}
+    export.save_model(store, module, {**description, "model": own})
+    with pytest.raises(ConfigError, match="factory="):
+        export.load(store.uri)
+    loaded = export.load(store.uri, factory=resnet20)
+    images = torch.randn(2, 3, 16, 16)
+    assert torch.equal(loaded(images), module.eval()(images))
+    with pytest.raises(StorageError, match="does not fit"):
+        export.load(store.uri, factory=resnet56)
+
+
+def test_an_unknown_format_is_refused(pruned, store):
+    module, description = pruned
+    export.save_model(store, module, description)
+    store.write_json("model.json", {**store.read_json("model.json"), "format": "other/2"})
+    with pytest.raises(StorageError, match="other/2"):
+        export.load(store.uri)
 
 
 @pytest.mark.parametrize("training", [True, False])

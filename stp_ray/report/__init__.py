@@ -1,6 +1,7 @@
 """The report of a run: one HTML page that needs nothing but itself."""
 
+from .files import write_report
 from .page import render, with_space
 from .plots import accuracy_against_macs
 
-__all__ = ["accuracy_against_macs", "render", "with_space"]
+__all__ = ["accuracy_against_macs", "render", "with_space", "write_report"]

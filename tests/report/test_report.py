@@ -8,10 +8,11 @@ import pyarrow as pa
 import pytest
 import yaml
 
+from stp_ray.artifacts import Store
 from stp_ray.elastic.cost import Extent, Term
 from stp_ray.elastic.space import ResidualBlock, SearchSpace, WidthAxis
 from stp_ray.errors import StorageError
-from stp_ray.report import accuracy_against_macs, page, plots, render, with_space
+from stp_ray.report import accuracy_against_macs, page, plots, render, with_space, write_report
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 
@@ -256,6 +257,25 @@ def test_configuration_and_environment_are_shown(text, config):
     shown = re.findall(r"<pre>(.*?)</pre>", text, re.DOTALL)
     assert yaml.safe_load(shown[0].replace("&lt;", "<").replace("&gt;", ">")) == config
     assert "torch" in shown[1]
+
+
+def test_report_of_a_finished_run(tmp_path, summary, config, candidates, curves):
+    store = Store(tmp_path / "run")
+    store.write_json("summary.json", summary)
+    store.write_json("config.json", config)
+    store.write_table("explore/candidates.parquet", candidates)
+    with pytest.raises(StorageError, match="candidates"):
+        (tmp_path / "run/explore/candidates.parquet").rename(tmp_path / "moved")
+        write_report(store)
+    (tmp_path / "moved").rename(tmp_path / "run/explore/candidates.parquet")
+    store.write_table("budget-0.15/metrics.parquet", curves["supernet"])
+    store.write_table("supernet/metrics.parquet", curves["supernet"])
+    uri = write_report(store)
+    assert uri == f"{store.uri}/report.html"
+    text = store.read_bytes("report.html").decode()
+    assert "Architecture before and after" in text  # the space survived the Parquet file
+    assert text.index('aria-label="supernet"') < text.index('aria-label="budget-0.15"')
+    assert "Environment" not in text
 
 
 def test_pictures_stand_alone(summary):
