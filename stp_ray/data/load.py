@@ -19,7 +19,7 @@ from .folders import FolderSource, cifar
 from .options import DataOptions
 from .parquet import ParquetSource
 from .source import Chunk, Layout, Source, Stored, digits
-from .split import ImageData, Split, holdout_rows
+from .split import ImageData, Split, spread_rows
 
 SplitName = Literal["train", "holdout", "test"]
 NAMES = ("digits", "parquet", "CIFAR10", "CIFAR100", "ImageFolder")
@@ -181,7 +181,7 @@ def summarise(options: DataOptions, layout: Layout) -> DataSummary:
 def selection(options: DataOptions, layout: Layout) -> dict[SplitName, NDArray[np.int64]]:
     """Ascending row numbers of each split; "train" and "holdout" are rows of the stored "train"."""
     stored = _training_rows(options, layout)
-    held = holdout_rows(stored, options.holdout)
+    held = spread_rows(stored, options.holdout)
     train = np.delete(np.arange(stored, dtype=np.int64), held)
     return {
         "train": train,

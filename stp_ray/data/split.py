@@ -21,7 +21,18 @@ class Split:
     """Class indices, int64 [N]."""
 
     def __len__(self) -> int:
+        """Number of images."""
         return len(self.labels)
+
+    def sample(self, count: int) -> "Split":
+        """`count` images from all over the split, always the same; all if there are no more.
+
+        Unlike the first ones they are of every class even where rows are sorted by it.
+        """
+        if count >= len(self):
+            return self
+        rows = spread_rows(len(self), count)
+        return Split(self.images[rows], self.labels[rows])
 
 
 @dataclass(frozen=True)
@@ -49,15 +60,14 @@ def derive_seed(*parts: object) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
-def holdout_rows(rows: int, count: int) -> NDArray[np.int64]:
-    """Which of `rows` training images are held out: ascending row numbers, int64 [count].
+def spread_rows(rows: int, count: int) -> NDArray[np.int64]:
+    """`count` of `rows` row numbers, ascending: one random row of each of `count` equal stretches.
 
-    One random row of each of `count` equal stretches, so that sets that are sorted by class
-    give up images of every class. It depends on the two numbers alone: every seed of a run
-    and every way of loading holds out the same images [ours].
+    So a set that is sorted by class gives images of every class. The choice depends on the two
+    numbers alone: every seed of a run and every way of loading holds out the same images [ours].
     """
     edges = np.arange(count + 1, dtype=np.int64) * rows // count
-    random = np.random.default_rng(derive_seed("holdout", rows, count))
+    random = np.random.default_rng(derive_seed("spread", rows, count))
     return edges[:-1] + (random.random(count) * np.diff(edges)).astype(np.int64)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import fsspec
 import pyarrow as pa
 
-from ..errors import DataError
+from ..errors import DataError, StorageError
 from ..uris import refuse_credentials
 
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "az": "azure", "abfs": "azure"}
@@ -52,6 +52,19 @@ def reading(uri: str) -> Iterator[None]:
         raise DataError(
             f"{uri} cannot be read ({reason}); expected readable data; check data.uri, "
             "the endpoint and the permissions"
+        ) from error
+
+
+@contextmanager
+def writing(uri: str) -> Iterator[None]:
+    """Turn what storage raises while `uri` is written into one StorageError."""
+    try:
+        yield
+    except _storage_errors() as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise StorageError(
+            f"{uri} cannot be written ({reason}); expected storage that may be written to; check "
+            "the URI, the endpoint and the permissions"
         ) from error
 
 

@@ -13,7 +13,8 @@ that was interrupted begins again with the same ones.
 
 import logging
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -83,18 +84,16 @@ def stream(
         order = np.random.default_rng(derive_seed("units", seed, epoch)).permutation(len(units))
         units = [units[index] for index in order]
     units = _share(units, rank, world_size)
-    plan = {
-        "uri": source.full_uri,
-        "columns": source.columns,
-        # Tasks must not look at relative paths or at other settings of the run.
-        "options": replace(options, uri=source.full_uri),
-        "summary": summarise(options, layout),
-        "units": units,
-        "split": split,
-    }
-    count = max(len(units), 1)
-    dataset = ray.data.range(len(units), override_num_blocks=count).map_batches(
-        _read_units, batch_size=None, fn_kwargs=plan, num_cpus=num_cpus
+    plan = _Plan(
+        uri=source.full_uri,
+        columns=source.columns,
+        options=options,
+        summary=summarise(options, layout),
+        units=units,
+        allowed=options.max_corrupt * len(rows),
+    )
+    dataset = ray.data.range(len(units), override_num_blocks=max(len(units), 1)).map_batches(
+        partial(_read_units, plan), batch_size=None, num_cpus=num_cpus
     )
     dataset.context.execution_options.preserve_order = True
     if world_size > 1:
@@ -234,39 +233,36 @@ def _share(units: list[_Unit], rank: int, world_size: int) -> list[_Unit]:
     return shared
 
 
-def _read_units(
-    batch: Any,
-    *,
-    uri: str,
-    columns: Columns,
-    options: DataOptions,
-    summary: DataSummary,
-    units: list[_Unit],
-    split: SplitName,
-) -> Iterator[dict[str, NDArray[Any]]]:
+@dataclass(frozen=True)
+class _Plan:
+    """What the reading tasks of one stream know."""
+
+    uri: str
+    """Absolute, so that it means the same in every process."""
+
+    columns: Columns
+    options: DataOptions
+    summary: DataSummary
+    units: list[_Unit]
+    allowed: float
+    """Number of unreadable images that the whole split may have."""
+
+
+def _read_units(plan: _Plan, batch: Any) -> Iterator[dict[str, NDArray[Any]]]:
     """Read and decode some units: the work of one Ray task."""
-    filesystem, _ = open_filesystem(uri)
-    allowed = options.max_corrupt * getattr(summary, f"{split}_rows")
+    filesystem, _ = open_filesystem(plan.uri)
     for index in batch["id"]:
-        yield from _read_unit(filesystem, uri, columns, options, summary, units[index], allowed)
+        yield from _read_unit(plan, filesystem, plan.units[index])
 
 
-def _read_unit(
-    filesystem: Any,
-    uri: str,
-    columns: Columns,
-    options: DataOptions,
-    summary: DataSummary,
-    unit: _Unit,
-    allowed: float,
-) -> Iterator[dict[str, NDArray[Any]]]:
+def _read_unit(plan: _Plan, filesystem: Any, unit: _Unit) -> Iterator[dict[str, NDArray[Any]]]:
     # One block is held back, so that the count of what was skipped after it finds a row.
     block: dict[str, NDArray[Any]] | None = None
     skipped = 0
     for part in unit:
-        with reading(uri):
-            for chunk in read_part(filesystem, part, columns):
-                _, images, labels = prepare(chunk, options, summary)
+        with reading(plan.uri):
+            for chunk in read_part(filesystem, part, plan.columns):
+                _, images, labels = prepare(chunk, plan.options, plan.summary)
                 skipped += len(chunk.labels) - len(labels)
                 if not len(labels):
                     continue
@@ -278,7 +274,7 @@ def _read_unit(
     if block is not None:
         block["skipped"][-1] += skipped
         yield block
-    elif skipped > allowed:
+    elif skipped > plan.allowed:
         raise DataError(
             f"none of {skipped} images in {unit[0].path} can be decoded; expected encoded images "
             "such as JPEG or PNG; mend the file or raise data.max_corrupt"

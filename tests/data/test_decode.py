@@ -1,0 +1,75 @@
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from stp_ray.data.decode import decode, fit, image_shape
+from stp_ray.errors import DataError
+from tests.data.samples import encode, pixels
+
+
+def test_png_keeps_every_pixel():
+    images = pixels(5)
+    decoded, mask = decode([encode(image) for image in images], 8, resize=False)
+    assert mask.all()
+    assert decoded.dtype == np.uint8
+    np.testing.assert_array_equal(decoded, images)
+
+
+@pytest.mark.parametrize("with_torchvision", [True, False])
+def test_jpeg_decodes_as_pillow_does(with_torchvision, monkeypatch):
+    if not with_torchvision:
+        monkeypatch.setattr("stp_ray.data.decode.decode_jpeg", None)
+    files = [encode(image, "JPEG") for image in pixels(9, 32)]
+    decoded, mask = decode(files, 32, resize=False)
+    expected = [np.asarray(Image.open(io.BytesIO(file)).convert("RGB")) for file in files]
+    assert mask.all()
+    np.testing.assert_array_equal(decoded, np.stack(expected).transpose(0, 3, 1, 2))
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1"])
+def test_every_colour_mode_becomes_rgb(mode):
+    buffer = io.BytesIO()
+    image = Image.fromarray(pixels(1)[0].transpose(1, 2, 0)).convert(mode)
+    image.save(buffer, "JPEG" if mode == "CMYK" else "PNG")
+    decoded, mask = decode([buffer.getvalue()], 8, resize=False)
+    assert mask.all()
+    assert decoded.shape == (1, 3, 8, 8)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_what_cannot_be_decoded_is_left_out_and_marked(kind):
+    good = [encode(image, kind) for image in pixels(4, 32)]
+    files = [good[0], None, b"", b"not an image", good[1], good[2][: len(good[2]) // 2], good[3]]
+    decoded, mask = decode(files, 32, resize=False)
+    assert mask.tolist() == [True, False, False, False, True, False, True]
+    np.testing.assert_array_equal(decoded, decode([good[0], good[1], good[3]], 32, resize=False)[0])
+
+
+def test_nothing_readable_gives_an_empty_array():
+    decoded, mask = decode([b"x", None], 16, resize=True)
+    assert decoded.shape == (0, 3, 16, 16)
+    assert not mask.any()
+
+
+def test_another_size_is_a_mistake_unless_images_are_resized():
+    files = [encode(pixels(1, 8)[0]), encode(pixels(1, 9)[0])]
+    with pytest.raises(DataError, match=r"8x8 and 9x9 .* set data\.image_size"):
+        decode(files, 8, resize=False)
+    assert decode(files, 12, resize=True)[0].shape == (2, 3, 12, 12)
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (10, 31), (31, 10), (3, 4)])
+def test_fit_keeps_the_centre_of_the_shorter_side(shape):
+    image = torch.zeros(1, 3, *shape, dtype=torch.uint8)
+    image[..., shape[0] // 2, shape[1] // 2] = 255
+    fitted = fit(image, 7)
+    assert fitted.shape == (1, 3, 7, 7)
+    assert fitted[..., 2:5, 2:5].max() == fitted.max() > 0
+
+
+def test_shape_of_an_image():
+    assert image_shape(encode(pixels(1, 8)[0])) == (8, 8)
+    assert image_shape(b"nothing") is None

@@ -1,0 +1,173 @@
+import pickle
+from hashlib import md5
+
+import numpy as np
+import pytest
+from PIL import Image
+from torchvision import datasets
+
+from stp_ray.data import DataOptions, describe, folder_to_parquet, load
+from stp_ray.errors import DataError, StorageError
+from tests.data.samples import pixels
+
+
+def folder_of_images(root, split, classes=("cat", "dog"), each=6, seed=0):
+    for index, name in enumerate(classes):
+        (root / split / name).mkdir(parents=True)
+        for number, image in enumerate(pixels(each, seed=seed + index)):
+            file = root / split / name / f"{number}.png"
+            Image.fromarray(image.transpose(1, 2, 0)).save(file)
+
+
+def options(root, **changes):
+    return DataOptions(**{"name": "ImageFolder", "uri": str(root), "holdout": 3, **changes})
+
+
+def test_digits_are_the_same_every_time():
+    options = DataOptions(holdout=128)
+    summary, data = describe(options), load(options)
+    assert (summary.train_rows, summary.holdout_rows, summary.test_rows) == (1309, 128, 360)
+    assert (len(data.train), len(data.holdout), len(data.test)) == (1309, 128, 360)
+    assert data.class_names == list("0123456789")
+    images = data.train.images
+    assert images.shape[1:] == (3, 8, 8)
+    assert (images.min(), images.max()) == (0, 255)
+    assert (images[:, 0] == images[:, 1]).all() and (images[:, 0] == images[:, 2]).all()
+    counts = np.bincount(data.test.labels)
+    assert counts.min() >= 34 and counts.max() <= 38
+    every = [image.tobytes() for s in (data.train, data.holdout, data.test) for image in s.images]
+    assert len(every) == 1797
+    np.testing.assert_array_equal(load(options).test.images, data.test.images)
+    assert load(DataOptions(holdout=128, image_size=32)).test.images.shape == (360, 3, 32, 32)
+
+
+@pytest.mark.parametrize("test", ["test", "val"])
+def test_folders_of_images(tmp_path, test):
+    folder_of_images(tmp_path, "train")
+    folder_of_images(tmp_path, test, each=2, seed=9)
+    summary = describe(options(tmp_path))
+    assert summary.class_names == ["cat", "dog"]
+    assert (summary.train_rows, summary.test_rows, summary.image_size) == (9, 4, 8)
+    data = load(options(tmp_path, limit=6))
+    assert (len(data.train), len(data.holdout), len(data.test)) == (3, 3, 4)
+    # The first rows are of every class although the files are sorted by it.
+    assert set(data.train.labels.tolist() + data.holdout.labels.tolist()) == {0, 1}
+    cat = {image.tobytes() for image in pixels(2, seed=9)}
+    for image, label in zip(data.test.images, data.test.labels, strict=True):
+        assert (image.tobytes() in cat) == (label == 0)
+
+
+def test_a_broken_file_in_a_folder_is_skipped(tmp_path):
+    folder_of_images(tmp_path, "train")
+    folder_of_images(tmp_path, "test")
+    (tmp_path / "test" / "cat" / "0.png").write_bytes(b"nothing")
+    data = load(options(tmp_path, max_corrupt=0.1))
+    assert data.corrupt == 1
+    assert len(data.test) == 11
+
+
+def no_test(root):
+    (root / "test").rename(root / "tset")
+
+
+def other_classes(root):
+    (root / "test" / "cat").rename(root / "test" / "bird")
+
+
+def no_classes(root):
+    (root / "train").rename(root / "aside")
+    (root / "train").mkdir()
+
+
+def no_images(root):
+    for file in (root / "train").rglob("*.png"):
+        file.write_bytes(b"nothing")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (no_test, r"lacks a split \(it holds train, tset\); expected the folders train, and test"),
+        (other_classes, "differ in classes .bird, cat.; expected the same folders"),
+        (no_classes, "train cannot be used .*; expected one folder with images for each class"),
+        (no_images, "cannot be decoded; expected image files"),
+    ],
+)
+def test_a_mistake_in_folders_is_named(tmp_path, spoil, message):
+    folder_of_images(tmp_path, "train")
+    folder_of_images(tmp_path, "test")
+    spoil(tmp_path)
+    with pytest.raises(DataError, match=message) as caught:
+        describe(options(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"uri": None}, r"ImageFolder has no data\.uri"),
+        ({"uri": "s3://bucket/x"}, "is not a local folder"),
+        ({"uri": "missing"}, "missing is not a folder"),
+        ({"loading": "stream"}, "expected Parquet, the only kind that streams"),
+        ({"image_size": 2000, "resident_limit_mb": 1}, "MiB decoded; expected at most 1 MiB"),
+        ({"name": "CIFAR10"}, r"CIFAR10 is not complete .*torchvision\.datasets\.CIFAR10\("),
+    ],
+)
+def test_a_mistake_in_the_options_of_a_folder_is_named(tmp_path, monkeypatch, changes, message):
+    monkeypatch.chdir(tmp_path)
+    folder_of_images(tmp_path, "train")
+    folder_of_images(tmp_path, "test")
+    with pytest.raises(DataError, match=message):
+        describe(options(tmp_path, **changes))
+
+
+@pytest.mark.parametrize(("name", "key"), [("CIFAR10", "labels"), ("CIFAR100", "fine_labels")])
+def test_cifar_in_the_files_of_its_authors(tmp_path, monkeypatch, name, key):
+    kind = getattr(datasets, name)
+    folder = tmp_path / kind.base_folder
+    folder.mkdir()
+
+    def write(file, content):
+        data = pickle.dumps(content)
+        (folder / file).write_bytes(data)
+        return [file, md5(data).hexdigest()]
+
+    def batch(file, seed):
+        images = pixels(10, 32, seed)
+        return write(file, {"data": images.reshape(10, -1), key: [i % 2 for i in range(10)]})
+
+    monkeypatch.setattr(kind, "train_list", [batch("one", 1), batch("two", 2)])
+    monkeypatch.setattr(kind, "test_list", [batch("three", 3)])
+    meta_key = kind.meta["key"]
+    file, checksum = write("names", {meta_key: ["cat", "dog"]})
+    monkeypatch.setattr(kind, "meta", {"filename": file, "key": meta_key, "md5": checksum})
+
+    cifar = options(tmp_path, name=name)
+    summary = describe(cifar)
+    assert summary.class_names == ["cat", "dog"]
+    assert (summary.train_rows, summary.test_rows, summary.image_size) == (17, 10, 32)
+    np.testing.assert_array_equal(load(cifar).test.images, pixels(10, 32, 3))
+
+    (folder / "two").write_bytes(b"damaged")
+    with pytest.raises(DataError, match="is not complete"):
+        describe(cifar)
+
+
+def test_a_folder_becomes_parquet(tmp_path, monkeypatch):
+    monkeypatch.setattr("stp_ray.data.folders._PART_FILES", 2)
+    monkeypatch.setattr("stp_ray.data.convert._PARTS_PER_FILE", 4)
+    images = tmp_path / "images"
+    folder_of_images(images, "train")
+    folder_of_images(images, "val", each=2, seed=9)
+    assert folder_to_parquet(str(images), str(tmp_path / "set")) == {"train": 12, "test": 4}
+    assert len(list((tmp_path / "set" / "train").iterdir())) == 2
+    converted = load(options(tmp_path / "set", name="parquet"))
+    original = load(options(images))
+    assert converted.class_names == original.class_names
+    np.testing.assert_array_equal(converted.train.images, original.train.images)
+    np.testing.assert_array_equal(converted.holdout.labels, original.holdout.labels)
+    with pytest.raises(DataError, match="holds files already"):
+        folder_to_parquet(str(images), str(tmp_path / "set"))
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match="cannot be written"):
+        folder_to_parquet(str(images), str(tmp_path / "file" / "set"))

@@ -1,0 +1,342 @@
+import json
+import time
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from stp_ray.data import DataOptions, describe, load, load_split
+from stp_ray.data.parquet import ParquetSource
+from stp_ray.errors import DataError, StorageError
+from tests.data.samples import encode, pixels, real_data, table, write_parquet
+
+
+def options(folder, **changes):
+    return DataOptions(**{"name": "parquet", "uri": str(folder), "holdout": 5, **changes})
+
+
+def test_a_folder_with_two_files(tmp_path):
+    images, labels = write_parquet(tmp_path)
+    summary = describe(options(tmp_path))
+    assert summary.class_names == [f"class {index}" for index in range(4)]
+    assert (summary.train_rows, summary.holdout_rows, summary.test_rows) == (35, 5, 12)
+    assert summary.image_size == summary.held_size == 8
+    assert summary.bytes == 52 * 3 * 64
+    assert not summary.streams
+
+    data = load(options(tmp_path))
+    assert data.num_classes == 4
+    assert data.corrupt == 0
+    assert data.train.images.dtype == np.uint8
+    assert data.train.labels.dtype == np.int64
+    both = np.concatenate([data.train.images, data.holdout.images])
+    assert sorted(image.tobytes() for image in both) == sorted(image.tobytes() for image in images)
+    # Every image still has its own label.
+    label_of = {image.tobytes(): label for image, label in zip(images, labels, strict=True)}
+    for split in (data.train, data.holdout):
+        for image, label in zip(split.images, split.labels, strict=True):
+            assert label_of[image.tobytes()] == label
+
+
+def test_part_files_are_read_in_the_order_of_their_names(tmp_path):
+    write_parquet(tmp_path / "flat", train=40)
+    whole = pq.read_table(tmp_path / "flat" / "train.parquet")
+    parted = tmp_path / "parted"
+    (parted / "train-parts").mkdir(parents=True)
+    (parted / "val" / "deep").mkdir(parents=True)
+    for index, start in enumerate(range(0, 40, 15)):
+        pq.write_table(whole.slice(start, 15), parted / "train-parts" / f"{index:03}.parquet")
+    (parted / "train-parts" / "_SUCCESS").touch()
+    (parted / "train-parts" / "_metadata.parquet").touch()
+    test = pq.read_table(tmp_path / "flat" / "test.parquet")
+    pq.write_table(test, parted / "val" / "deep" / "0.parquet")
+    flat, split = load(options(tmp_path / "flat")), load(options(parted))
+    for name in ("train", "holdout", "test"):
+        np.testing.assert_array_equal(getattr(flat, name).images, getattr(split, name).images)
+        np.testing.assert_array_equal(getattr(flat, name).labels, getattr(split, name).labels)
+
+
+def test_the_files_of_a_hugging_face_repository(tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    names = {"info": {"features": {"label": {"names": ["cat", "dog"], "_type": "ClassLabel"}}}}
+    for split in ("train-00000-of-00002", "train-00001-of-00002", "validation-00000-of-00001"):
+        made = table([encode(image) for image in pixels(6)], [0, 1, 0, 1, 0, 1])
+        made = made.rename_columns(["img", "label"])
+        made = made.replace_schema_metadata({"huggingface": json.dumps(names)})
+        pq.write_table(made, folder / f"{split}.parquet")
+    summary = describe(options(tmp_path))
+    assert summary.class_names == ["cat", "dog"]
+    assert (summary.train_rows, summary.test_rows) == (7, 6)
+    assert len(load(options(tmp_path)).train) == 7
+
+
+def test_plain_binary_images_and_no_class_names(tmp_path):
+    for split in ("train", "test"):
+        made = pa.table(
+            {
+                "label": pa.array([0, 1, 2, 1, 0, 1, 2, 0], pa.uint8()),
+                "image": [encode(image) for image in pixels(8)],
+                "other": ["x"] * 8,
+            }
+        )
+        pq.write_table(made, tmp_path / f"{split}.parquet", write_statistics=False)
+    data = load(options(tmp_path))
+    assert data.class_names == ["0", "1", "2"]
+    assert data.test.labels.tolist() == [0, 1, 2, 1, 0, 1, 2, 0]
+
+
+def test_an_image_without_bytes_counts_as_corrupt(tmp_path):
+    write_parquet(tmp_path)
+    made = table([encode(pixels(1)[0]), None], [0, 1], [f"class {i}" for i in range(4)])
+    pq.write_table(made, tmp_path / "test.parquet")
+    assert len(load(options(tmp_path, max_corrupt=0.5)).test) == 1
+
+
+def test_only_the_first_rows_with_a_limit(tmp_path):
+    images, _ = write_parquet(tmp_path)
+    data = load(options(tmp_path, limit=11))
+    assert (len(data.train), len(data.holdout), len(data.test)) == (6, 5, 12)
+    used = {image.tobytes() for image in images[:11]}
+    assert all(image.tobytes() in used for image in data.train.images)
+
+
+def test_one_split_or_its_beginning(tmp_path):
+    write_parquet(tmp_path)
+    data = load(options(tmp_path))
+    for name in ("train", "holdout", "test"):
+        alone = load_split(options(tmp_path), name)
+        np.testing.assert_array_equal(alone.images, getattr(data, name).images)
+        np.testing.assert_array_equal(alone.labels, getattr(data, name).labels)
+    np.testing.assert_array_equal(
+        load_split(options(tmp_path), "train", 9).images, data.train.images[:9]
+    )
+
+
+def test_images_of_many_shapes_are_brought_to_one(tmp_path):
+    write_parquet(tmp_path)
+    mixed = [encode(pixels(1, size)[0][:, :, : size - 2]) for size in (10, 20, 31)]
+    pq.write_table(table(mixed, [0, 1, 2]), tmp_path / "test.parquet")
+    with pytest.raises(DataError, match=r"images differ in size .*set data\.image_size"):
+        load(options(tmp_path))
+    data = load(options(tmp_path, image_size=16))
+    assert data.test.images.shape == (3, 3, 16, 16)
+    assert describe(options(tmp_path, image_size=16)).bytes == 43 * 3 * 256
+    held = describe(options(tmp_path, image_size=14, random_resized_crop=True))
+    assert (held.image_size, held.held_size) == (14, 16)
+
+
+@pytest.mark.parametrize("threshold", [0.04, 0.06])
+def test_corrupt_images_are_counted_up_to_the_share(tmp_path, caplog, threshold):
+    images, _ = write_parquet(tmp_path, corrupt=(0, 17))
+    if threshold == 0.04:
+        with pytest.raises(DataError, match=r"^2 of 40 images .*\(5\.00%\); expected at most 4"):
+            load(options(tmp_path, max_corrupt=threshold))
+        return
+    data = load(options(tmp_path, max_corrupt=threshold))
+    assert data.corrupt == 2
+    assert len(data.train) + len(data.holdout) == 38
+    assert "2 of 40 images of the training split" in caplog.text
+    kept = {image.tobytes() for split in (data.train, data.holdout) for image in split.images}
+    assert kept == {image.tobytes() for row, image in enumerate(images) if row not in (0, 17)}
+
+
+def test_streaming_is_chosen_by_size(tmp_path):
+    write_parquet(tmp_path, size=200)
+    assert describe(options(tmp_path, resident_limit_mb=5)).streams
+    assert not describe(options(tmp_path, resident_limit_mb=6)).streams
+    assert describe(options(tmp_path, loading="stream")).streams
+    assert not describe(options(tmp_path, resident_limit_mb=5, loading="resident")).streams
+
+
+def write(folder, split, made):
+    pq.write_table(made, folder / f"{split}.parquet")
+
+
+def small(labels=(0, 1, 0, 1), names=("a", "b")):
+    return table([encode(image) for image in pixels(len(labels))], list(labels), list(names))
+
+
+def no_test_split(folder):
+    (folder / "test.parquet").unlink()
+
+
+def empty_folder(folder):
+    no_test_split(folder)
+    (folder / "test").mkdir()
+
+
+def empty_split(folder):
+    write(folder, "test", small().slice(0, 0))
+
+
+def no_label(folder):
+    write(folder, "test", small().drop_columns("label"))
+
+
+def no_image(folder):
+    write(folder, "train", small().rename_columns(["photo", "label"]))
+
+
+def text_labels(folder):
+    write(folder, "train", small().set_column(1, "label", pa.array(["a", "b", "a", "b"])))
+
+
+def label_too_large(folder):
+    write(folder, "test", small((0, 1, 2, 1)))
+
+
+def label_missing(folder):
+    write(folder, "train", small((0, None, 1, 1)))
+
+
+def negative_label(folder):
+    write(folder, "test", small((0, 1, -1, 1)))
+
+
+def broken_names(folder):
+    made = small().replace_schema_metadata({"class_names": "[1,"})
+    write(folder, "train", made)
+
+
+def names_that_are_no_list(folder):
+    write(folder, "train", small().replace_schema_metadata({"class_names": "3"}))
+
+
+def not_parquet(folder):
+    (folder / "test.parquet").write_bytes(b"PAR1 and then nothing of use")
+
+
+def not_images(folder):
+    write(folder, "train", table([b"text"] * 20, [0] * 20, ["a", "b"]))
+
+
+def gone(folder):
+    for file in folder.iterdir():
+        file.unlink()
+    folder.rmdir()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (gone, "does not exist; expected a folder"),
+        (no_test_split, r"has no test split \(it holds train\.parquet\); expected test\.parquet"),
+        (empty_folder, "the test split test of .* is empty"),
+        (empty_split, "the test split of .* has no rows"),
+        (no_label, r"test\.parquet has the columns image: .*; expected image: .* and label: an"),
+        (no_image, "has the columns photo: .*; expected image"),
+        (text_labels, "label: string; expected image"),
+        (label_too_large, "labels of the test split of .* go from 0 to 2; expected 0 to 1 for 2"),
+        (label_missing, "labels of the training split of .* go from -1 to 1; expected 0 to 1"),
+        (negative_label, "labels of the test split of .* go from -1 to 1; expected 0 to 1"),
+        (broken_names, "class names in the schema metadata of .* cannot be read"),
+        (names_that_are_no_list, "are not a list of names"),
+        (not_parquet, r"test\.parquet cannot be read"),
+        (not_images, "none of the first 16 images of the training split"),
+    ],
+)
+def test_a_mistake_is_named_in_one_line(tmp_path, spoil, message):
+    folder = tmp_path / "set"
+    folder.mkdir()
+    for split in ("train", "test"):
+        write(folder, split, small())
+    spoil(folder)
+    with pytest.raises(DataError, match=message) as caught:
+        describe(options(folder, holdout=1))
+    assert "\n" not in str(caught.value)
+    assert "; expected" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"holdout": 40}, r"data\.holdout is 40 of 40 training images"),
+        ({"limit": 5}, r"data\.holdout is 5 of 5 training images"),
+        ({"uri": None}, r"without a data\.uri"),
+        ({"name": "parqet"}, 'data.name is "parqet"; .*did you mean "parquet"'),
+        ({"name": "cifar10"}, 'did you mean "CIFAR10"'),
+        ({"name": "qqqq"}, r"expected one of digits, parquet, .*; change data\.name"),
+        ({"uri": "nothing://x"}, "cannot be opened"),
+    ],
+)
+def test_a_mistake_in_the_options_is_named(tmp_path, changes, message):
+    write_parquet(tmp_path)
+    with pytest.raises(DataError, match=message):
+        describe(options(tmp_path, **changes))
+
+
+def test_a_file_is_not_a_folder(tmp_path):
+    write_parquet(tmp_path)
+    with pytest.raises(DataError, match="is a file; expected a folder"):
+        describe(options(tmp_path / "train.parquet"))
+
+
+def test_images_that_are_not_square_need_a_size(tmp_path):
+    for split in ("train", "test"):
+        files = [encode(image[:, :6]) for image in pixels(4)]
+        write(tmp_path, split, table(files, [0, 1, 0, 1]))
+    with pytest.raises(DataError, match=r"images are 8x6 pixels; .*set data\.image_size"):
+        describe(options(tmp_path, holdout=1))
+    assert describe(options(tmp_path, holdout=1, image_size=4)).image_size == 4
+
+
+def test_a_uri_with_credentials_is_refused():
+    with pytest.raises(StorageError, match="credentials"):
+        describe(options("s3://key:secret@bucket/folder"))
+
+
+def test_any_fsspec_filesystem_will_do(tmp_path):
+    write_parquet(tmp_path)
+    memory = fsspec.filesystem("memory")
+    memory.put(str(tmp_path), "/images", recursive=True)
+    data, expected = load(options("memory://images")), load(options(tmp_path))
+    np.testing.assert_array_equal(data.train.images, expected.train.images)
+    assert ParquetSource("memory://images").full_uri == "memory:///images"
+    assert ParquetSource(str(tmp_path)).full_uri == f"file://{tmp_path}"
+
+
+def test_s3_by_the_endpoint_of_the_environment(tmp_path, monkeypatch):
+    boto3 = pytest.importorskip("boto3")
+    server_module = pytest.importorskip("moto.server")
+    pytest.importorskip("s3fs")
+    write_parquet(tmp_path)
+    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+        monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        fsspec.filesystem("s3").clear_instance_cache()
+        bucket = boto3.client("s3")
+        bucket.create_bucket(Bucket="images")
+        for split in ("train", "test"):
+            bucket.upload_file(str(tmp_path / f"{split}.parquet"), "images", f"a/{split}.parquet")
+        data, expected = load(options("s3://images/a")), load(options(tmp_path))
+        np.testing.assert_array_equal(data.train.images, expected.train.images)
+        with pytest.raises(DataError, match="s3://images/b does not exist"):
+            describe(options("s3://images/b"))
+        with pytest.raises(DataError, match="s3://nobucket/b does not exist"):
+            describe(options("s3://nobucket/b"))
+    finally:
+        server.stop()
+        fsspec.filesystem("s3").clear_instance_cache()
+
+
+def test_cifar10_is_read_quickly():
+    folder = real_data("cifar10")
+    started = time.monotonic()
+    summary = describe(options(folder, holdout=512))
+    assert time.monotonic() - started < 20
+    assert summary.class_names[:2] == ["airplane", "automobile"]
+    assert (summary.train_rows, summary.test_rows, summary.image_size) == (49488, 10000, 32)
+    data = load(options(folder, holdout=512, limit=6000))
+    assert data.corrupt == 0
+    assert data.train.images.shape == (5488, 3, 32, 32)
+    mean = data.test.images.mean(axis=(0, 2, 3)) / 255
+    # The known mean of CIFAR-10's pixels.
+    assert np.abs(mean - [0.494, 0.485, 0.450]).max() < 0.01

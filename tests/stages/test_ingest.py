@@ -1,0 +1,309 @@
+import os
+import threading
+from itertools import chain, pairwise
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import stp_ray.stages.ingest as ingest
+from stp_ray.data import DataOptions, describe, eval_batches, load, load_split
+from stp_ray.data.parquet import ParquetPart
+from stp_ray.errors import DataError
+from stp_ray.stages.ingest import ingest_config, stream, stream_batches, stream_eval_batches
+from tests.data.samples import encode, pixels, real_data, table, write_parquet
+
+pytestmark = pytest.mark.timeout(240)
+
+
+@pytest.fixture(scope="module")
+def endpoint():
+    """An S3 server whose address is in the environment, as it is on a cluster's nodes."""
+    moto = pytest.importorskip("moto.server")
+    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        patch.setenv("AWS_ACCESS_KEY_ID", "test")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        yield
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def cluster(endpoint):
+    import ray
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "disabled")
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("RAY_memory_monitor_refresh_ms", "0")
+        ray.init(num_cpus=2, include_dashboard=False, object_store_memory=200 * 2**20)
+        yield
+        ray.shutdown()
+
+
+def options(folder, **changes):
+    defaults = {"name": "parquet", "uri": str(folder), "holdout": 5, "loading": "stream"}
+    return DataOptions(**{**defaults, **changes})
+
+
+def rows(dataset):
+    batches = list(dataset.iter_batches(batch_size=None, batch_format="numpy"))
+    return {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+
+
+def epoch_of(options, *, rank=0, world_size=1, epoch=0, seed=1, batch_size=8, **more):
+    shard = stream(options, "train", seed=seed, epoch=epoch, rank=rank, world_size=world_size)
+    where = {"seed": seed, "epoch": epoch, "rank": rank, "world_size": world_size, **more}
+    return list(stream_batches(shard, options, batch_size=batch_size, num_classes=4, **where))
+
+
+def same(first, second):
+    return len(first) == len(second) and all(
+        torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
+        for a, b in zip(first, second, strict=True)
+    )
+
+
+def contents(pairs):
+    return sorted(image.numpy().tobytes() for images, _ in pairs for image in images)
+
+
+def normalised(split, options):
+    return contents(eval_batches(split, options, 100))
+
+
+@pytest.mark.parametrize("split", ["train", "holdout", "test"])
+def test_a_stream_holds_what_memory_would(cluster, tmp_path, split):
+    write_parquet(tmp_path)
+    streamed = rows(stream(options(tmp_path), split))
+    resident = getattr(load(options(tmp_path)), split)
+    assert streamed["image"].dtype == np.uint8
+    assert streamed["label"].dtype == np.int64
+    np.testing.assert_array_equal(streamed["image"], resident.images)
+    np.testing.assert_array_equal(streamed["label"], resident.labels)
+    assert not streamed["skipped"].any()
+
+
+def test_an_epoch_is_the_same_when_it_begins_again(cluster, tmp_path, monkeypatch):
+    monkeypatch.setattr(ingest, "_UNIT_ROWS", 10)
+    monkeypatch.setattr(ingest, "_BUFFER_BYTES", 0)
+    write_parquet(tmp_path, train=85)
+    augmented = options(tmp_path, crop_padding=1, flip=True)
+    first = [epoch_of(augmented, rank=rank, world_size=2) for rank in range(2)]
+    again = [epoch_of(augmented, rank=rank, world_size=2) for rank in range(2)]
+    other = epoch_of(augmented, rank=0, world_size=2, epoch=1)
+    assert [len(batches) for batches in first] == [10, 10]
+    assert all(images.shape == (4, 3, 8, 8) for images, _ in first[0])
+    assert same(first[0], again[0]) and same(first[1], again[1])
+    assert not same(first[0], other)
+
+
+def test_ranks_share_all_training_images(cluster, tmp_path):
+    write_parquet(tmp_path, train=53)
+    plain = options(tmp_path)
+    seen = [contents(epoch_of(plain, rank=rank, world_size=2)) for rank in range(2)]
+    everything = normalised(load(plain).train, plain)
+    assert len(everything) == 48
+    assert sorted(seen[0] + seen[1]) == everything
+
+
+def test_images_keep_their_labels_and_are_mixed(cluster, tmp_path):
+    write_parquet(tmp_path, train=53)
+    plain = options(tmp_path)
+    (images, labels), *_ = epoch_of(plain, batch_size=48)
+    split = load(plain).train
+    ((stored, stored_labels),) = eval_batches(split, plain, 48)
+    order = [next(i for i in range(48) if torch.equal(stored[i], image)) for image in images]
+    assert torch.equal(stored_labels[order], labels)
+    assert order != sorted(order)
+
+
+def test_evaluation_streams_in_order(cluster, tmp_path):
+    write_parquet(tmp_path, test=21)
+    plain = options(tmp_path)
+    streamed = list(stream_eval_batches(stream(plain, "test"), plain, batch_size=8, rows=21))
+    assert same(streamed, list(eval_batches(load_split(plain, "test"), plain, 8)))
+
+
+def test_skipped_images_are_counted_and_made_up_for(cluster, tmp_path, caplog):
+    write_parquet(tmp_path, train=45, corrupt=(3, 4, 20, 44))
+    lenient = options(tmp_path, max_corrupt=0.2)
+    streamed = rows(stream(lenient, "train"))
+    missing = 40 - len(streamed["label"])
+    assert missing >= 1
+    assert streamed["skipped"].sum() == missing
+    batches = epoch_of(lenient)
+    assert len(batches) == 5
+    assert f"{missing} of 40 images of the training split cannot be decoded" in caplog.text
+    assert set(contents(batches)) == set(normalised(load(lenient).train, lenient))
+
+
+def test_too_many_unreadable_images_stop_the_epoch(cluster, tmp_path):
+    write_parquet(tmp_path, train=45, corrupt=tuple(range(10, 16)))
+    strict = options(tmp_path, max_corrupt=0.05)
+    with pytest.raises(DataError, match=r"\d of 40 images of the training split cannot be dec"):
+        epoch_of(strict)
+
+
+def test_a_file_without_one_readable_image(cluster, tmp_path):
+    write_parquet(tmp_path, train=45)
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train.parquet").rename(tmp_path / "train" / "0.parquet")
+    import pyarrow.parquet as pq
+
+    pq.write_table(table([b"text"] * 10, [0] * 10), tmp_path / "train" / "1.parquet")
+    with pytest.raises(DataError, match=r"none of \d+ images in .*1\.parquet can be decoded"):
+        epoch_of(options(tmp_path, max_corrupt=0.1))
+    assert len(epoch_of(options(tmp_path, max_corrupt=0.5))) == 6
+
+
+def test_a_mistake_found_by_a_task_is_one_line(cluster, tmp_path):
+    write_parquet(tmp_path)
+    import pyarrow.parquet as pq
+
+    files = [encode(image) for image in pixels(30)] + [encode(pixels(1, 9)[0])] * 10
+    pq.write_table(table(files, [0] * 40, ["a"] * 4), tmp_path / "train.parquet")
+    with pytest.raises(DataError, match=r"^images differ in size .*set data\.image_size"):
+        epoch_of(options(tmp_path))
+
+
+def test_more_ranks_than_row_groups(cluster, tmp_path):
+    write_parquet(tmp_path, train=13, group=20)
+    plain = options(tmp_path)
+    seen = [contents(epoch_of(plain, rank=rank, world_size=4, batch_size=4)) for rank in range(4)]
+    assert [len(part) for part in seen] == [2, 2, 2, 2]
+    assert sorted(chain(*seen)) == normalised(load(plain).train, plain)
+
+
+def test_s3_through_the_endpoint_of_the_environment(cluster, tmp_path):
+    boto3 = pytest.importorskip("boto3")
+    pytest.importorskip("s3fs")
+    write_parquet(tmp_path)
+    client = boto3.client("s3")
+    client.create_bucket(Bucket="images")
+    for split in ("train", "test"):
+        client.upload_file(str(tmp_path / f"{split}.parquet"), "images", f"set/{split}.parquet")
+    remote = options("s3://images/set")
+    assert same(epoch_of(remote), epoch_of(options(tmp_path)))
+
+
+def test_the_split_of_ray_train_serves_too(cluster, tmp_path, monkeypatch):
+    monkeypatch.setattr(ingest, "_UNIT_ROWS", 10)
+    write_parquet(tmp_path, train=53)
+    plain = options(tmp_path)
+    configured = ingest_config().configure({"train": stream(plain, "train")}, 2, None, None)
+    parts = [None, None]
+
+    def work(rank):
+        where = {"seed": 0, "epoch": 0, "rank": rank, "world_size": 2, "num_classes": 4}
+        shard = configured[rank]["train"]
+        parts[rank] = contents(stream_batches(shard, plain, batch_size=8, **where))
+
+    threads = [threading.Thread(target=work, args=(rank,), daemon=True) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert sorted(parts[0] + parts[1]) == normalised(load(plain).train, plain)
+
+
+def test_real_images_stream(cluster):
+    real = options(real_data("cifar10"), holdout=16, limit=400, max_corrupt=0)
+    summary = describe(real)
+    batches = epoch_of(real, batch_size=64, summary=summary)
+    assert len(batches) == 6
+    assert set(contents(batches)) <= set(normalised(load(real).train, real))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"name": "digits", "loading": "auto"}, "data.name is digits; expected parquet"),
+        ({"uri": "missing"}, "missing does not exist"),
+        ({"holdout": 400}, "holdout is 400 of 40"),
+    ],
+)
+def test_a_mistake_is_found_before_anything_is_read(tmp_path, changes, message):
+    write_parquet(tmp_path)
+    with pytest.raises(DataError, match=message):
+        stream(options(tmp_path, **changes), "train")
+
+
+def test_a_batch_that_cannot_be_filled_or_divided_is_refused(tmp_path):
+    write_parquet(tmp_path)
+    where = {"seed": 0, "epoch": 0, "num_classes": 4}
+    with pytest.raises(DataError, match="35 training images do not fill one batch of 64"):
+        stream_batches(None, options(tmp_path), batch_size=64, **where)
+    with pytest.raises(DataError, match="expected a multiple of 3"):
+        stream_batches(None, options(tmp_path), batch_size=8, world_size=3, **where)
+
+
+@given(st.lists(st.integers(1, 40), max_size=8), st.integers(1, 6))
+def test_shares_are_even_and_disjoint(sizes, world_size):
+    edges = np.cumsum([0, *sizes])
+    units = [[ParquetPart("f", 0, int(a), np.arange(a, b), 1)] for a, b in pairwise(edges)]
+    shares = [
+        [
+            row
+            for unit in ingest._share(units, rank, world_size)
+            for part in unit
+            for row in part.rows
+        ]
+        for rank in range(world_size)
+    ]
+    assert list(chain(*shares)) == list(range(edges[-1]))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_units_join_small_row_groups_of_one_file():
+    def part(path, count, size):
+        return ParquetPart(path, 0, 0, np.arange(count), size)
+
+    parts = [part("a", 600, 1), part("a", 400, 1), part("a", 100, 1), part("b", 1, 1)]
+    parts += [part("b", 1, 2**30), part("b", 1, 1)]
+    assert [len(unit) for unit in ingest._units(parts)] == [2, 1, 1, 1, 1]
+
+
+@given(
+    st.lists(st.integers(1, 9), min_size=1, max_size=12),
+    st.integers(1, 30),
+    st.integers(0, 9),
+)
+def test_the_buffer_gives_every_image_once_before_it_repeats(sizes, capacity, seed):
+    capacity = max(capacity, max(sizes))
+    edges = np.cumsum([0, *sizes])
+    pairs = [(np.arange(a, b, dtype=np.uint8), np.arange(a, b)) for a, b in pairwise(edges)]
+    mixed = ingest._mixed(iter(pairs), capacity, np.random.default_rng(seed))
+    total, out = int(edges[-1]), []
+    for images, labels in ingest._rebatched(mixed, 4):
+        assert len(labels) == 4
+        assert (images == labels).all()
+        out += labels.tolist()
+        if len(out) >= total + 8:
+            break
+    assert sorted(out[:total]) == list(range(total))
+
+
+def test_an_empty_share_is_a_mistake():
+    with pytest.raises(DataError, match="share of the training images is empty"):
+        next(ingest._mixed(iter([]), 4, np.random.default_rng(0)))
+
+
+def test_ray_is_not_needed_to_read_parquet():
+    import subprocess
+    import sys
+
+    code = (
+        "import sys, stp_ray.data; "
+        "print([name for name in ('ray', 'pydantic', 'wandb') if name in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=os.environ
+    )
+    assert done.stdout.strip() == "[]", done.stderr
