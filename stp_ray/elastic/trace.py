@@ -116,7 +116,11 @@ def symbolic_graph(model: nn.Module) -> fx.GraphModule:
             node.update_kwarg("inplace", False)
     graph.lint()
     traced = fx.GraphModule(model, graph, class_name=type(model).__name__)
-    # An unused second output would look like a way out of a residual branch.
+    # An identity on a shortcut would hide a residual branch, and an unused second output would
+    # look like a way out of one.
+    for node in list(traced.graph.nodes):
+        if node.op == "call_module" and type(traced.get_submodule(node.target)) is nn.Identity:
+            node.replace_all_uses_with(node.args[0])
     traced.graph.eliminate_dead_code()
     traced.recompile()
     return traced.train(was_training)

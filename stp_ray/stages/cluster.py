@@ -1,0 +1,144 @@
+"""Joining a Ray cluster, making sure that it can give what is asked, and progress from workers."""
+
+import contextlib
+import os
+import tempfile
+import threading
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.util.placement_group import placement_group, remove_placement_group
+
+from ..config import ClusterOptions
+from ..errors import ClusterError, StpError
+from ..tracking import Tracker
+
+_POLL_S = 0.5
+
+
+@contextlib.contextmanager
+def connected(options: ClusterOptions) -> Iterator[None]:
+    """Join the cluster that the options or the environment name, else start a local one for as
+    long as the block lasts.
+
+    Raises:
+        ClusterError: the cluster does not answer.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    address = options.address or os.environ.get("RAY_ADDRESS")
+    settings: dict[str, Any] = {"logging_level": "warning", "log_to_driver": True}
+    if address:
+        settings["address"] = address
+    else:
+        # A local worker group is watched five times a second instead of every two seconds.
+        os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+        settings["include_dashboard"] = False
+        settings["num_cpus"] = os.cpu_count()
+    try:
+        ray.init(**settings)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise ClusterError(
+            f"cannot join the Ray cluster {address or 'on this machine'}: "
+            f"{str(error).splitlines()[0]}; expected a running cluster; check cluster.address"
+        ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def require_resources(options: ClusterOptions, workers: int) -> None:
+    """Wait until the cluster could place `workers` at once, scaling up if it can.
+
+    Raises:
+        ClusterError: a local cluster that never can (at once), or any other after
+            `schedule_timeout_s`.
+    """
+    bundle = worker_resources(options)
+    wanted = {name: amount * workers for name, amount in bundle.items()}
+    has = ray.cluster_resources()
+    if all(has.get(name, 0) >= amount for name, amount in wanted.items()):
+        return
+    joined = options.address or os.environ.get("RAY_ADDRESS")
+    if joined:
+        group = placement_group([bundle] * workers, strategy="PACK")
+        ready = group.wait(timeout_seconds=options.schedule_timeout_s)
+        remove_placement_group(group)
+        if ready:
+            return
+        has = ray.cluster_resources()
+    given = ", ".join(f"{has.get(name, 0):g} {name}" for name in wanted)
+    asked = ", ".join(f"{amount:g} {name}" for name, amount in wanted.items())
+    waited = f" after {options.schedule_timeout_s:g} s" if joined else ""
+    raise ClusterError(
+        f"the cluster has {given}{waited}; {workers} workers need {asked}; lower "
+        "cluster.num_workers or threads_per_worker, or add nodes"
+    )
+
+
+def worker_resources(options: ClusterOptions) -> dict[str, float]:
+    """What one worker asks Ray for."""
+    resources = {"CPU": float(options.threads_per_worker)}
+    if options.use_gpu:
+        resources["GPU"] = 1.0
+    return resources
+
+
+def scratch() -> Path:
+    """A local folder for what Ray writes of its own accord; never read back."""
+    return Path(tempfile.gettempdir()) / "stp_ray" / uuid.uuid4().hex
+
+
+@ray.remote(num_cpus=0)
+class Relay:
+    """Carries metrics and a user-facing error from workers to the driver."""
+
+    def __init__(self) -> None:
+        self._lines: list[tuple[str, int, dict[str, float]]] = []
+        self._error: StpError | None = None
+
+    def push(self, stage: str, step: int, metrics: dict[str, float]) -> None:
+        self._lines.append((stage, step, metrics))
+
+    def drain(self) -> list[tuple[str, int, dict[str, float]]]:
+        lines, self._lines = self._lines, []
+        return lines
+
+    def fail(self, error: StpError) -> None:
+        self._error = self._error or error
+
+    def error(self) -> StpError | None:
+        return self._error
+
+
+@contextlib.contextmanager
+def relay(trackers: Mapping[str, Tracker]) -> Iterator[Any]:
+    """A relay whose metrics go to the tracker of their stage while the block lasts."""
+    actor = Relay.remote()
+    stop = threading.Event()
+
+    def drain() -> None:
+        for stage, step, metrics in ray.get(actor.drain.remote(), timeout=30):
+            trackers[stage].log(metrics, step)
+
+    def poll() -> None:
+        while not stop.wait(_POLL_S):
+            with contextlib.suppress(ray.exceptions.RayError):
+                drain()
+
+    thread = threading.Thread(target=poll, daemon=True)
+    thread.start()
+    try:
+        yield actor
+    finally:
+        stop.set()
+        thread.join(timeout=30)
+        with contextlib.suppress(ray.exceptions.RayError):
+            drain()
+        ray.kill(actor)

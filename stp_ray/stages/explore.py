@@ -1,0 +1,319 @@
+"""Distillation-guided exploration: Ray Tune scores what the explorer asks for.
+
+A trial scores a batch of candidates and its scores are written to the run's storage at once, in
+`explore/parts/`. Generations are closed before the next one is bred, so the outcome depends on
+the seed alone; a search that was stopped is told the scores that were kept and goes on.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import ray
+import torch
+from ray import tune
+from ray.tune.search import Searcher
+from torch import Tensor
+
+from ..artifacts import Store
+from ..config import RunConfig
+from ..elastic import Subnet, Supernet
+from ..errors import RunError
+from ..method import Candidate, Explorer, score
+from ..method.explore import reference_logits
+from ..tracking import Tracker
+from . import cluster
+from .images import Images, SharedImages
+from .jobs import WEIGHTS
+from .network import build_supernet
+
+CANDIDATES = "candidates.parquet"
+FRONT = "front.json"
+_PARTS = "parts"
+#: Times that a batch of candidates is tried before the stage gives up.
+_ATTEMPTS = 3
+
+
+class Scorer:
+    """The supernet with everything that scoring needs, resident on one device.
+
+    Args:
+        config: the run's configuration.
+        images: the data.
+        weights: the trained supernet's state dict.
+        device: where to score.
+        main_logits: of the main network on all held-out images, [N, C]; computed if absent.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        images: Images,
+        weights: Mapping[str, Tensor],
+        device: torch.device,
+        main_logits: Tensor | None = None,
+    ) -> None:
+        torch.set_num_threads(config.cluster.threads_per_worker)
+        self.net: Supernet = build_supernet(config, images.summary)
+        self.net.model.load_state_dict(dict(weights))
+        self.net.to(device).eval()
+        count = config.explore.calibration_images
+        self.calibration = [x for x, _ in images.batches("train", device, count)]
+        self.held_out = torch.cat([x for x, _ in images.batches("holdout", device)])
+        if main_logits is None:
+            main_logits = reference_logits(self.net, self.held_out.split(len(self.calibration[0])))
+        self.main_logits = main_logits.to(device)
+
+    def __call__(self, subnet: Subnet, images: int) -> float:
+        """The distillation loss of a slice on the first `images` held-out ones (0: all)."""
+        count = images or len(self.held_out)
+        batches = self.held_out[:count].split(len(self.calibration[0]))
+        return score(self.net, subnet, self.calibration, batches, self.main_logits[:count])
+
+
+def explore(
+    config: RunConfig, run: Store, net: Supernet, images: Images | SharedImages, tracker: Tracker
+) -> dict[str, Any]:
+    """Search until the explorer is done; write `explore/candidates.parquet` and `front.json`.
+
+    Args:
+        config: the run's configuration.
+        run: the run's folder.
+        net: the supernet on the driver; only its space is used.
+        images: the data.
+        tracker: takes the best score of each budget after every generation.
+
+    Returns:
+        What `front.json` holds.
+    """
+    store = run.child("explore")
+    held_out = images.summary.holdout_rows
+    explorer = Explorer(
+        net.space, config.budgets, config.explore, config.seed, held_out=held_out
+    )
+    search = _Search(explorer, store, config.explore.batch_of_candidates, tracker)
+    if search.open():
+        weights = run.child("supernet").load_tensors(WEIGHTS)
+        if config.cluster.in_process:
+            scorer = Scorer(config, images.here(), weights, torch.device("cpu"))
+            while batch := search.take():
+                search.put(batch, {c.key: scorer(c.subnet, c.images) for c in batch})
+        else:
+            _tune(config, search, images, weights)
+    return _write(explorer, store)
+
+
+class _Search:
+    """Hands out batches of what the explorer asks for, and keeps the scores."""
+
+    def __init__(self, explorer: Explorer, store: Store, batch: int, tracker: Tracker) -> None:
+        self._explorer, self._store, self._batch = explorer, store, batch
+        self._tracker = tracker
+        self._out: set[str] = set()
+        self._generation = -1
+        parts = store.child(_PARTS)
+        self._known = {
+            row["key"]: row["score"]
+            for name in parts.names()
+            for row in parts.read_table(name).to_pylist()
+        }
+        self._advance()
+
+    def open(self) -> bool:
+        """Whether anything is left to score."""
+        return bool(self._explorer.ask())
+
+    def take(self) -> list[Candidate]:
+        """Up to a batch of candidates of the current generation that nobody has; empty when all
+        are handed out."""
+        free = [c for c in self._explorer.ask() if c.key not in self._out]
+        batch = free[: self._batch]
+        self._out |= {candidate.key for candidate in batch}
+        return batch
+
+    def put(self, batch: Sequence[Candidate], scores: Mapping[str, float]) -> None:
+        """Keep the scores of a batch."""
+        rows = [{"key": c.key, "score": float(scores[c.key])} for c in batch]
+        first = batch[0]
+        name = f"{first.generation:03d}-{first.rung}-{first.key}.parquet"
+        self._store.child(_PARTS).write_table(name, rows)
+        self._known |= {row["key"]: row["score"] for row in rows}
+        self._out -= {candidate.key for candidate in batch}
+        self._advance()
+
+    def give_back(self, batch: Sequence[Candidate]) -> None:
+        """A batch that nobody scored may be taken again."""
+        self._out -= {candidate.key for candidate in batch}
+
+    def _advance(self) -> None:
+        """Tell the explorer what is known, a closed generation at a time."""
+        while asked := self._explorer.ask():
+            scores = {c.key: self._known[c.key] for c in asked if c.key in self._known}
+            if len(scores) < len(asked):
+                return
+            self._explorer.tell(scores)
+            if asked[0].generation != self._generation:
+                self._generation = asked[0].generation
+                self._log()
+
+    def _log(self) -> None:
+        explorer = self._explorer
+        best = {f"best/{b.label}": explorer.best(b).score for b in explorer.budgets}
+        scored = {"candidates": float(len(explorer.scored))}
+        self._tracker.log({**best, **scored}, self._generation + 1)
+
+
+# -- Ray Tune ---------------------------------------------------------------------------
+
+
+class _Trial(tune.Trainable):
+    """Scores one batch of candidates; the actor keeps its supernet for the next batch."""
+
+    def setup(self, config: dict[str, Any], **shared: Any) -> None:
+        run_config: RunConfig = shared["config"]
+        gpu = run_config.cluster.use_gpu and torch.cuda.is_available()
+        self._scorer = Scorer(
+            run_config,
+            shared["images"].here(),
+            shared["weights"],
+            torch.device("cuda" if gpu else "cpu"),
+            shared["main_logits"],
+        )
+        self._candidates = config["candidates"]
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        self._candidates = new_config["candidates"]
+        return True
+
+    def step(self) -> dict[str, Any]:
+        scores = {
+            key: self._scorer(Subnet.from_json(subnet), images)
+            for key, subnet, images in self._candidates
+        }
+        return {"scores": scores, "done": True}
+
+    def save_checkpoint(self, checkpoint_dir: str) -> None:
+        """Nothing to save: the scores are the result."""
+
+    def load_checkpoint(self, checkpoint: Any) -> None:
+        """Nothing to load."""
+
+
+class _Generations(Searcher):
+    """Tune's view of the search: a suggestion is a batch of candidates."""
+
+    def __init__(self, search: _Search) -> None:
+        super().__init__(metric=None, mode=None)
+        self._search = search
+        self._batches: dict[str, list[Candidate]] = {}
+        self._failures = 0
+
+    def suggest(self, trial_id: str) -> Any:
+        if not self._search.open() or self._failures >= _ATTEMPTS:
+            return Searcher.FINISHED
+        batch = self._search.take()
+        if not batch:
+            return None  # the generation is handed out; wait for its scores
+        self._batches[trial_id] = batch
+        return {"candidates": [(c.key, c.subnet.to_json(), c.images) for c in batch]}
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        """Scores come with the last result of a trial."""
+
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
+        batch = self._batches.pop(trial_id, None)
+        if batch is None:
+            return
+        if error or not result or "scores" not in result:
+            self._failures += 1
+            self._search.give_back(batch)
+        else:
+            self._search.put(batch, result["scores"])
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: a search resumes from the parts in the run's storage."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing is ever read back from Tune's own state."""
+
+
+def _tune(
+    config: RunConfig,
+    search: _Search,
+    images: Images | SharedImages,
+    weights: dict[str, Tensor],
+) -> None:
+    options = config.cluster
+    workers = options.explore_workers or options.num_workers
+    cluster.require_resources(options, 1)
+    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
+    resources = {
+        name.lower(): amount for name, amount in cluster.worker_resources(options).items()
+    }
+    weights_reference = ray.put(weights)
+    main_logits = ray.get(
+        ray.remote(_main_logits)
+        .options(num_cpus=resources["cpu"], num_gpus=resources.get("gpu", 0))
+        .remote(config, images, weights_reference)
+    )
+    trial = tune.with_parameters(
+        _Trial, config=config, images=images, weights=weights, main_logits=main_logits
+    )
+    tuner = tune.Tuner(
+        tune.with_resources(trial, resources),
+        tune_config=tune.TuneConfig(
+            search_alg=_Generations(search),
+            num_samples=-1,
+            max_concurrent_trials=workers,
+            reuse_actors=True,
+        ),
+        run_config=tune.RunConfig(
+            name="explore", storage_path=str(cluster.scratch()), verbose=0
+        ),
+    )
+    tuner.fit()
+    if search.open():
+        raise RunError(
+            f"exploration lost {_ATTEMPTS} batches of candidates to failing workers; the scores "
+            "so far are kept and the same command goes on from them"
+        )
+
+
+def _main_logits(
+    config: RunConfig, images: Images | SharedImages, weights: dict[str, Tensor]
+) -> Tensor:
+    device = torch.device("cuda" if config.cluster.use_gpu else "cpu")
+    return Scorer(config, images.here(), weights, device).main_logits.cpu()
+
+
+# -- what is left behind ----------------------------------------------------------------
+
+
+def _write(explorer: Explorer, store: Store) -> dict[str, Any]:
+    rows = [
+        {
+            "subnet_id": scored.subnet.id,
+            "subnet": scored.subnet.to_json(),
+            "score": scored.score,
+            "images": scored.images,
+            "generation": scored.generation,
+            "macs": scored.cost.macs,
+            "params": scored.cost.params,
+        }
+        for scored in explorer.scored
+    ]
+    store.write_table(CANDIDATES, rows)
+    front = {
+        "budgets": {
+            budget.label: explorer.best(budget).subnet.to_json() for budget in explorer.budgets
+        },
+        "front": [
+            {"subnet": s.subnet.to_json(), "score": s.score, "macs": s.cost.macs}
+            for s in explorer.front()
+        ],
+    }
+    store.write_json(FRONT, front)
+    return front
+

@@ -1,0 +1,104 @@
+"""The images of a run as its workers see them: decoded once and shared, or streamed."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import torch
+from torch import Tensor
+
+from ..data import (
+    DataOptions,
+    DataSummary,
+    ImageData,
+    Split,
+    SplitName,
+    eval_batches,
+    load,
+    load_split,
+    train_batches,
+)
+from .ingest import stream, stream_batches
+
+Epochs = Callable[[int, int], Iterator[tuple[Tensor, Tensor]]]
+
+#: Images in a batch that is only looked at.
+EVALUATION_BATCH = 512
+
+
+@dataclass(frozen=True)
+class Images:
+    """The images of a run in one process.
+
+    Args:
+        options: normalisation and augmentation.
+        summary: classes and sizes.
+        data: everything decoded; None where the training images are streamed.
+    """
+
+    options: DataOptions
+    summary: DataSummary
+    data: ImageData | None
+
+    def here(self) -> "Images":
+        """These images, in this process."""
+        return self
+
+    def epochs(
+        self, seed: int, batch_size: int, rank: int, world_size: int, device: torch.device
+    ) -> Epochs:
+        """(epoch, first step) -> the rest of that epoch's batches for one worker."""
+
+        def batches(epoch: int, first_step: int) -> Iterator[tuple[Tensor, Tensor]]:
+            place: dict[str, Any] = {"seed": seed, "epoch": epoch, "rank": rank}
+            place["world_size"] = world_size
+            sizes = {"batch_size": batch_size, "num_classes": self.summary.num_classes}
+            if self.data is not None:
+                return train_batches(
+                    self.data.train, self.options, first_step=first_step, device=device,
+                    **place, **sizes,
+                )  # fmt: skip
+            shard = stream(self.options, "train", **place)
+            return stream_batches(
+                shard, self.options, device=device, summary=self.summary, **place, **sizes
+            )
+
+        return batches
+
+    def split(self, name: SplitName, count: int | None = None) -> Split:
+        """The first `count` images of a split, decoded; all of them without a count."""
+        if self.data is None:
+            return load_split(self.options, name, count)
+        whole: Split = getattr(self.data, name)
+        return Split(whole.images[:count], whole.labels[:count])
+
+    def batches(
+        self, name: SplitName, device: torch.device, count: int | None = None
+    ) -> list[tuple[Tensor, Tensor]]:
+        """The same, normalised and resident on the device: images [B, 3, H, W], labels [B]."""
+        return list(eval_batches(self.split(name, count), self.options, EVALUATION_BATCH, device))
+
+
+@dataclass(frozen=True)
+class SharedImages:
+    """Images in Ray's object store, of which the workers of a node share one copy."""
+
+    options: DataOptions
+    summary: DataSummary
+    # In a list, so that Ray passes the reference on and not what it stands for.
+    reference: list[Any]
+
+    def here(self) -> Images:
+        """The images in this process; arrays are views of the object store."""
+        return Images(self.options, self.summary, ray.get(self.reference[0]))
+
+
+def share(options: DataOptions, summary: DataSummary, *, in_process: bool) -> Images | SharedImages:
+    """Decode a small data set once, in this process or somewhere on the cluster; a larger one is
+    left to be streamed."""
+    if summary.streams:
+        return Images(options, summary, None)
+    if in_process:
+        return Images(options, summary, load(options))
+    return SharedImages(options, summary, [ray.remote(load).remote(options)])

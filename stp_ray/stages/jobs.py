@@ -1,0 +1,263 @@
+"""One training of a run, in one worker: the same function in this process and under Ray Train.
+
+It loads the newest checkpoint, trains to the end, evaluates, and writes weights, metrics and
+`result.json` (last, so that its presence means done). All state is in the run's storage.
+"""
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ..artifacts import Checkpoints, Store
+from ..config import RunConfig
+from ..data import steps_per_epoch
+from ..data.split import derive_seed
+from ..elastic import Subnet, Supernet
+from ..errors import StorageError
+from ..method import (
+    DenseObjective,
+    ExpansionObjective,
+    Optimisation,
+    StimulativeObjective,
+    Trainer,
+    evaluate,
+    ladder,
+    relative_sparsity,
+    sampler,
+)
+from ..method.modes import inspecting
+from ..method.training import Draw
+from .images import Images, SharedImages
+from .network import build_supernet
+
+Report = Callable[[int, Mapping[str, float]], None]
+
+#: Seconds between two reports of progress.
+_REPORT_EVERY_S = 1.0
+
+RESULT = "result.json"
+WEIGHTS = "model.safetensors"
+#: The shared weights behind a pruned network, kept until it is pruned.
+SHARED = "shared.safetensors"
+METRICS = "metrics.parquet"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to train.
+
+    Args:
+        stage: name of the stage in manifest and tracking, such as "finalize/0.15".
+        kind: what is trained: the dense network alone, the supernet, the ladder towards a
+            target, or the target's shape from scratch.
+        folder: where in the run's folder it writes.
+        run_uri: the run's folder.
+        config: the whole configuration.
+        options: how this one is optimised.
+        target: the subnet (JSON) that finalize and control are about.
+    """
+
+    stage: str
+    kind: Literal["baseline", "supernet", "finalize", "control"]
+    folder: str
+    run_uri: str
+    config: RunConfig
+    options: Optimisation
+    target: str | None = None
+
+    @property
+    def run(self) -> Store:
+        return Store(self.run_uri)
+
+    @property
+    def store(self) -> Store:
+        return self.run.child(*self.folder.split("/"))
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a worker stands among the data-parallel ones.
+
+    Args:
+        rank, world_size: its number and how many there are.
+        device: where it computes.
+        threads: CPU threads it may use.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    threads: int = 1
+
+    def wrap(self, objective: nn.Module) -> nn.Module:
+        """The objective under DistributedDataParallel where there are several workers."""
+        if self.world_size == 1:
+            return objective
+        on_gpu = self.device.type == "cuda"
+        return DistributedDataParallel(
+            objective,
+            device_ids=[self.device] if on_gpu else None,
+            find_unused_parameters=not getattr(objective, "uses_all_parameters", True),
+            gradient_as_bucket_view=True,
+        )
+
+
+def train(job: Job, images: Images | SharedImages, place: Place, report: Report) -> None:
+    """Train to the end, from the newest checkpoint if there is one.
+
+    Args:
+        job: what to train.
+        images: the data.
+        place: this worker.
+        report: takes (step, metrics) on rank 0, every second or so.
+
+    Raises:
+        RunError: the loss is not finite, or the data changed while it was read.
+        StorageError: this worker does not see the run's storage.
+    """
+    torch.set_num_threads(place.threads)
+    store = job.store
+    if not job.run.exists("config.json"):
+        raise StorageError(
+            f"a worker does not see {job.run_uri}; expected storage that driver and workers "
+            "share; use a shared folder or object storage such as s3://"
+        )
+    if store.exists(RESULT):
+        return
+    local = images.here()
+    net = build_supernet(job.config, local.summary)
+    if job.kind == "finalize":
+        net.model.load_state_dict(job.run.child("supernet").load_tensors(WEIGHTS))
+    objective, draw = _objective(job, net)
+    options = job.options
+    if local.data is None:  # a stream goes back to the start of an epoch
+        options = replace(options, checkpoint_every=0)
+    trainer = Trainer(
+        objective,
+        options,
+        steps_per_epoch=steps_per_epoch(local.summary.train_rows, options.batch_size),
+        seed=derive_seed("train", job.config.seed, job.stage),
+        rank=place.rank,
+        world_size=place.world_size,
+        device=place.device,
+        wrap=place.wrap,
+    )
+    checkpoints = Checkpoints(store)
+    history: list[dict[str, float]] = []
+    found = checkpoints.latest()
+    if found is not None:
+        _, tensors, meta = found
+        trainer.load(tensors, meta)
+        history = list(meta["history"])
+    reference = _reference_slice(job, net)
+
+    batches = local.epochs(
+        derive_seed("data", job.config.seed), options.batch_size, place.rank, place.world_size,
+        place.device,
+    )  # fmt: skip
+    started, sums, count, last = time.monotonic(), defaultdict[str, Any](float), 0, 0.0
+    for progress in trainer.run(batches, draw):
+        if place.rank != 0:
+            continue
+        count += 1
+        for name, part in progress.parts.items():
+            sums[name] = sums[name] + part
+        row: dict[str, float] = {}
+        if progress.end_of_epoch:
+            row = {"step": progress.step, "epoch": progress.epoch + 1, "lr": progress.lr}
+            row |= {name: float(total) / count for name, total in sums.items()}
+            if reference is not None:
+                row |= relative_sparsity(net, reference)
+            history.append(row)
+            sums, count = defaultdict(float), 0
+        if progress.checkpoint_due:
+            tensors, meta = trainer.state()
+            checkpoints.save(progress.step, tensors, {**meta, "history": history})
+        now = time.monotonic()
+        if row or now - last > _REPORT_EVERY_S:
+            last = now
+            report(progress.step, row or {"lr": progress.lr, **progress.metrics})
+    if place.rank == 0:
+        _finish(job, store, trainer, local, history, time.monotonic() - started)
+
+
+def _objective(job: Job, net: Supernet) -> tuple[nn.Module, Draw]:
+    config, smoothing = job.config, job.options.label_smoothing
+    target = Subnet.from_json(job.target) if job.target else net.space.full
+    match job.kind:
+        case "baseline":
+            return DenseObjective(net.model, smoothing), _no_subnets
+        case "control":
+            return DenseObjective(_from_scratch(net, target), smoothing), _no_subnets
+        case "supernet":
+            stimulation = config.supernet.stimulation
+            draw = sampler(stimulation, net.space, config.budgets)
+            return StimulativeObjective(net, stimulation, smoothing), draw
+        case "finalize":
+            expansion = config.finalize.expansion
+            objective = ExpansionObjective(net, target, expansion, smoothing)
+            return objective, ladder(net.space, target, expansion)
+
+
+def _no_subnets(rng: Any, progress: float) -> Sequence[Subnet]:
+    return ()
+
+
+def _from_scratch(net: Supernet, target: Subnet) -> nn.Module:
+    """The pruned shape with fresh weights, drawn for its own widths."""
+    small = net.extract(target)
+    for module in small.modules():
+        reset = getattr(module, "reset_parameters", None)
+        if callable(reset):
+            reset()
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    return small
+
+
+def _reference_slice(job: Job, net: Supernet) -> Subnet | None:
+    """The slice whose relative sparsity is logged: the target, or before there is one the
+    uniform-width subnet of the smallest budget."""
+    if job.kind == "finalize" and job.target:
+        return Subnet.from_json(job.target)
+    if job.kind == "supernet":
+        return min(
+            (net.space.uniform_within(budget) for budget in job.config.budgets),
+            key=lambda subnet: net.cost(subnet).macs,
+        )
+    return None
+
+
+def _finish(
+    job: Job,
+    store: Store,
+    trainer: Trainer,
+    images: Images,
+    history: list[dict[str, float]],
+    seconds: float,
+) -> None:
+    objective = trainer.objective
+    network: nn.Module
+    if isinstance(objective, DenseObjective):
+        network = objective.model
+    else:
+        network = objective.net.model  # type: ignore[assignment]
+    weights = SHARED if job.kind == "finalize" else WEIGHTS
+    with trainer.averaged(), inspecting(network):
+        metrics = evaluate(network, images.batches("test", trainer.device))
+        outputs = {weights: store.save_tensors(weights, network.state_dict())}
+    outputs[METRICS] = store.write_table(METRICS, history)
+    store.write_json(
+        RESULT,
+        {
+            "metrics": {"top1": metrics["top1"], "test_loss": metrics["loss"]},
+            "outputs": outputs,
+            "seconds": seconds,
+        },
+    )

@@ -1,0 +1,76 @@
+"""The supernet that a configuration describes, the same on driver and workers."""
+
+import fsspec
+import torch
+from torch import nn
+
+from ..config import RunConfig
+from ..data import DataSummary
+from ..elastic import Supernet
+from ..errors import ConfigError, DataError, StorageError
+from ..models import build_model
+
+
+def build_supernet(config: RunConfig, summary: DataSummary) -> Supernet:
+    """Build the dense network with weights drawn from the seed, and trace it.
+
+    Raises:
+        ConfigError: the model is unknown or cannot be built.
+        TraceError: it cannot be traced.
+        DataError: it does not give one logit per class of the data.
+    """
+    torch.manual_seed(config.seed)
+    size = summary.image_size
+    model = build_model(
+        config.model.name,
+        num_classes=summary.num_classes,
+        image_size=size,
+        **config.model.kwargs,
+    )
+    if config.model.weights:
+        load_weights(model, config.model.weights)
+    example = torch.zeros(1, 3, size, size)
+    net = Supernet.trace(
+        model, example, divisor=config.space.divisor, min_ratio=config.space.min_ratio
+    )
+    classes = _logits(net, example)
+    if classes != summary.num_classes:
+        raise DataError(
+            f"model {config.model.name!r} gives {classes} logits for data of "
+            f"{summary.num_classes} classes; expected as many; set model.kwargs.num_classes or "
+            "choose other data"
+        )
+    return net
+
+
+def _logits(net: Supernet, example: torch.Tensor) -> int:
+    training = net.training
+    with torch.no_grad():
+        out = net.eval()(example)
+    net.train(training)
+    if not isinstance(out, torch.Tensor) or out.dim() != 2:
+        raise ConfigError("the model does not return logits [B, classes]; expected one tensor")
+    return out.shape[1]
+
+
+def load_weights(model: nn.Module, uri: str) -> None:
+    """Initial weights from a state dict at a URI: safetensors, or torch's format read with
+    `weights_only=True`, which cannot run code.
+
+    Raises:
+        StorageError: it cannot be read, or does not fit the model.
+    """
+    import safetensors.torch
+
+    try:
+        with fsspec.open(uri, "rb") as file:
+            if uri.endswith(".safetensors"):
+                state = safetensors.torch.load(file.read())
+            else:
+                state = torch.load(file, map_location="cpu", weights_only=True)
+        model.load_state_dict(state)
+    except Exception as error:  # every backend and format has errors of its own
+        raise StorageError(
+            f"weights {uri} cannot be loaded: {' '.join(str(error).split())[:200]}; expected a "
+            "state dict of the model as safetensors or torch.save; change model.weights"
+        ) from error

@@ -1,0 +1,355 @@
+"""The stages in order, each skipped when the run's manifest says that it is done."""
+
+import contextlib
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import export
+from ..artifacts import Manifest, Record, Store
+from ..config import RunConfig, dump_config, load_config, run_id
+from ..data import DataSummary, describe, steps_per_epoch
+from ..elastic import Supernet
+from ..method import Optimisation
+from ..models import find_factory
+from ..report import with_space, write_report
+from ..tracking import Tracker, make_trackers
+from . import cluster
+from .explore import CANDIDATES, FRONT, explore
+from .finalize import PRUNED, finalize, folder
+from .images import Images, SharedImages, share
+from .jobs import Job
+from .network import build_supernet
+from .supernet import fit
+
+SUMMARY = "summary.json"
+REPORT = "report.html"
+
+_PACKAGES = ("torch", "torchvision", "ray", "numpy", "pyarrow", "fsspec", "safetensors", "wandb")
+
+
+def run(
+    config: RunConfig | str | os.PathLike[str] | Mapping[str, Any],
+    overrides: Sequence[str] = (),
+    *,
+    until: str | None = None,
+) -> dict[str, Any]:
+    """Prune a network: baseline, supernet, explore, finalize, report.
+
+    Stages whose artifacts are in the run's folder are skipped, and one that was stopped goes on
+    from its last checkpoint, so the same call finishes a run that was cut off anywhere.
+
+    Args:
+        config: a configuration, or anything that `load_config` takes.
+        overrides: dotted overrides, "a.b=value".
+        until: stop after this stage ("baseline", "supernet" or "explore").
+
+    Returns:
+        The run's summary, as in `summary.json`; with `until` the figures of the stages so far.
+
+    Raises:
+        StpError: bad input (before anything expensive starts), or a stage that had to stop.
+    """
+    config = load_config(config, overrides)
+    images_summary, net = preflight(config)
+    store = Store(config.storage).child(run_id(config))
+    store.probe()
+    _describe(config, store)
+    pipeline = _Pipeline(config, store, images_summary, net)
+    with pipeline.session():
+        return pipeline.walk(until)
+
+
+def preflight(config: RunConfig) -> tuple[DataSummary, Supernet]:
+    """Everything that can be known to be wrong before anything expensive starts.
+
+    Returns:
+        What the data holds, and the traced network.
+
+    Raises:
+        StpError: data, model, budgets or sizes do not fit.
+    """
+    summary = describe(config.data)
+    for options in _trainings(config):
+        steps_per_epoch(summary.train_rows, options.batch_size)
+    net = build_supernet(config, summary)
+    for budget in config.budgets:
+        net.space.require(budget)
+    return summary, net
+
+
+def _trainings(config: RunConfig) -> list[Optimisation]:
+    options = [config.supernet.optimisation, config.finalize.optimisation]
+    return [*options, config.baseline] if config.baseline else options
+
+
+class _Pipeline:
+    def __init__(
+        self, config: RunConfig, store: Store, summary: DataSummary, net: Supernet
+    ) -> None:
+        self.config, self.store, self.images_summary, self.net = config, store, summary, net
+        self.manifest = Manifest(store)
+        self._images: Images | SharedImages | None = None
+
+    @contextlib.contextmanager
+    def session(self) -> Iterator[None]:
+        """A Ray session, unless everything runs in this process or nothing is left to do."""
+        if self.config.cluster.in_process or self._finished():
+            yield
+            return
+        with cluster.connected(self.config.cluster):
+            yield
+
+    def walk(self, until: str | None) -> dict[str, Any]:
+        if self._finished():
+            return self.store.read_json(SUMMARY)
+        if self.config.baseline is not None:
+            self._training("baseline", self.config.baseline)
+        if until != "baseline":
+            self._training("supernet", self.config.supernet.optimisation)
+        if until not in ("baseline", "supernet"):
+            self._explore()
+        if until is not None:
+            return {stage: record["metrics"] for stage, record in self.manifest.stages().items()}
+        self._finalize()
+        return self._report()
+
+    def _finished(self) -> bool:
+        return self.manifest.done("report") is not None
+
+    @property
+    def images(self) -> Images | SharedImages:
+        """Loaded when the first stage that needs them starts."""
+        if self._images is None:
+            self._images = share(
+                self.config.data, self.images_summary, in_process=self.config.cluster.in_process
+            )
+        return self._images
+
+    # -- stages ---------------------------------------------------------------------
+
+    def _training(self, kind: Any, options: Optimisation) -> None:
+        job = Job(
+            stage=kind, kind=kind, folder=kind, run_uri=self.store.uri, config=self.config,
+            options=options,
+        )  # fmt: skip
+        workers = self.config.cluster.num_workers
+
+        def work(tracker: Tracker) -> tuple[dict[str, str], dict[str, Any]]:
+            result = fit(job, self.images, workers, tracker)
+            outputs = {f"{kind}/{name}": digest for name, digest in result["outputs"].items()}
+            return outputs, result["metrics"]
+
+        self._stage(kind, {"data": self.config.data.name}, work, self._scale(options), workers)
+
+    def _explore(self) -> None:
+        def work(tracker: Tracker) -> tuple[dict[str, str], dict[str, Any]]:
+            front = explore(self.config, self.store, self.net, self.images, tracker)
+            candidates = self.store.read_table(f"explore/{CANDIDATES}")
+            self.store.write_table(
+                f"explore/{CANDIDATES}", with_space(candidates, self.net.space)
+            )
+            outputs = {
+                f"explore/{name}": self.store.checksum(f"explore/{name}")
+                for name in (CANDIDATES, FRONT)
+            }
+            return outputs, {"candidates": candidates.num_rows, "front": len(front["front"])}
+
+        workers = self.config.cluster.explore_workers or self.config.cluster.num_workers
+        options = self.config.explore
+        self._stage(
+            "explore", self._inputs("supernet"), work, {"total_steps": options.generations}, workers
+        )
+
+    def _finalize(self) -> None:
+        targets = self.store.read_json(f"explore/{FRONT}")["budgets"]
+        missing = {
+            label: target
+            for label, target in targets.items()
+            if self.manifest.done(f"finalize/{label}") is None
+        }
+        if not missing:
+            return
+        kinds = ["finalize", "control"] if self.config.finalize.control else ["finalize"]
+        started = time.monotonic()
+        with contextlib.ExitStack() as stack:
+            trackers = {
+                f"{kind}/{label}": stack.enter_context(
+                    self._tracked(f"{kind}/{label}", self._scale(self.config.finalize.optimisation))
+                )
+                for label in missing
+                for kind in kinds
+            }
+            for label, pruned in finalize(
+                self.config, self.store, missing, self.images, trackers
+            ):
+                home = folder(label)
+                tracker = trackers[f"finalize/{label}"]
+                tracker.summary({"top1": pruned["top1"], "macs": pruned["macs"]})
+                tracker.artifact(home, self.store.child(home).uri)
+                seconds = time.monotonic() - started
+                self.manifest.finish(
+                    f"finalize/{label}",
+                    inputs=self._inputs("supernet", "explore"),
+                    outputs={
+                        f"{home}/{PRUNED}": self.store.checksum(f"{home}/{PRUNED}"),
+                        **{f"{home}/{name}": d for name, d in pruned["outputs"].items()},
+                    },
+                    seconds=seconds,
+                    device_seconds=seconds * self._devices(self.config.finalize.num_workers),
+                    metrics={"top1": pruned["top1"], "macs": pruned["macs"]},
+                )
+
+    def _report(self) -> dict[str, Any]:
+        started = time.monotonic()
+        self.store.write_json(SUMMARY, self._summary())
+        summary = self.store.read_json(SUMMARY)
+        for label in summary["budgets"]:
+            home = self.store.child(folder(label))
+            pruned, description = home.read_json(PRUNED), home.read_json(export.DESCRIPTION)
+            card = export.model_card(summary, label, description, pruned["notes"])
+            home.write_bytes("README.md", card.encode())
+        write_report(self.store)
+        self._link_latest()
+        seconds = time.monotonic() - started
+        self.manifest.finish(
+            "report",
+            inputs=self._inputs("explore", *(f"finalize/{b}" for b in summary["budgets"])),
+            outputs={name: self.store.checksum(name) for name in (SUMMARY, REPORT)},
+            seconds=seconds,
+            device_seconds=seconds,
+            metrics={},
+        )
+        return summary
+
+    # -- figures --------------------------------------------------------------------
+
+    def _summary(self) -> dict[str, Any]:
+        stages = self.manifest.stages()
+        dense = stages["baseline"]["metrics"]["top1"] if "baseline" in stages else None
+        main = stages["supernet"]["metrics"]["top1"]
+        cost, size = self.net.cost(), self.images_summary.image_size
+        image, threads = torch.randn(1, 3, size, size), self.config.cluster.threads_per_worker
+        dense_ms = 1e3 * export.latency(self.net.model, image, threads=threads)
+        budgets = {}
+        for budget in self.config.budgets:
+            home = self.store.child(folder(budget.label))
+            pruned = home.read_json(PRUNED)
+            entry = {
+                "top1": pruned["top1"],
+                "retention_dense": 100 * pruned["top1"] / dense if dense else None,
+                "retention_main": 100 * pruned["top1"] / main if main else None,
+                "macs": pruned["macs"],
+                "params": pruned["params"],
+                "latency_ms": 1e3 * self._latency(home.uri, image, threads),
+                "dense_latency_ms": dense_ms,
+                "subnet_id": pruned["subnet_id"],
+                "uri": home.uri,
+            }
+            if "control_top1" in pruned:
+                entry["control_top1"] = pruned["control_top1"]
+            budgets[budget.label] = entry
+        together = [r["seconds"] for stage, r in stages.items() if stage.startswith("finalize/")]
+        before = [r["seconds"] for s, r in stages.items() if not s.startswith(("finalize/", "rep"))]
+        return {
+            "run_id": self.store.uri.rpartition("/")[2],
+            "storage": self.config.storage,
+            "dense_top1": dense,
+            "main_top1": main,
+            "macs": cost.macs,
+            "params": cost.params,
+            "budgets": budgets,
+            "seconds": sum(before) + max(together, default=0.0),
+        }
+
+    def _latency(self, uri: str, image: torch.Tensor, threads: int) -> float:
+        """Seconds of one image through the artifact, as a person would load it."""
+        name = self.config.model.name
+        # The configuration names the factory of a model of the user's own; storage never does.
+        factory = find_factory(name) if ":" in name else None
+        return export.latency(export.load(uri, factory), image, threads=threads)
+
+    # -- bookkeeping ----------------------------------------------------------------
+
+    def _stage(
+        self,
+        stage: str,
+        inputs: dict[str, Any],
+        work: Callable[[Tracker], tuple[dict[str, str], dict[str, Any]]],
+        scale: dict[str, Any],
+        workers: int,
+    ) -> None:
+        if self.manifest.done(stage) is not None:
+            return
+        with self._tracked(stage, scale) as tracker:
+            started = time.monotonic()
+            outputs, metrics = work(tracker)
+            seconds = time.monotonic() - started
+            self.manifest.finish(
+                stage,
+                inputs=inputs,
+                outputs=outputs,
+                seconds=seconds,
+                device_seconds=seconds * self._devices(workers),
+                metrics=metrics,
+            )
+            tracker.summary(metrics)
+            tracker.artifact(stage, self.store.child(stage).uri)
+
+    @contextlib.contextmanager
+    def _tracked(self, stage: str, scale: dict[str, Any]) -> Iterator[Tracker]:
+        tracker = make_trackers(self.config.tracking, run_id(self.config), stage, self.store)
+        tracker.start(stage, {**scale, "config": dump_config(self.config)})
+        try:
+            yield tracker
+        finally:
+            tracker.finish()
+
+    def _scale(self, options: Optimisation) -> dict[str, Any]:
+        steps = steps_per_epoch(self.images_summary.train_rows, options.batch_size)
+        return {"total_steps": steps * options.epochs, "batch_size": options.batch_size}
+
+    def _devices(self, workers: int) -> int:
+        options = self.config.cluster
+        return workers if options.use_gpu else workers * options.threads_per_worker
+
+    def _inputs(self, *stages: str) -> dict[str, Any]:
+        done: dict[str, Record] = self.manifest.stages()
+        return {stage: done[stage]["outputs"] for stage in stages if stage in done}
+
+    def _link_latest(self) -> None:
+        """On local storage `latest` points to the run that finished last."""
+        path: Path | None = self.store.local_path
+        if path is None:
+            return
+        link, temporary = path.parent / "latest", path.parent / f".latest-{os.getpid()}"
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(path.name, target_is_directory=True)
+        os.replace(temporary, link)
+
+
+def _describe(config: RunConfig, store: Store) -> None:
+    """Leave the resolved configuration and the environment beside the artifacts."""
+    store.write_json("config.json", dump_config(config))
+    versions = {}
+    for package in _PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    store.write_json(
+        "environment.json",
+        {
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "cpus": os.cpu_count(),
+            "packages": versions,
+            "machine": platform.machine(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        },
+    )
+

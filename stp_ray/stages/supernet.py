@@ -1,0 +1,108 @@
+"""Data-parallel training with Ray Train: the supernet, and any other job of a run."""
+
+import uuid
+from typing import Any
+
+import ray
+import ray.train
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer, get_device
+
+from ..errors import RunError, StpError
+from ..tracking import Tracker
+from . import cluster
+from .images import Images, SharedImages
+from .jobs import RESULT, Job, Place, train
+
+#: Seconds until a collective operation that lost a peer gives up.
+_COLLECTIVE_TIMEOUT_S = 120
+
+
+def fit(job: Job, images: Images | SharedImages, workers: int, tracker: Tracker) -> dict[str, Any]:
+    """Train a job to the end on `workers` data-parallel workers; returns its `result.json`.
+
+    A worker that dies is replaced and the group goes on from the last checkpoint, up to
+    `cluster.max_failures` times.
+
+    Raises:
+        StpError: what a worker raised for the user.
+        ClusterError: the cluster cannot give the workers.
+        RunError: workers failed too often.
+    """
+    store, options = job.store, job.config.cluster
+    if store.exists(RESULT):
+        return store.read_json(RESULT)
+    if options.in_process:
+        train(job, images.here(), Place(threads=options.threads_per_worker), _log_to(tracker))
+        return store.read_json(RESULT)
+    cluster.require_resources(options, workers)
+    with cluster.relay({job.stage: tracker}) as relay:
+        trainer = TorchTrainer(
+            _worker,
+            train_loop_config={"job": job, "images": images, "relay": relay},
+            torch_config=TorchConfig(
+                backend="nccl" if options.use_gpu else "gloo", timeout_s=_COLLECTIVE_TIMEOUT_S
+            ),
+            scaling_config=ScalingConfig(
+                num_workers=workers,
+                use_gpu=options.use_gpu,
+                resources_per_worker=cluster.worker_resources(options),
+            ),
+            run_config=RunConfig(
+                # The run's state is in its own checkpoints; what Ray writes is scratch.
+                name=f"{job.stage.replace('/', '-')}-{uuid.uuid4().hex[:8]}",
+                storage_path=str(cluster.scratch()),
+                failure_config=FailureConfig(
+                    max_failures=options.max_failures,
+                    controller_failure_limit=options.max_failures,
+                ),
+            ),
+        )
+        try:
+            trainer.fit()
+        except ray.train.TrainingFailedError as error:
+            told = ray.get(relay.error.remote())
+            if told is not None:
+                raise told from error
+            raise RunError(
+                f"stage {job.stage} failed {options.max_failures + 1} times, last: "
+                f"{_root_cause(error)}; the same command resumes it from its last checkpoint"
+            ) from error
+        told = ray.get(relay.error.remote())
+    if told is not None:
+        raise told
+    return store.read_json(RESULT)
+
+
+def _worker(config: dict[str, Any]) -> None:
+    """One rank of the group. An error meant for the user is recorded and ends the attempt; the
+    group that Ray then starts finds the record and returns at once, so that nothing is retried
+    that cannot succeed."""
+    job, relay = config["job"], config["relay"]
+    if ray.get(relay.error.remote()) is not None:
+        return
+    context = ray.train.get_context()
+    place = Place(
+        rank=context.get_world_rank(),
+        world_size=context.get_world_size(),
+        device=get_device(),
+        threads=job.config.cluster.threads_per_worker,
+    )
+
+    def report(step: int, metrics: Any) -> None:
+        relay.push.remote(job.stage, step, dict(metrics))
+
+    try:
+        train(job, config["images"].here(), place, report)
+    except StpError as error:
+        ray.get(relay.fail.remote(error))
+        raise
+
+
+def _log_to(tracker: Tracker) -> Any:
+    return lambda step, metrics: tracker.log(metrics, step)
+
+
+def _root_cause(error: BaseException) -> str:
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    return lines[-1].strip()[:200] if lines else repr(error)
