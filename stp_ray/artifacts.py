@@ -352,7 +352,7 @@ class Checkpoints:
         keep: how many of the newest complete ones stay.
     """
 
-    _PREFIX = "checkpoint-"
+    PREFIX = "checkpoint-"
     _MARKER = "complete.json"
 
     def __init__(self, store: Store, keep: int = 2) -> None:
@@ -369,7 +369,7 @@ class Checkpoints:
             tensors: named tensors of any device.
             meta: JSON-able content.
         """
-        name = f"{self._PREFIX}{step:08d}"
+        name = f"{self.PREFIX}{step:08d}"
         folder = self.store.child(name)
         folder.delete(self._MARKER)
         checksums = {
@@ -406,10 +406,10 @@ class Checkpoints:
         return int(marker["step"]), tensors, json.loads(content["meta.json"])
 
     def _folders(self) -> list[str]:
-        names = self.store.names(self._PREFIX)
+        names = self.store.names(self.PREFIX)
         return sorted(
-            (n for n in names if n.removeprefix(self._PREFIX).isdecimal()),
-            key=lambda n: int(n.removeprefix(self._PREFIX)),
+            (n for n in names if n.removeprefix(self.PREFIX).isdecimal()),
+            key=lambda n: int(n.removeprefix(self.PREFIX)),
         )
 
     def _prune(self, newest: str) -> None:

@@ -369,8 +369,6 @@ def _override(content: dict[str, Any], override: str) -> None:
 class _Loader(yaml.SafeLoader):
     """YAML 1.2's scalars: `off` is a string, `1e-3` a number; a repeated key is an error."""
 
-    yaml_implicit_resolvers: typing.ClassVar[dict] = {}
-
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         for index, key in enumerate(keys):
@@ -379,6 +377,9 @@ class _Loader(yaml.SafeLoader):
                     None, None, f"the key {key!r} appears twice", node.start_mark
                 )
         return super().construct_mapping(node, deep)
+
+
+_Loader.yaml_implicit_resolvers = {}  # none of YAML 1.1's
 
 
 class _Dumper(yaml.SafeDumper):

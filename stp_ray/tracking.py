@@ -7,13 +7,15 @@ import os
 import re
 import sys
 import tempfile
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
@@ -94,6 +96,8 @@ class MultiTracker:
 
     def __init__(self, trackers: Sequence[Tracker]) -> None:
         self._trackers = list(trackers)
+        # Metrics may arrive from a thread that listens to the workers.
+        self._lock = threading.RLock()
 
     def start(self, stage: str, config: Metrics) -> None:
         self._each(lambda tracker: tracker.start(stage, config))
@@ -111,18 +115,19 @@ class MultiTracker:
         self._each(lambda tracker: tracker.finish())
 
     def _each(self, call: Callable[[Tracker], None]) -> None:
-        for tracker in list(self._trackers):
-            try:
-                call(tracker)
-            except Exception as error:  # whatever a tracker does, the run goes on
-                self._trackers.remove(tracker)
-                reason = " ".join(str(error).split()) or "no reason given"
-                log.warning(
-                    "%s failed and is left out from here on (%s: %s); the run goes on",
-                    type(tracker).__name__,
-                    type(error).__name__,
-                    reason,
-                )
+        with self._lock:
+            for tracker in list(self._trackers):
+                try:
+                    call(tracker)
+                except Exception as error:  # whatever a tracker does, the run goes on
+                    self._trackers.remove(tracker)
+                    reason = " ".join(str(error).split()) or "no reason given"
+                    log.warning(
+                        "%s failed and is left out from here on (%s: %s); the run goes on",
+                        type(tracker).__name__,
+                        type(error).__name__,
+                        reason,
+                    )
 
 
 # -- console ----------------------------------------------------------------------------
@@ -139,7 +144,7 @@ class ConsoleTracker:
     """
 
     #: Metrics that the line shows in a place of their own.
-    _PLACED = ("total_steps", "batch_size", "images_per_s", "epoch", "lr")
+    _PLACED = ("step", "total_steps", "batch_size", "images_per_s", "epoch", "lr")
     _WINDOW = 50
 
     def __init__(
@@ -148,10 +153,10 @@ class ConsoleTracker:
         interval_s: float = 10.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._console = Console(file=stream or sys.stderr, highlight=False, soft_wrap=True)
-        self._interval = 0.2 if self._console.is_terminal else interval_s
+        self._stream = stream or sys.stderr
+        self._screen = _screen(self._stream) if self._stream.isatty() else None
+        self._interval = interval_s if self._screen is None else 0.2
         self._clock = clock
-        self._live: Live | None = None
         self._stage = ""
         self._total = 0
         self._batch = 0
@@ -165,11 +170,7 @@ class ConsoleTracker:
         self._begin = self._clock()
         self._shown_at = -math.inf
         self._recent.clear()
-        if self._console.is_terminal:
-            self._live = Live(console=self._console, auto_refresh=False, transient=True)
-            self._live.start()
-        else:
-            self._plain(f"{stage}  started")
+        self._line(f"{stage}  started")
 
     def log(self, metrics: Metrics, step: int) -> None:
         now = self._clock()
@@ -189,13 +190,13 @@ class ConsoleTracker:
         self._line(f"{self._stage}  wrote {name}: {uri}")
 
     def finish(self) -> None:
-        if self._live is not None:
-            self._live.stop()
-            self._live = None
+        if self._screen is not None:
+            self._screen.remove(self._stage)
 
     def _show(self, metrics: Metrics, step: int, now: float) -> None:
         self._shown_at = now
-        parts = [self._stage, f"{step}/{self._total}" if self._total else str(step)]
+        total = self._total if self._total >= step else 0
+        parts = [self._stage, f"{step}/{total}" if total else str(step)]
         if metrics.get("epoch") is not None:
             parts.append(f"epoch {_number(metrics['epoch'])}")
         rate = self._steps_per_second()
@@ -203,26 +204,60 @@ class ConsoleTracker:
         if images:
             parts.append(f"{images:,.0f} images/s")
         line = "  ".join(parts) + _figures(metrics, skip=self._PLACED)
-        if rate and self._total:
-            line += f"  ETA {_duration(max(0, self._total - step) / rate)}"
-        if self._live is not None:
-            self._live.update(Text(line, no_wrap=True, overflow="ellipsis"), refresh=True)
+        if rate and total:
+            line += f"  ETA {_duration((total - step) / rate)}"
+        if self._screen is not None:
+            self._screen.update(self._stage, line)
         else:
-            self._plain(line)
+            self._line(line)
 
     def _steps_per_second(self) -> float:
         (begin, first), (end, last) = self._recent[0], self._recent[-1]
         return (last - first) / (end - begin) if end > begin else 0.0
 
     def _line(self, line: str) -> None:
-        if self._live is not None:
-            self._live.console.print(Text(line))
+        if self._screen is not None:
+            self._screen.print(line)
         else:
-            self._plain(line)
+            self._stream.write(line + "\n")
+            self._stream.flush()
 
-    def _plain(self, line: str) -> None:
-        self._console.file.write(line + "\n")
-        self._console.file.flush()
+
+class _Screen:
+    """A terminal with one live line for each stage that is running: budgets run side by side."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._console = Console(file=stream, highlight=False, soft_wrap=True)
+        self._live: Live | None = None
+        self._lines: dict[str, Text] = {}
+        self._lock = threading.RLock()
+
+    def print(self, line: str) -> None:
+        with self._lock:
+            self._console.print(Text(line))
+
+    def update(self, stage: str, line: str) -> None:
+        with self._lock:
+            self._lines[stage] = Text(line, no_wrap=True, overflow="ellipsis")
+            if self._live is None:
+                self._live = Live(console=self._console, auto_refresh=False, transient=True)
+                self._live.start()
+            self._live.update(Group(*self._lines.values()), refresh=True)
+
+    def remove(self, stage: str) -> None:
+        with self._lock:
+            self._lines.pop(stage, None)
+            if self._live is not None and not self._lines:
+                self._live.stop()
+                self._live = None
+            elif self._live is not None:
+                self._live.update(Group(*self._lines.values()), refresh=True)
+
+
+@cache
+def _screen(stream: TextIO) -> _Screen:
+    """The one screen of a terminal."""
+    return _Screen(stream)
 
 
 def _figures(metrics: Metrics, skip: Sequence[str] = ()) -> str:

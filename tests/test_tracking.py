@@ -136,6 +136,28 @@ def test_a_terminal_gets_a_live_line():
     assert "done in 0:05" in text
 
 
+def test_stages_that_run_side_by_side_share_a_terminal():
+    stream = Terminal()
+    both = [ConsoleTracker(stream, clock=Clock()) for _ in range(2)]
+    for tracker, budget in zip(both, ("0.5", "0.15"), strict=True):
+        tracker.start(f"finalize/{budget}", {"total_steps": 9})
+        tracker.log({"loss": 1.0}, 3)
+    last = stream.getvalue().rpartition("started")[2]
+    assert "finalize/0.5  3/9" in last
+    assert "finalize/0.15  3/9" in last
+    for tracker in both:
+        tracker.finish()
+        tracker.finish()
+
+
+def test_more_steps_than_were_announced():
+    stream = io.StringIO()
+    tracker = ConsoleTracker(stream, interval_s=0, clock=Clock())
+    tracker.start("control", {"total_steps": 5})
+    tracker.log({"loss": 1.0}, 6)
+    assert stream.getvalue().splitlines()[-1] == "control  6  loss 1"
+
+
 def test_given_rates_and_missing_totals():
     stream = io.StringIO()
     tracker = ConsoleTracker(stream, clock=Clock())

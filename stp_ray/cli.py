@@ -1,0 +1,347 @@
+"""The `stp` command. Nothing heavy is imported before a command needs it."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from typer.core import TyperGroup
+
+from .errors import StpError
+
+
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Turn a StpError into one line on standard error and its exit code, without traceback."""
+    try:
+        yield
+    except StpError as error:
+        # Ray hands a remote error on wrapped, with the remote traceback as its text.
+        cause = getattr(error, "cause", None)
+        told = cause if isinstance(cause, StpError) else error
+        print(f"error: {' '.join(str(told).split())}", file=sys.stderr, flush=True)
+        raise SystemExit(told.exit_code) from None
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on where it was", file=sys.stderr, flush=True)
+        raise SystemExit(130) from None
+
+
+class _Commands(TyperGroup):
+    def invoke(self, ctx: Any) -> Any:
+        with one_line_errors():
+            return super().invoke(ctx)
+
+
+app = typer.Typer(
+    cls=_Commands,
+    help="Structured pruning without fine-tuning, by stimulative training.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+data_app = typer.Typer(help="Look at data sets.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
+
+def main() -> None:
+    """Entry point: runs a command and exits; user mistakes are one line and an exit code."""
+    app(prog_name="stp")
+
+
+Recipe = Annotated[
+    str | None,
+    typer.Argument(help="A recipe that ships with the project, or the path of a YAML file."),
+]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Overrides, for example seed=1 supernet.lr=0.1.")
+]
+
+
+# -- commands ---------------------------------------------------------------------------
+
+
+@app.command()
+def run(
+    recipe: Recipe = None,
+    overrides: Overrides = None,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="Print the resolved recipe and stop.")
+    ] = False,
+) -> None:
+    """Run the whole pipeline, or what is missing of it."""
+    run_recipe(recipe, overrides or [], print_config=print_config)
+
+
+@app.command()
+def report(
+    uri: Annotated[str, typer.Argument(help="A run's folder or URI.")],
+) -> None:
+    """Write a run's report.html again from its artifacts."""
+    from .report import write_report
+
+    print(write_report(_run_store(uri)))
+
+
+@app.command()
+def inspect(
+    model: Annotated[
+        str,
+        typer.Argument(help='A model of ours, of torchvision, or yours as "package.module:name".'),
+    ],
+    image_size: Annotated[
+        int | None,
+        typer.Option(help="Height and width in pixels; 32 for our models, else 224.", min=1),
+    ] = None,
+    num_classes: Annotated[
+        int | None, typer.Option(help="Number of classes; 10 for our models, else 1000.", min=1)
+    ] = None,
+    divisor: Annotated[
+        int | None, typer.Option(help="Widths are multiples of this.", min=1)
+    ] = None,
+    min_ratio: Annotated[
+        float, typer.Option(help="No width falls below this share of its full size.")
+    ] = 0.125,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show what can be pruned in a model: its axes, blocks, cost, and what is frozen."""
+    content = _inspection(model, image_size, num_classes, divisor, min_ratio)
+    if as_json:
+        print(json.dumps(content, indent=2))
+    else:
+        _print_inspection(content)
+
+
+@data_app.command("describe")
+def describe_data(
+    source: Annotated[
+        str,
+        typer.Argument(help="A folder or URI of Parquet files, or the name of a data set."),
+    ],
+    root: Annotated[
+        str | None, typer.Option(help="Folder of a named data set that is not built in.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show the classes and the size of a data set."""
+    from .data import describe
+
+    summary = dataclasses.asdict(describe(_data_options(source, root)))
+    if as_json:
+        print(json.dumps(summary, indent=2))
+        return
+    for name, value in summary.items():
+        print(f"{name}: {', '.join(map(str, value)) if isinstance(value, list | tuple) else value}")
+
+
+@app.command()
+def export(
+    uri: Annotated[str, typer.Argument(help="The folder or URI of a pruned network.")],
+    to: Annotated[Literal["onnx", "pt2"], typer.Option(help="The format to write.")] = "onnx",
+    factory: Annotated[
+        str | None,
+        typer.Option(help='For a dense model of yours: its function as "package.module:name".'),
+    ] = None,
+) -> None:
+    """Write a pruned network as model.onnx or model.pt2, beside its weights."""
+    import torch
+
+    from . import export as formats
+    from .artifacts import Store
+    from .models import find_factory
+
+    _see_current_folder()
+    store = Store(uri)
+    module = formats.load(store.uri, factory=find_factory(factory) if factory else None)
+    size = store.read_json(formats.DESCRIPTION)["image_size"]
+    example = torch.zeros(1, 3, size, size)
+    name, write = {
+        "onnx": (formats.ONNX, formats.to_onnx),
+        "pt2": (formats.PT2, formats.to_pt2),
+    }[to]
+    store.write_bytes(name, write(module, example))
+    print(f"{store.uri}/{name}")
+
+
+# -- run --------------------------------------------------------------------------------
+
+
+def run_recipe(
+    recipe: str | None,
+    overrides: list[str],
+    *,
+    print_config: bool = False,
+    until: str | None = None,
+) -> None:
+    """What `stp run` and the scripts in pipelines/ do: load, run, print the table, or only the
+    run's folder where the run is to end before its last stage."""
+    from .config import load_config, recipe_names, run_id, to_yaml
+    from .errors import ConfigError
+
+    if recipe is not None and "=" in recipe and not os.path.exists(recipe):
+        overrides = [recipe, *overrides]
+        recipe = None
+    if recipe is None and not print_config:
+        raise ConfigError(
+            f"no recipe was named; expected a YAML file or one of {', '.join(recipe_names())}"
+        )
+    config = load_config({} if recipe is None else recipe, overrides)
+    if print_config:
+        print(to_yaml(config), end="")
+        return
+    _see_current_folder()
+    from .artifacts import Store
+    from .stages import pipeline
+
+    folder = Store(config.storage).child(run_id(config)).uri
+    if until is None:
+        print_summary(pipeline.run(config), f"{folder}/report.html")
+    else:
+        pipeline.run(config, until=until)
+        print(f"{until} is done: {folder}", flush=True)
+
+
+def run_script(until: str | None = None) -> None:
+    """The body of the scripts in pipelines/: `RECIPE [key=value ...]` from the command line.
+
+    Args:
+        until: the last stage to run ("baseline", "supernet" or "explore"); what comes before it
+            and is missing is made too. None: the whole pipeline.
+    """
+    with one_line_errors():
+        arguments = sys.argv[1:]
+        if not arguments or arguments[0] in ("-h", "--help"):
+            print(f"usage: {sys.argv[0]} RECIPE [key=value ...]", file=sys.stderr)
+            raise SystemExit(0 if arguments else 2)
+        run_recipe(arguments[0], arguments[1:], until=until)
+
+
+def print_summary(summary: Mapping[str, Any], report_uri: str) -> None:
+    """The table that a run ends with, on standard output."""
+    table = Table(title=f"{summary['run_id']}, {_cell(summary.get('seconds'), ',.0f')} s")
+    table.add_column("network")
+    for heading in ("top-1 %", "of dense %", "of main %", "MACs", "params", "latency ms"):
+        table.add_column(heading, justify="right")
+    budgets = summary["budgets"]
+    dense_latency = next((b.get("dense_latency_ms") for b in budgets.values()), None)
+    full = (_cell(summary["macs"], ","), _cell(summary["params"], ","), _cell(dense_latency, ".2f"))
+    table.add_row("dense", _cell(summary.get("dense_top1"), ".2f"), "-", "-", *full)
+    table.add_row("main", _cell(summary["main_top1"], ".2f"), "-", "-", *full)
+    for label, budget in budgets.items():
+        table.add_row(
+            f"pruned {label}",
+            _cell(budget["top1"], ".2f"),
+            _cell(budget.get("retention_dense"), ".2f"),
+            _cell(budget.get("retention_main"), ".2f"),
+            f"{budget['macs']:,} ({100 * budget['macs'] / summary['macs']:.1f} %)",
+            _cell(budget["params"], ","),
+            _cell(budget.get("latency_ms"), ".2f"),
+        )
+        if budget.get("control_top1") is not None:
+            table.add_row(f"same shape from scratch {label}", f"{budget['control_top1']:.2f}")
+    terminal = sys.stdout.isatty()
+    console = Console(width=None if terminal else 120, highlight=False)
+    console.print(table)
+    print(f"report: {report_uri}", flush=True)
+
+
+def _cell(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _see_current_folder() -> None:
+    """Let "package.module:function" name a module in the current folder, as python -m does."""
+    folder = os.getcwd()
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+
+
+def _run_store(uri: str) -> Any:
+    from .artifacts import Store
+    from .errors import StorageError
+
+    store = Store(uri)
+    if not store.exists("summary.json"):
+        raise StorageError(
+            f"{store.uri} has no summary.json; expected the folder of a finished run, "
+            "<storage>/<run id>"
+        )
+    return store
+
+
+# -- inspect ----------------------------------------------------------------------------
+
+
+def _inspection(
+    name: str,
+    image_size: int | None,
+    num_classes: int | None,
+    divisor: int | None,
+    min_ratio: float,
+) -> dict[str, Any]:
+    import torch
+
+    from .elastic import Supernet
+    from .models import OWN, build_model
+
+    _see_current_folder()
+    size = image_size or (32 if name in OWN else 224)
+    classes = num_classes or (10 if name in OWN else 1000)
+    model = build_model(name, num_classes=classes, image_size=size)
+    net = Supernet.trace(model, torch.zeros(1, 3, size, size), divisor=divisor, min_ratio=min_ratio)
+    full, least = net.cost(), net.cost(net.space.smallest)
+    return {
+        "model": name,
+        "image_size": size,
+        "num_classes": classes,
+        "cost": {"macs": full.macs, "params": full.params},
+        "smallest": {"macs": least.macs, "params": least.params},
+        "axes": [dataclasses.asdict(axis) for axis in net.space.axes],
+        "blocks": [dataclasses.asdict(block) for block in net.space.blocks],
+        "frozen": [dataclasses.asdict(frozen) for frozen in net.frozen],
+    }
+
+
+def _print_inspection(content: Mapping[str, Any]) -> None:
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    full, least = content["cost"], content["smallest"]
+    size = content["image_size"]
+    console.print(f"{content['model']}, {size} x {size} px, {content['num_classes']} classes")
+    console.print(
+        f"cost of the full network: {full['macs']:,} MACs, {full['params']:,} params; of the "
+        f"smallest subnet: {least['macs']:,} MACs ({100 * least['macs'] / full['macs']:.2f} %), "
+        f"{least['params']:,} params"
+    )
+    console.print(f"\naxes: {len(content['axes'])}")
+    for axis in content["axes"]:
+        choices = axis["choices"]
+        tied = f", {len(axis['layers'])} layers" if len(axis["layers"]) > 1 else ""
+        console.print(
+            f"  {axis['name']}: {choices[0]} to {axis['size']} {axis['unit']} in "
+            f"{len(choices)} widths{tied}"
+        )
+    console.print(f"\nblocks that can be dropped: {len(content['blocks'])}")
+    for block in content["blocks"]:
+        console.print(f"  {block['name']}: {len(block['layers'])} layers")
+    console.print(f"\nfrozen: {len(content['frozen'])}")
+    for frozen in content["frozen"]:
+        console.print(f"  {frozen['name']} ({frozen['size']}): {frozen['reason']}")
+
+
+# -- data -------------------------------------------------------------------------------
+
+
+def _data_options(source: str, root: str | None) -> Any:
+    from .config import load_config
+
+    content: dict[str, str | None]
+    if "://" in source or os.sep in source or os.path.isdir(source):
+        content = {"name": "parquet", "uri": source}
+    else:
+        content = {"name": source, "uri": root}
+    return load_config({"data": content}).data

@@ -1,0 +1,313 @@
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+import stp_ray.stages
+from stp_ray.cli import app, one_line_errors, print_summary
+from stp_ray.errors import DataError, RunError, StpError
+
+pytestmark = pytest.mark.timeout(180)
+
+ROOT = Path(__file__).resolve().parent.parent
+
+SUMMARY = {
+    "run_id": "demo-0123456789",
+    "storage": "file:///runs",
+    "dense_top1": 98.0,
+    "main_top1": 97.5,
+    "macs": 2_000_000,
+    "params": 272_474,
+    "budgets": {
+        "0.15": {
+            "top1": 96.04,
+            "retention_dense": 98.0,
+            "retention_main": 98.503,
+            "macs": 299_000,
+            "params": 40_000,
+            "latency_ms": 0.512,
+            "dense_latency_ms": 1.25,
+            "subnet_id": "0123456789ab",
+            "uri": "file:///runs/budget-0.15",
+        }
+    },
+    "seconds": 251.3,
+}
+
+
+@pytest.fixture
+def pipeline(monkeypatch):
+    """A pipeline that does what the test says; it remembers its configurations."""
+    module = ModuleType("stp_ray.stages.pipeline")
+    module.configs = []
+    module.error = None
+
+    def run(config, until=None):
+        module.configs.append(config)
+        module.until = until
+        if module.error is not None:
+            raise module.error
+        return SUMMARY
+
+    module.run = run
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(stp_ray.stages, "pipeline", module, raising=False)
+    return module
+
+
+def stp(*arguments):
+    return CliRunner().invoke(app, list(arguments))
+
+
+def refused(result, code=2):
+    """The one line of a refusal."""
+    assert result.exit_code == code, result.output
+    assert result.stdout == ""
+    assert "Traceback" not in result.stderr
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+def script(name, *arguments, code=None, **kwargs):
+    """Run a script of pipelines/, or `code`, in a process of its own."""
+    command = [sys.executable, "-c", code] if code else [sys.executable, f"pipelines/{name}.py"]
+    return subprocess.run(
+        [*command, *arguments],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        **kwargs,
+    )
+
+
+# -- run ------------------------------------------------------------------------------
+
+
+def test_run_ends_with_a_table_and_the_report(pipeline, tmp_path):
+    result = stp("run", "demo", f"storage={tmp_path}", "seed=3")
+    assert result.exit_code == 0, result.output
+    (config,) = pipeline.configs
+    assert (config.name, config.seed) == ("demo", 3)
+    for text in ("dense", "main", "pruned 0.15", "96.04", "98.50", "299,000 (14.9 %)", "1.25"):
+        assert text in result.stdout
+    assert result.stdout.splitlines()[-1].startswith(f"report: file://{tmp_path}/demo-")
+    assert result.stdout.splitlines()[-1].endswith("/report.html")
+
+
+def test_the_table_leaves_out_what_was_not_measured(capsys):
+    budget = {**SUMMARY["budgets"]["0.15"], "retention_dense": None, "latency_ms": None}
+    print_summary(
+        {**SUMMARY, "dense_top1": None, "seconds": None, "budgets": {"0.15": budget}}, "x"
+    )
+    row = next(line for line in capsys.readouterr().out.splitlines() if "dense" in line)
+    assert row
+    assert "None" not in row
+
+
+def test_the_table_shows_the_control_where_there_is_one(capsys):
+    budget = {**SUMMARY["budgets"]["0.15"], "control_top1": 94.5}
+    print_summary({**SUMMARY, "budgets": {"0.15": budget}}, "x")
+    (row,) = (line for line in capsys.readouterr().out.splitlines() if "from scratch" in line)
+    assert "94.50" in row
+
+
+def test_print_config_prints_a_recipe_and_runs_nothing(pipeline):
+    result = stp("run", "demo", "seed=3", "--print-config")
+    assert result.exit_code == 0
+    assert yaml.safe_load(result.stdout)["seed"] == 3
+    result = stp("run", "--print-config", "seed=4")
+    assert yaml.safe_load(result.stdout)["seed"] == 4
+    assert yaml.safe_load(stp("run", "--print-config").stdout)["name"] == "run"
+    assert pipeline.configs == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["demo", "sed=1"], "did you mean seed?"),
+        (["demo", "seed=x"], "expected an integer"),
+        (["demmo"], "did you mean demo?"),
+        ([], "no recipe was named"),
+        (["seed=1"], "no recipe was named"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(pipeline, arguments, told, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert told in refused(stp("run", *arguments))
+    assert pipeline.configs == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_stopped_run_is_exit_code_1(pipeline):
+    pipeline.error = RunError("the loss is nan\nat step 3")
+    assert refused(stp("run", "demo"), code=1) == "error: the loss is nan at step 3"
+
+
+def test_an_interrupted_run_says_that_it_goes_on(pipeline):
+    pipeline.error = KeyboardInterrupt()
+    result = stp("run", "demo")
+    assert result.exit_code == 128 + signal.SIGINT
+    assert "the same command goes on" in result.stderr
+
+
+def test_a_defect_keeps_its_traceback(pipeline):
+    pipeline.error = ZeroDivisionError()
+    assert isinstance(stp("run", "demo").exception, ZeroDivisionError)
+
+
+def test_the_cause_of_a_remote_error_is_told(capsys):
+    class Wrapped(StpError):
+        cause = DataError("no images")
+
+    with pytest.raises(SystemExit) as left, one_line_errors():
+        raise Wrapped("a remote traceback\nof many lines")
+    assert left.value.code == 2
+    assert capsys.readouterr().err == "error: no images\n"
+
+
+# -- the others -----------------------------------------------------------------------
+
+
+def test_inspect_shows_axes_blocks_frozen_and_cost():
+    text = stp("inspect", "resnet20").stdout
+    for told in ("40,813,184 MACs", "axes: 12", "layer1.0.conv1: 2 to 16 channels", "frozen:"):
+        assert told in text
+    content = json.loads(stp("inspect", "resnet20", "--json", "--image-size", "16").stdout)
+    assert content["cost"] == {"macs": 10_203_776, "params": 272_474}
+    assert content["image_size"] == 16
+    assert len(content["axes"]) == 12
+    assert {"name", "size", "choices"} <= content["axes"][0].keys()
+    assert len(content["blocks"]) == 7
+    assert content["smallest"]["macs"] < content["cost"]["macs"]
+
+
+def test_inspect_finds_a_model_of_ones_own_in_the_current_folder(tmp_path, monkeypatch):
+    (tmp_path / "own_model_for_inspect.py").write_text(
+        "from torch import nn\n"
+        "def build(num_classes):\n"
+        "    return nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1),\n"
+        "                         nn.Flatten(), nn.Linear(32, num_classes))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    name = "own_model_for_inspect:build"
+    result = stp("inspect", name, "--image-size", "8", "--num-classes", "3", "--json")
+    assert result.exit_code == 0, result.output
+    content = json.loads(result.stdout)
+    assert content["cost"]["params"] == 32 * 28 + 33 * 3
+    assert [axis["size"] for axis in content["axes"]] == [32]
+
+
+def test_inspect_refuses_an_unknown_model():
+    assert "did you mean 'resnet20'?" in refused(stp("inspect", "resnet2"))
+
+
+def test_data_describe_shows_classes_and_sizes():
+    text = stp("data", "describe", "digits").stdout
+    assert "class_names: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9" in text
+    content = json.loads(stp("data", "describe", "digits", "--json").stdout)
+    assert content["image_size"] == 8
+    assert content["train_rows"] + content["holdout_rows"] + content["test_rows"] == 1797
+
+
+@pytest.mark.parametrize("source", ["dogits", "./absent", "file:///absent/folder"])
+def test_data_describe_refuses_what_is_not_there(source):
+    refused(stp("data", "describe", source))
+
+
+@pytest.mark.parametrize("command", [["report"], ["export"], ["export", "--to", "pt2"]])
+def test_commands_on_a_folder_that_is_no_run(tmp_path, command):
+    name, *options = command
+    assert str(tmp_path) in refused(stp(name, str(tmp_path), *options))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_report_is_written_from_the_artifacts(tmp_path, monkeypatch):
+    import stp_ray.report
+    from stp_ray.artifacts import Store
+
+    Store(tmp_path).write_json("summary.json", SUMMARY)
+    seen = []
+    monkeypatch.setattr(
+        stp_ray.report, "write_report", lambda store: seen.append(store) or "the page"
+    )
+    assert stp("report", str(tmp_path)).stdout == "the page\n"
+    assert seen == [Store(tmp_path)]
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_export_writes_a_program_beside_the_weights(tmp_path, own):
+    import random
+
+    import torch
+
+    from stp_ray.artifacts import Store
+    from stp_ray.elastic import Supernet
+    from stp_ray.export import save_model
+    from stp_ray.models import resnet20
+
+    name = "stp_ray.models:resnet20" if own else "resnet20"
+    net = Supernet.trace(resnet20(), torch.zeros(1, 3, 8, 8)).eval()
+    subnet = net.space.sample(random.Random(0))
+    description = {
+        "model": {"name": name, "kwargs": {}},
+        "num_classes": 10,
+        "image_size": 8,
+        "space": {"divisor": None, "min_ratio": 0.125},
+        "subnet": subnet.to_json(),
+    }
+    save_model(Store(tmp_path), net.extract(subnet), description)
+    if own:
+        assert "import path read from storage" in refused(stp("export", str(tmp_path)))
+        options = ["--factory", name]
+    else:
+        options = []
+    result = stp("export", str(tmp_path), "--to", "pt2", *options)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.splitlines()[-1] == f"file://{tmp_path}/model.pt2"
+    assert (tmp_path / "model.pt2").stat().st_size > 0
+
+
+def test_the_command_line_itself_imports_nothing_heavy():
+    heavy = "{'torch', 'ray', 'wandb', 'pydantic', 'pyarrow', 'fsspec'}"
+    code = f"import sys, stp_ray.cli; sys.exit(str(sorted({heavy} & set(sys.modules))))"
+    assert script(None, code=code).stderr.strip() == "[]"
+
+
+# -- scripts --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("until", [None, "supernet", "explore"])
+def test_scripts_run_as_far_as_they_say(pipeline, until, monkeypatch, capsys, tmp_path):
+    path = ROOT / "pipelines" / f"{until or 'full_stp'}.py"
+    monkeypatch.setattr(sys, "argv", [str(path), "demo", f"storage={tmp_path}"])
+    runpy.run_path(str(path), run_name="__main__")
+    assert pipeline.until == until
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith(f"{until} is done: file://{tmp_path}/demo-" if until else "report: ")
+
+
+def test_a_script_without_a_recipe_shows_its_usage():
+    done = script("full_stp")
+    assert done.returncode == 2
+    assert done.stderr == "usage: pipelines/full_stp.py RECIPE [key=value ...]\n"
+
+
+@pytest.mark.parametrize("name", ["full_stp", "supernet", "explore", "finalize"])
+def test_scripts_refuse_bad_input_like_the_command(name):
+    done = script(name, "demo", "sed=1")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr == "error: unknown key sed; did you mean seed?\n"
