@@ -1,0 +1,117 @@
+import random
+
+import pytest
+import torch
+from torch import nn
+
+from stp_ray.method import calibrate, reference_logits, relative_sparsity, score
+
+from .networks import images_and_labels, supernet
+
+
+def test_statistics_are_those_of_the_extracted_network():
+    net = supernet().double()
+    subnet = net.space.sample(random.Random(3))
+    parts = images_and_labels(24)[0].double().split(8)
+    stats = calibrate(net, subnet, parts)
+
+    small = net.extract(subnet).train()
+    norms = {name: m for name, m in small.named_modules() if isinstance(m, nn.BatchNorm2d)}
+    for norm in norms.values():
+        norm.reset_running_stats()
+        norm.momentum = None
+    with torch.no_grad():
+        for images in parts:
+            small(images)
+    assert set(stats) == set(norms)
+    for name, norm in norms.items():
+        torch.testing.assert_close(stats[name]["running_mean"], norm.running_mean)
+        torch.testing.assert_close(stats[name]["running_var"], norm.running_var)
+    torch.testing.assert_close(net.eval()(parts[0], subnet, stats=stats), small.eval()(parts[0]))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_calibration_and_scoring_leave_the_network_as_it_was(training):
+    net = supernet(dropout=0.5).train(training)
+    net.model.get_submodule("dropout").train(not training)
+    modes = {name: m.training for name, m in net.named_modules()}
+    before = {name: t.clone() for name, t in net.state_dict().items()}
+    images, _ = images_and_labels(16)
+    subnet = net.space.uniform(0.5)
+    main = reference_logits(net, images.split(8))
+    first = score(net, subnet, images.split(8), images.split(4), main)
+    torch.manual_seed(1)
+    assert score(net, subnet, images.split(8), images.split(4), main) == first  # no dropout
+    assert {name: m.training for name, m in net.named_modules()} == modes
+    for name, tensor in net.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+    assert all(p.grad is None for p in net.parameters())
+    assert torch.is_grad_enabled()
+
+
+def test_a_failing_batch_does_not_leave_the_network_in_eval_mode():
+    net = supernet().train()
+    with pytest.raises(RuntimeError):
+        calibrate(net, net.space.full, [torch.zeros(2, 5, 8, 8)])
+    assert net.training
+    assert torch.is_grad_enabled()
+
+
+def test_nothing_to_calibrate():
+    net = supernet(norm=False)
+    assert calibrate(net, net.space.full, images_and_labels(4)[0].split(2)) == {}
+    with pytest.raises(ValueError, match="calibration batches is 0; expected at least 1"):
+        calibrate(supernet(), supernet().space.full, [])
+
+
+def test_score_is_zero_for_the_main_network_and_does_not_depend_on_batching():
+    net = supernet()
+    images, _ = images_and_labels(24)
+    bare = supernet(norm=False)
+    assert score(bare, bare.space.full, [images], [images], reference_logits(bare, [images])) == 0
+    main = reference_logits(net, [images])
+    subnet = net.space.uniform(0.25)
+    whole = score(net, subnet, [images], [images], main)
+    assert whole > 0
+    assert score(net, subnet, [images], images.split(7), main) == pytest.approx(whole, rel=1e-5)
+
+
+@pytest.mark.parametrize("rows", [0, 16, 32])
+def test_score_wants_the_logits_of_its_images(rows):
+    net = supernet()
+    images, _ = images_and_labels(24)
+    with pytest.raises(ValueError, match=r"number of images is .*; expected as many as rows"):
+        score(net, net.space.full, [images], images.split(8), torch.zeros(rows, 3))
+
+
+def test_relative_sparsity_compares_channels_inside_and_outside():
+    net = supernet()
+    target = net.space.uniform(0.5)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.fill_(1.0)
+    even = relative_sparsity(net, target)
+    assert even["ratio"] == pytest.approx(1.0)
+    assert even["kept_norm"] == pytest.approx(even["dropped_norm"])
+    with torch.no_grad():
+        for name, cuts in net.slices(target).items():
+            weight = net.model.get_parameter(name)
+            for dim, ((start, stop),) in cuts.items():
+                weight.narrow(dim, start, stop - start).mul_(3.0)
+    grown = relative_sparsity(net, target)
+    assert grown["ratio"] > 1.5
+    assert grown["kept_norm"] > even["kept_norm"]
+    assert relative_sparsity(net, net.space.full) == {}
+
+
+def test_relative_sparsity_leaves_out_layers_of_dropped_blocks():
+    net = supernet()
+    target = net.space.canonical(
+        type(net.space.full)(net.space.uniform(0.5).widths, [net.space.blocks[0].name])
+    )
+    before = relative_sparsity(net, target)
+    with torch.no_grad():
+        for layer in net.space.blocks[0].layers:
+            for parameter in net.model.get_submodule(layer).parameters():
+                parameter.mul_(100.0)
+    assert relative_sparsity(net, target) == before

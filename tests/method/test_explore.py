@@ -1,0 +1,215 @@
+import itertools
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stp_ray.elastic.cost import Budget
+from stp_ray.errors import BudgetError, RunError
+from stp_ray.method import Candidate, Exploration, Explorer
+
+from .spaces import make_space, spaces_with_budget
+
+SMALL = Exploration(generations=3, population=8, parents=4, scoring_images=16)
+
+
+def made_up(candidate: Candidate) -> float:
+    """A score that falls with the size of the network, with some noise at low fidelity."""
+    noise = random.Random(candidate.key).random()
+    size = sum(candidate.subnet.widths.values()) - 5 * len(candidate.subnet.dropped)
+    return 2.0 ** (-size / 20) + noise * (0.5 if candidate.images else 0.05)
+
+
+def search(explorer: Explorer, score=made_up) -> Explorer:
+    while candidates := explorer.ask():
+        explorer.tell({c.key: score(c) for c in candidates})
+    return explorer
+
+
+@settings(max_examples=12)
+@given(spaces_with_budget(), st.integers(0, 2**32))
+def test_candidates_keep_a_budget_and_are_asked_for_once(drawn, seed):
+    space, budget = drawn
+    budgets = [budget, Budget(macs=1.0)]
+    explorer = Explorer(space, budgets, SMALL, seed)
+    assert space.canonical(space.uniform_within(budget)) in {c.subnet for c in explorer.ask()}
+    keys = []
+    while candidates := explorer.ask():
+        for candidate in candidates:
+            space.validate(candidate.subnet)
+            assert any(space.admits(candidate.subnet, b) for b in budgets)
+            assert candidate.images == (16 if candidate.rung == 0 else 0)
+        keys += [c.key for c in candidates]
+        explorer.tell({c.key: made_up(c) for c in candidates})
+    assert len(keys) == len(set(keys)) == len(explorer.scored)
+    assert {s.subnet for s in explorer.scored if s.images == 0}
+    assert space.admits(explorer.best(budget).subnet, budget)
+
+
+@settings(max_examples=12)
+@given(spaces_with_budget(), st.integers(0, 2**32), st.randoms(use_true_random=False))
+def test_the_order_of_tell_does_not_matter(drawn, seed, shuffler):
+    space, budget = drawn
+    plain = search(Explorer(space, [budget], SMALL, seed))
+    other = Explorer(space, [budget], SMALL, seed)
+    while candidates := other.ask():
+        told = [(c.key, made_up(c)) for c in candidates]
+        shuffler.shuffle(told)
+        cut = shuffler.randrange(len(told) + 1)
+        other.tell(dict(told[:cut]))  # in two parts, as workers finish
+        other.tell(dict(told[cut:]))
+    assert other.scored == plain.scored
+    assert other.front() == plain.front()
+    assert other.best(budget) == plain.best(budget)
+
+
+@settings(max_examples=12)
+@given(spaces_with_budget(), st.integers(0, 2**32))
+def test_the_front_is_not_dominated_and_prices_are_right(drawn, seed):
+    space, budget = drawn
+    explorer = search(Explorer(space, [budget], SMALL, seed))
+    front = explorer.front()
+    prices = [s.cost.params if budget.macs is None else s.cost.macs for s in front]
+    assert prices == sorted(set(prices))
+    assert [s.score for s in front] == sorted((s.score for s in front), reverse=True)
+    assert explorer.best(budget) in front or explorer.best(budget).score == front[-1].score
+    for scored in explorer.scored:
+        assert scored.cost == space.cost(scored.subnet)
+
+
+def test_evolution_beats_random_search_at_equal_cost():
+    space = make_space([24] * 4, [24] * 4)
+    budget = Budget(macs=0.3)
+    wanted = space.sample(random.Random(99), budget)
+
+    def distance(candidate: Candidate) -> float:
+        subnet = candidate.subnet
+        gaps = (abs(subnet.widths[a.name] - wanted.widths[a.name]) for a in space.axes)
+        return sum(gaps) + 10 * len(subnet.dropped ^ wanted.dropped)
+
+    gains = []
+    for seed in range(3):
+        options = Exploration(generations=10, population=16, parents=8, promote=0.0)
+        evolved = search(Explorer(space, [budget], options, seed), distance).best(budget).score
+        rng = random.Random(seed)
+        drawn = (Candidate(space.sample(rng, budget), 0, 0, 0) for _ in range(160))
+        gains.append(min(map(distance, drawn)) - evolved)
+    assert all(gain > 0 for gain in gains)
+
+
+def test_a_candidate_of_one_budget_serves_another():
+    space = make_space([16, 16], [16])
+    small, large = Budget(macs=0.2), Budget(macs=0.9)
+    explorer = search(
+        Explorer(space, [small, large], SMALL, 0), lambda c: float(space.cost(c.subnet).macs)
+    )
+    assert explorer.best(large) == explorer.best(small)
+
+
+def test_the_best_share_of_each_budget_is_promoted():
+    space = make_space([24, 24], [24])
+    options = Exploration(generations=1, population=16, promote=0.25, scoring_images=16)
+    explorer = Explorer(space, [Budget(macs=0.2), Budget(macs=0.8)], options, 1)
+    first = explorer.ask()
+    scores = {c.key: made_up(c) for c in first}
+    explorer.tell(scores)
+    promoted = {c.subnet for c in explorer.ask()}
+    assert all(c.images == 0 and c.rung == 1 for c in explorer.ask())
+    for cohort in (first[:8], first[8:]):
+        best = sorted(cohort, key=lambda c: scores[c.key])[:2]
+        assert {c.subnet for c in cohort} & promoted == {c.subnet for c in best}
+
+
+def test_a_score_on_all_images_goes_before_a_luckier_one_on_few():
+    space = make_space([24, 24], [24])
+    budget = Budget(macs=0.5)
+    explorer = search(
+        Explorer(space, [budget], SMALL, 2), lambda c: 0.1 if c.images else 1 + made_up(c)
+    )
+    assert explorer.best(budget).images == 0
+    assert all(s.images == 0 for s in explorer.front())
+
+
+def test_few_held_out_images_are_scored_once():
+    space = make_space([16, 16], [])
+    explorer = Explorer(space, [Budget(macs=0.5)], SMALL, 0, held_out=16)
+    search(explorer)
+    assert {s.images for s in explorer.scored} == {0}
+
+
+def test_a_tiny_space_is_exhausted_without_repeating():
+    space = make_space([3], [])
+    explorer = search(Explorer(space, [Budget(macs=1.0)], SMALL, 0))
+    assert len({s.subnet for s in explorer.scored}) <= 3
+    assert explorer.ask() == []
+
+
+def test_asking_twice_changes_nothing_and_resuming_replays():
+    space = make_space([16, 16], [16])
+    budgets = [Budget(macs=0.3), Budget(params=0.6)]
+    whole = Explorer(space, budgets, SMALL, 5)
+    kept: dict[str, float] = {}
+    while candidates := whole.ask():
+        assert whole.ask() == candidates
+        kept |= {c.key: made_up(c) for c in candidates}
+        whole.tell({c.key: kept[c.key] for c in candidates})
+    again = Explorer(space, budgets, SMALL, 5)
+    while candidates := again.ask():
+        again.tell({c.key: kept[c.key] for c in candidates})
+    assert again.scored == whole.scored
+
+
+def test_scores_that_are_not_numbers_are_the_worst():
+    space = make_space([16, 16], [16])
+    budget = Budget(macs=0.5)
+    odd = itertools.cycle([float("nan"), 1.0])
+    explorer = search(Explorer(space, [budget], SMALL, 0), lambda c: next(odd))
+    assert explorer.best(budget).score == 1.0
+    hopeless = search(Explorer(space, [budget], SMALL, 0), lambda c: float("nan"))
+    with pytest.raises(RunError, match=r"no candidate within the budget 0\.5 has a finite score"):
+        hopeless.best(budget)
+    assert hopeless.front() == []
+
+
+def test_mistakes_are_named():
+    space = make_space([16, 16], [16])
+    with pytest.raises(ValueError, match="budgets is"):
+        Explorer(space, [], SMALL, 0)
+    with pytest.raises(BudgetError, match="cheapest"):
+        Explorer(space, [Budget(macs=1)], SMALL, 0)
+    with pytest.raises(ValueError, match="population is 1; expected at least one candidate"):
+        Explorer(space, [Budget(macs=0.5), Budget(macs=0.2)], Exploration(population=1), 0)
+    explorer = Explorer(space, [Budget(macs=0.5)], SMALL, 0)
+    with pytest.raises(ValueError, match="keys of candidates asked for"):
+        explorer.tell({"nobody": 1.0})
+    assert len(explorer.scored) == 0
+    with pytest.raises(BudgetError, match="none of the 0 scored candidates"):
+        explorer.best(Budget(macs=0.5))
+
+
+@pytest.mark.timeout(120)
+def test_the_outcome_does_not_depend_on_the_hash_seed():
+    program = (
+        "from tests.method.test_explore import *\n"
+        "space = make_space([16, 16], [16, 16])\n"
+        "found = search(Explorer(space, [Budget(macs=0.3), Budget(macs=0.6)], SMALL, 7)).scored\n"
+        "print([(s.subnet.id, s.score, s.images) for s in found])\n"
+    )
+    outputs = {
+        subprocess.run(
+            [sys.executable, "-c", program],
+            env=os.environ | {"PYTHONHASHSEED": str(seed)},
+            cwd=Path(__file__).parents[2],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=100,
+        ).stdout
+        for seed in (1, 2)
+    }
+    assert len(outputs) == 1

@@ -1,0 +1,189 @@
+import random
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from stp_ray.method import (
+    DenseObjective,
+    Expansion,
+    ExpansionObjective,
+    Stimulation,
+    StimulativeObjective,
+    kl_divergence,
+)
+
+from .networks import Residual, images_and_labels, supernet
+
+logits = st.tuples(st.integers(1, 5), st.integers(2, 6), st.integers(0, 2**32)).map(
+    lambda drawn: 3 * torch.randn(*drawn[:2], generator=torch.Generator().manual_seed(drawn[2]))
+)
+
+
+@given(logits, st.floats(0.25, 8), st.booleans(), st.integers(0, 2**32))
+def test_kl_is_zero_at_equality_and_never_negative(teacher, temperature, direction, seed):
+    student = torch.randn(teacher.shape, generator=torch.Generator().manual_seed(seed))
+    assert kl_divergence(teacher, teacher.clone(), temperature, direction).item() == 0
+    assert kl_divergence(teacher, student, temperature, direction).item() >= -1e-6 * temperature**2
+
+
+@given(logits, st.floats(0.5, 4))
+def test_kl_is_the_mean_over_samples_times_the_squared_temperature(teacher, temperature):
+    student = teacher.flip(1).double()
+    teacher = teacher.double()
+    p, q = (teacher / temperature).softmax(1), (student / temperature).softmax(1)
+    wanted = (p * (p / q).log()).sum(1).mean() * temperature**2
+    torch.testing.assert_close(kl_divergence(teacher, student, temperature), wanted)
+
+
+@given(logits, st.floats(0.1, 10))
+def test_kl_of_directions_does_not_see_the_length_of_logits(teacher, factor):
+    student = teacher.flip(1)
+    torch.testing.assert_close(
+        kl_divergence(teacher, student, direction=True),
+        kl_divergence(factor * teacher, student / factor, direction=True),
+    )
+
+
+def test_kl_gives_the_teacher_no_gradient_and_is_precise_in_half_precision():
+    teacher = torch.randn(4, 3, requires_grad=True)
+    student = torch.randn(4, 3, requires_grad=True)
+    kl_divergence(teacher, student).backward()
+    assert teacher.grad is None
+    assert student.grad is not None
+    assert kl_divergence(teacher.bfloat16(), student.half()).dtype == torch.float32
+
+
+def test_dense_objective_is_cross_entropy_with_class_or_soft_labels():
+    torch.manual_seed(0)
+    model = Residual().eval()
+    images, labels = images_and_labels(6)
+    wanted = F.cross_entropy(model(images), labels, label_smoothing=0.1)
+    objective = DenseObjective(model, 0.1)
+    torch.testing.assert_close(objective(images, labels)["loss"], wanted)
+    soft = F.one_hot(labels, 3).float()
+    torch.testing.assert_close(objective(images, soft)["loss"], wanted)
+    assert objective(images, soft.double())["loss"].isfinite()
+
+
+def test_stimulative_loss_is_ce_of_main_plus_the_mean_kl_of_subnets():
+    net = supernet().eval()
+    images, labels = images_and_labels(6)
+    subnets = [net.space.sample(random.Random(seed)) for seed in range(3)]
+    options = Stimulation(kd_weight=0.5, temperature=2.0)
+    parts = StimulativeObjective(net, options)(images, labels, subnets)
+    main = net(images)
+    ce = F.cross_entropy(main, labels)
+    kd = sum(kl_divergence(main, net(images, s), 2.0) for s in subnets) / 3
+    torch.testing.assert_close(parts["loss"], ce + 0.5 * kd)
+    torch.testing.assert_close(parts["ce"], ce)
+    torch.testing.assert_close(parts["kd"], kd)
+    assert not parts["ce"].requires_grad
+    assert not parts["kd"].requires_grad
+
+
+def test_main_network_learns_from_labels_alone():
+    net = supernet()
+    images, labels = images_and_labels(6)
+    objective = StimulativeObjective(net, Stimulation())
+    head = net.model.get_parameter("head.weight")
+    objective(images, labels, [])["loss"].backward()
+    alone = head.grad.clone()
+    net.zero_grad()
+    # a subnet equal to the main network adds KL = 0, whose gradient vanishes
+    objective(images, labels, [net.space.full])["loss"].backward()
+    torch.testing.assert_close(head.grad, alone, atol=1e-6, rtol=1e-5)
+
+
+def test_subnets_leave_the_running_statistics_of_the_main_network():
+    nets = supernet(), supernet()
+    images, labels = images_and_labels(6)
+    subnets = [nets[0].space.sample(random.Random(1))]
+    for net, drawn in zip(nets, ([], subnets), strict=True):
+        StimulativeObjective(net.train(), Stimulation())(images, labels, drawn)
+    for (name, one), (_, other) in zip(
+        nets[0].named_buffers(), nets[1].named_buffers(), strict=True
+    ):
+        assert torch.equal(one, other), name
+
+
+def test_each_subnet_sees_the_original_images_at_a_scale_drawn_for_it():
+    class Spy(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.randn(3, 3))
+            self.seen = []
+
+        def forward(self, images, subnet=None):
+            self.seen.append(images)
+            return images.mean((2, 3)) @ self.weight
+
+    images, labels = images_and_labels(4)
+    spy = Spy()
+    objective = StimulativeObjective(spy, Stimulation(subnets=6, resolutions=(1.0, 0.5)))
+    torch.manual_seed(0)
+    objective(images, labels, [object()] * 12)
+    main, *seen = spy.seen
+    half = F.interpolate(images, size=(4, 4), mode="bilinear", antialias=True)
+    assert torch.equal(main, images)
+    assert {tuple(x.shape[-2:]) for x in seen} == {(8, 8), (4, 4)}
+    for x in seen:
+        assert torch.equal(x, images if x.shape[-1] == 8 else half)
+    first, spy.seen = [x.shape for x in spy.seen], []
+    torch.manual_seed(0)
+    objective(images, labels, [object()] * 12)
+    assert [x.shape for x in spy.seen] == first
+
+
+def ladder_of(net, rungs=2):
+    target = net.space.uniform(0.25)
+    chain = [target]
+    for seed in range(rungs):
+        chain.append(net.space.expand(chain[-1], random.Random(seed), 0.5))
+    return target, chain[:0:-1]
+
+
+def test_expansion_loss_goes_down_the_ladder():
+    net = supernet().eval()
+    images, labels = images_and_labels(6)
+    target, expanded = ladder_of(net)
+    options = Expansion(target_ce=0.3, kd_weight=0.7, rungs=2)
+    objective = ExpansionObjective(net, target, options)
+    parts = objective(images, labels, expanded)
+    main, first, second = net(images), *(net(images, e) for e in expanded)
+    small = net(images, target)
+    ce, ce_target = F.cross_entropy(main, labels), F.cross_entropy(small, labels)
+    kd = kl_divergence(main, first) + kl_divergence(first, second)
+    kd_target = kl_divergence(second, small)
+    torch.testing.assert_close(parts["loss"], ce + 0.3 * ce_target + 0.7 * (kd + kd_target))
+    torch.testing.assert_close(parts["kd_target"], kd_target)
+    assert objective.uses_all_parameters
+
+
+def test_expansion_without_rungs_distils_from_the_main_network():
+    net = supernet().eval()
+    images, labels = images_and_labels(6)
+    target, _ = ladder_of(net)
+    parts = ExpansionObjective(net, target, Expansion(rungs=0, target_ce=0.0))(images, labels, [])
+    main = net(images)
+    wanted = F.cross_entropy(main, labels) + kl_divergence(main, net(images, target))
+    torch.testing.assert_close(parts["loss"], wanted)
+
+
+def test_expansion_that_dropped_the_main_network_trains_only_the_expanded_one():
+    net = supernet().train()
+    images, labels = images_and_labels(6)
+    target = net.space.smallest
+    objective = ExpansionObjective(net, target, Expansion(main="drop"))
+    assert not objective.uses_all_parameters
+    expanded = net.space.uniform(0.5)
+    objective(images, labels, [expanded])["loss"].backward()
+    outside = net.model.get_parameter("blocks.0.conv1.weight").grad
+    kept = expanded.widths
+    assert any(width < axis.size for axis, width in zip(net.space.axes, kept.values(), strict=True))
+    assert outside[-1].abs().max() == 0
+    assert outside[0, 0].abs().max() > 0
+    with pytest.raises(ValueError, match="the number of expanded subnets is 0; expected at least"):
+        objective(images, labels, [])
