@@ -90,6 +90,12 @@ def worker_resources(options: ClusterOptions) -> dict[str, float]:
     return resources
 
 
+def places(options: ClusterOptions) -> int:
+    """Workers that the cluster has room for at its present size."""
+    has = ray.cluster_resources()
+    return int(min(has.get(n, 0) // amount for n, amount in worker_resources(options).items()))
+
+
 def scratch() -> Path:
     """A local folder for what Ray writes of its own accord; never read back."""
     return Path(tempfile.gettempdir()) / "stp_ray" / uuid.uuid4().hex

@@ -170,7 +170,7 @@ class _Trial(tune.Trainable):
     """Scores one batch of candidates; the actor keeps its supernet for the next batch."""
 
     def setup(self, config: dict[str, Any], **shared: Any) -> None:
-        run_config: RunConfig = shared["config"]
+        run_config: RunConfig = shared["run_config"]
         gpu = run_config.cluster.use_gpu and torch.cuda.is_available()
         self._scorer = Scorer(
             run_config,
@@ -186,10 +186,9 @@ class _Trial(tune.Trainable):
         return True
 
     def step(self) -> dict[str, Any]:
-        scores = {
-            key: self._scorer(Subnet.from_json(subnet), images)
-            for key, subnet, images in self._candidates
-        }
+        scores = [
+            self._scorer(Subnet.from_json(subnet), images) for subnet, images in self._candidates
+        ]
         return {"scores": scores, "done": True}
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
@@ -215,7 +214,7 @@ class _Generations(Searcher):
         if not batch:
             return None  # the generation is handed out; wait for its scores
         self._batches[trial_id] = batch
-        return {"candidates": [(c.key, c.subnet.to_json(), c.images) for c in batch]}
+        return {"candidates": [(c.subnet.to_json(), c.images) for c in batch]}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Scores come with the last result of a trial."""
@@ -230,7 +229,13 @@ class _Generations(Searcher):
             self._failures += 1
             self._search.give_back(batch)
         else:
-            self._search.put(batch, result["scores"])
+            keys = [candidate.key for candidate in batch]
+            self._search.put(batch, dict(zip(keys, result["scores"], strict=True)))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Tune pickles its searcher into scratch that is never read; trackers and storage have
+        no place there."""
+        return {}
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing: a search resumes from the parts in the run's storage."""
@@ -259,7 +264,7 @@ def _tune(
         .remote(config, images, weights_reference)
     )
     trial = tune.with_parameters(
-        _Trial, config=config, images=images, weights=weights, main_logits=main_logits
+        _Trial, run_config=config, images=images, weights=weights, main_logits=main_logits
     )
     tuner = tune.Tuner(
         tune.with_resources(trial, resources),
@@ -268,10 +273,9 @@ def _tune(
             num_samples=-1,
             max_concurrent_trials=workers,
             reuse_actors=True,
+            trial_dirname_creator=lambda trial: trial.trial_id,
         ),
-        run_config=tune.RunConfig(
-            name="explore", storage_path=str(cluster.scratch()), verbose=0
-        ),
+        run_config=tune.RunConfig(name="explore", storage_path=str(cluster.scratch()), verbose=0),
     )
     tuner.fit()
     if search.open():

@@ -17,14 +17,14 @@ from ..artifacts import Checkpoints, Store
 from ..config import RunConfig
 from ..elastic import Subnet
 from ..errors import RunError, StpError
-from ..method import calibrate, evaluate
+from ..method import Optimisation, calibrate, evaluate
 from ..method.modes import inspecting
 from ..tracking import Tracker
 from . import cluster
 from .images import Images, SharedImages
 from .jobs import METRICS, RESULT, SHARED, Job, Place, Report, train
 from .network import build_supernet
-from .supernet import fit
+from .supernet import fit, fit_group
 
 SUBNET = "subnet.json"
 #: What the stage leaves when it is done, beside the files that it names.
@@ -58,43 +58,50 @@ def finalize(
     Raises:
         RunError: a budget failed; the others are finished first.
     """
-    options = config.cluster
-    if options.in_process:
-        for label, target in targets.items():
-            jobs = _jobs(config, run, label, target)
-            for job in jobs:
+    jobs = {label: _jobs(config, run, label, target) for label, target in targets.items()}
+    if config.cluster.in_process:
+        for label, trainings in jobs.items():
+            for job in trainings:
                 fit(job, images, 1, trackers[job.stage])
-            yield label, prune(jobs[0], images.here(), torch.device("cpu"))
+            yield label, prune(trainings[0], images.here(), torch.device("cpu"))
         return
-    if config.finalize.num_workers > 1:  # one budget after the other, each on the whole cluster
-        for label, target in targets.items():
-            jobs = _jobs(config, run, label, target)
-            for job in jobs:
-                fit(job, images, config.finalize.num_workers, trackers[job.stage])
-            yield label, ray.get(_remote(_prune_task, config).remote(jobs[0], images))
-        return
-    cluster.require_resources(options, 1)
     with cluster.relay(trackers) as relay:
-        tasks = {
-            _remote(_finalize_task, config).remote(_jobs(config, run, label, target), images, relay): label
-            for label, target in targets.items()
-        }
-        failed: dict[str, BaseException] = {}
-        waiting = list(tasks)
-        while waiting:
-            (done,), waiting = ray.wait(waiting, num_returns=1)
-            try:
-                yield tasks[done], ray.get(done)
-            except ray.exceptions.RayError as error:
-                failed[tasks[done]] = error
-        told = ray.get(relay.error.remote())
+        yield from _side_by_side(config, jobs, images, relay)
+
+
+def _side_by_side(
+    config: RunConfig, jobs: dict[str, list[Job]], images: Images | SharedImages, relay: Any
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """A task per budget, as many at a time as the cluster has room for."""
+    options, workers = config.cluster, config.finalize.num_workers
+    cluster.require_resources(options, workers)
+    # A task with workers of its own only waits for them.
+    own = cluster.worker_resources(options) if workers == 1 else {"CPU": 0.0}
+    task = ray.remote(_finalize_task).options(
+        num_cpus=own["CPU"], num_gpus=own.get("GPU", 0), max_retries=options.max_failures
+    )
+    waiting, running = list(jobs), {}
+    failed: dict[str, BaseException] = {}
+    while waiting or running:
+        while waiting and len(running) < max(1, cluster.places(options) // workers):
+            label = waiting.pop(0)
+            running[task.remote(jobs[label], images, relay)] = label
+        (done,), _ = ray.wait(list(running), num_returns=1)
+        label = running.pop(done)
+        try:
+            pruned = ray.get(done)
+        except ray.exceptions.RayError as error:
+            failed[label] = error
+        else:
+            if pruned is not None:
+                yield label, pruned
+    told = ray.get(relay.error.remote())
     if told is not None:
         raise told
-    if failed:
-        label, error = next(iter(failed.items()))
+    for label, error in failed.items():
         raise RunError(
-            f"budget {label} failed {options.max_failures + 1} times, last: "
-            f"{str(error).strip().splitlines()[-1][:200]}; the same command resumes it"
+            f"budget {label} failed: {str(error).strip().splitlines()[-1][:200]}; the same "
+            "command resumes it from its last checkpoint"
         ) from error
 
 
@@ -107,47 +114,56 @@ def _jobs(config: RunConfig, run: Store, label: str, target: str) -> list[Job]:
     )  # fmt: skip
     if not config.finalize.control:
         return [ladder]
-    both = config.supernet.optimisation.epochs + config.finalize.optimisation.epochs
-    like = config.baseline or config.supernet.optimisation
     control = replace(
         ladder, stage=f"control/{label}", kind="control", folder=f"{folder(label)}/control",
-        options=replace(like, epochs=both),
+        options=control_options(config),
     )  # fmt: skip
     return [ladder, control]
 
 
-def _remote(function: Any, config: RunConfig) -> Any:
-    resources = cluster.worker_resources(config.cluster)
-    return ray.remote(function).options(
-        num_cpus=resources["CPU"],
-        num_gpus=resources.get("GPU", 0),
-        max_retries=config.cluster.max_failures,
-    )
+def control_options(config: RunConfig) -> Optimisation:
+    """How the control is trained: as the baseline, for the epochs of supernet and ladder."""
+    both = config.supernet.optimisation.epochs + config.finalize.optimisation.epochs
+    return replace(config.baseline or config.supernet.optimisation, epochs=both)
 
 
-def _device(config: RunConfig) -> torch.device:
-    return torch.device("cuda" if config.cluster.use_gpu else "cpu")
-
-
-def _finalize_task(jobs: list[Job], images: Images | SharedImages, relay: Any) -> dict[str, Any]:
+def _finalize_task(
+    jobs: list[Job], images: Images | SharedImages, relay: Any
+) -> dict[str, Any] | None:
+    """Train and prune one budget; None if an error for the user was recorded."""
     config = jobs[0].config
-    place = Place(device=_device(config), threads=config.cluster.threads_per_worker)
-
-    def to_relay(job: Job) -> Report:
-        return lambda step, metrics: relay.push.remote(job.stage, step, dict(metrics))
-
+    workers = config.finalize.num_workers
     try:
         for job in jobs:
-            train(job, images, place, to_relay(job))
-        return prune(jobs[0], images.here(), place.device)
+            if workers > 1:
+                fit_group(job, images, workers, relay)
+            else:
+                train(job, images, _place(config), _to(relay, job))
+        if workers == 1:
+            return prune(jobs[0], images.here(), _place(config).device)
+        resources = cluster.worker_resources(config.cluster)
+        pruning = ray.remote(_prune_task).options(
+            num_cpus=resources["CPU"], num_gpus=resources.get("GPU", 0)
+        )
+        return ray.get(pruning.remote(jobs[0], images))
     except StpError as error:
         ray.get(relay.fail.remote(error))
-        return {}
+        return None
 
 
 def _prune_task(job: Job, images: Images | SharedImages) -> dict[str, Any]:
-    torch.set_num_threads(job.config.cluster.threads_per_worker)
-    return prune(job, images.here(), _device(job.config))
+    place = _place(job.config)
+    torch.set_num_threads(place.threads)
+    return prune(job, images.here(), place.device)
+
+
+def _place(config: RunConfig) -> Place:
+    device = torch.device("cuda" if config.cluster.use_gpu else "cpu")
+    return Place(device=device, threads=config.cluster.threads_per_worker)
+
+
+def _to(relay: Any, job: Job) -> Report:
+    return lambda step, metrics: relay.push.remote(job.stage, step, dict(metrics))
 
 
 def prune(job: Job, images: Images, device: torch.device) -> dict[str, Any]:
@@ -167,8 +183,8 @@ def prune(job: Job, images: Images, device: torch.device) -> dict[str, Any]:
     net = build_supernet(config, images.summary)
     net.model.load_state_dict(store.load_tensors(SHARED))
     net.to(device).eval()
-    calibration = [x for x, _ in images.batches("train", device, config.finalize.calibration_images)]
-    small = net.extract(target, calibrate(net, target, calibration))
+    batches = images.batches("train", device, config.finalize.calibration_images)
+    small = net.extract(target, calibrate(net, target, (x for x, _ in batches)))
     with inspecting(small):
         metrics = evaluate(small, images.batches("test", device))
     small.cpu()

@@ -19,12 +19,15 @@ from ..data import (
     load_split,
     train_batches,
 )
-from .ingest import stream, stream_batches
+from ..errors import ConfigError
+from .ingest import stream, stream_batches, stream_eval_batches
 
 Epochs = Callable[[int, int], Iterator[tuple[Tensor, Tensor]]]
 
 #: Images in a batch that is only looked at.
 EVALUATION_BATCH = 512
+#: What a task that reads a stream asks for: they fit beside workers that hold the other CPUs.
+_READER_CPUS = 0.25
 
 
 @dataclass(frozen=True)
@@ -59,25 +62,33 @@ class Images:
                     self.data.train, self.options, first_step=first_step, device=device,
                     **place, **sizes,
                 )  # fmt: skip
-            shard = stream(self.options, "train", **place)
+            shard = stream(self.options, "train", num_cpus=_READER_CPUS, **place)
             return stream_batches(
                 shard, self.options, device=device, summary=self.summary, **place, **sizes
             )
 
         return batches
 
-    def split(self, name: SplitName, count: int | None = None) -> Split:
-        """The first `count` images of a split, decoded; all of them without a count."""
-        if self.data is None:
-            return load_split(self.options, name, count)
-        whole: Split = getattr(self.data, name)
-        return Split(whole.images[:count], whole.labels[:count])
-
     def batches(
         self, name: SplitName, device: torch.device, count: int | None = None
-    ) -> list[tuple[Tensor, Tensor]]:
-        """The same, normalised and resident on the device: images [B, 3, H, W], labels [B]."""
-        return list(eval_batches(self.split(name, count), self.options, EVALUATION_BATCH, device))
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Normalised images [B, 3, H, W] and labels [B] of a split, without augmentation: all of
+        it in order, or a sample of `count` that is the same for every caller."""
+        if self.data is not None:
+            whole: Split = getattr(self.data, name)
+            split = whole if count is None else whole.sample(count)
+        elif count is None and name == "test":
+            yield from stream_eval_batches(
+                stream(self.options, "test", num_cpus=_READER_CPUS),
+                self.options,
+                batch_size=EVALUATION_BATCH,
+                rows=self.summary.test_rows,
+                device=device,
+            )
+            return
+        else:
+            split = load_split(self.options, name, count)
+        yield from eval_batches(split, self.options, EVALUATION_BATCH, device)
 
 
 @dataclass(frozen=True)
@@ -98,6 +109,11 @@ def share(options: DataOptions, summary: DataSummary, *, in_process: bool) -> Im
     """Decode a small data set once, in this process or somewhere on the cluster; a larger one is
     left to be streamed."""
     if summary.streams:
+        if in_process:
+            raise ConfigError(
+                "cluster.in_process is set and the data is streamed, which needs Ray; set "
+                "data.loading to resident, raise data.resident_limit_mb, or use a cluster"
+            )
         return Images(options, summary, None)
     if in_process:
         return Images(options, summary, load(options))

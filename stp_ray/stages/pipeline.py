@@ -22,7 +22,7 @@ from ..report import with_space, write_report
 from ..tracking import Tracker, make_trackers
 from . import cluster
 from .explore import CANDIDATES, FRONT, explore
-from .finalize import PRUNED, finalize, folder
+from .finalize import PRUNED, control_options, finalize, folder
 from .images import Images, SharedImages, share
 from .jobs import Job
 from .network import build_supernet
@@ -176,15 +176,17 @@ class _Pipeline:
         }
         if not missing:
             return
-        kinds = ["finalize", "control"] if self.config.finalize.control else ["finalize"]
+        kinds = {"finalize": self.config.finalize.optimisation}
+        if self.config.finalize.control:
+            kinds["control"] = control_options(self.config)
         started = time.monotonic()
         with contextlib.ExitStack() as stack:
             trackers = {
                 f"{kind}/{label}": stack.enter_context(
-                    self._tracked(f"{kind}/{label}", self._scale(self.config.finalize.optimisation))
+                    self._tracked(f"{kind}/{label}", self._scale(options))
                 )
                 for label in missing
-                for kind in kinds
+                for kind, options in kinds.items()
             }
             for label, pruned in finalize(
                 self.config, self.store, missing, self.images, trackers

@@ -19,7 +19,21 @@ _COLLECTIVE_TIMEOUT_S = 120
 
 
 def fit(job: Job, images: Images | SharedImages, workers: int, tracker: Tracker) -> dict[str, Any]:
-    """Train a job to the end on `workers` data-parallel workers; returns its `result.json`.
+    """Train a job to the end on `workers` data-parallel workers, or in this process where the
+    configuration says so; returns its `result.json`. Errors as for `fit_group`."""
+    store, options = job.store, job.config.cluster
+    if options.in_process:
+        place = Place(threads=options.threads_per_worker)
+        train(job, images, place, lambda step, metrics: tracker.log(metrics, step))
+        return store.read_json(RESULT)
+    with cluster.relay({job.stage: tracker}) as relay:
+        return fit_group(job, images, workers, relay)
+
+
+def fit_group(
+    job: Job, images: Images | SharedImages, workers: int, relay: Any
+) -> dict[str, Any]:
+    """Train a job to the end with Ray Train, reporting through a `cluster.Relay`.
 
     A worker that dies is replaced and the group goes on from the last checkpoint, up to
     `cluster.max_failures` times.
@@ -32,45 +46,41 @@ def fit(job: Job, images: Images | SharedImages, workers: int, tracker: Tracker)
     store, options = job.store, job.config.cluster
     if store.exists(RESULT):
         return store.read_json(RESULT)
-    if options.in_process:
-        train(job, images.here(), Place(threads=options.threads_per_worker), _log_to(tracker))
-        return store.read_json(RESULT)
     cluster.require_resources(options, workers)
-    with cluster.relay({job.stage: tracker}) as relay:
-        trainer = TorchTrainer(
-            _worker,
-            train_loop_config={"job": job, "images": images, "relay": relay},
-            torch_config=TorchConfig(
-                backend="nccl" if options.use_gpu else "gloo", timeout_s=_COLLECTIVE_TIMEOUT_S
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config={"job": job, "images": images, "relay": relay},
+        torch_config=TorchConfig(
+            backend="nccl" if options.use_gpu else "gloo", timeout_s=_COLLECTIVE_TIMEOUT_S
+        ),
+        scaling_config=ScalingConfig(
+            num_workers=workers,
+            use_gpu=options.use_gpu,
+            resources_per_worker=cluster.worker_resources(options),
+        ),
+        run_config=RunConfig(
+            # The run's state is in its own checkpoints; what Ray writes is scratch.
+            name=f"{job.stage.replace('/', '-')}-{uuid.uuid4().hex[:8]}",
+            storage_path=str(cluster.scratch()),
+            failure_config=FailureConfig(
+                max_failures=options.max_failures,
+                controller_failure_limit=options.max_failures,
             ),
-            scaling_config=ScalingConfig(
-                num_workers=workers,
-                use_gpu=options.use_gpu,
-                resources_per_worker=cluster.worker_resources(options),
-            ),
-            run_config=RunConfig(
-                # The run's state is in its own checkpoints; what Ray writes is scratch.
-                name=f"{job.stage.replace('/', '-')}-{uuid.uuid4().hex[:8]}",
-                storage_path=str(cluster.scratch()),
-                failure_config=FailureConfig(
-                    max_failures=options.max_failures,
-                    controller_failure_limit=options.max_failures,
-                ),
-            ),
-        )
-        try:
-            trainer.fit()
-        except ray.train.TrainingFailedError as error:
-            told = ray.get(relay.error.remote())
-            if told is not None:
-                raise told from error
-            raise RunError(
-                f"stage {job.stage} failed {options.max_failures + 1} times, last: "
-                f"{_root_cause(error)}; the same command resumes it from its last checkpoint"
-            ) from error
-        told = ray.get(relay.error.remote())
+        ),
+    )
+    failure: ray.train.TrainingFailedError | None = None
+    try:
+        trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        failure = error
+    told = ray.get(relay.error.remote())
     if told is not None:
         raise told
+    if failure is not None:
+        raise RunError(
+            f"stage {job.stage} failed {options.max_failures + 1} times, last: "
+            f"{_root_cause(failure)}; the same command resumes it from its last checkpoint"
+        ) from failure
     return store.read_json(RESULT)
 
 
@@ -97,10 +107,6 @@ def _worker(config: dict[str, Any]) -> None:
     except StpError as error:
         ray.get(relay.fail.remote(error))
         raise
-
-
-def _log_to(tracker: Tracker) -> Any:
-    return lambda step, metrics: tracker.log(metrics, step)
 
 
 def _root_cause(error: BaseException) -> str:
