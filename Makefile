@@ -21,13 +21,12 @@ help:
 
 setup: $(STAMP)
 
-# pip is brought up to date first: the one that comes with Python 3.11 can search for an
-# hour among the versions of s3fs, aiobotocore and boto3 where a current one needs seconds.
+# uv resolves what pip's resolver can search for an hour among (s3fs, aiobotocore, boto3).
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit(f"found Python {v.major}.{v.minor}; expected 3.11 or later; set PYTHON=")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --editable '.[dev]'
 	@touch $@
 
 demo: setup

@@ -1,10 +1,10 @@
 """Structured pruning without fine-tuning: Enhanced Sparsification via Stimulative Training.
 
-    import stp_ray as stp
+import stp_ray as stp
 
-    net = stp.Supernet.trace(model, example_input)
-    subnet = net.space.uniform(0.5)
-    small = net.extract(subnet, stp.calibrate(net, subnet, batches))
+net = stp.Supernet.trace(model, example_input)
+subnet = net.space.uniform(0.5)
+small = net.extract(subnet, stp.calibrate(net, subnet, batches))
 """
 
 from importlib import import_module

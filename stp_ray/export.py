@@ -154,7 +154,7 @@ def _dense(content: Mapping[str, Any], factory: Callable[..., nn.Module] | None)
     name, kwargs = content["model"]["name"], content["model"]["kwargs"]
     sizes = {"num_classes": content["num_classes"], "image_size": content["image_size"]}
     if factory is not None:
-        return factory(**{**models._accepted(factory, sizes), **kwargs})
+        return factory(**{**models.accepted(factory, sizes), **kwargs})
     if ":" in name:
         raise ConfigError(
             f"the model is {name!r}, which is not ours; expected a function that builds it, for "

@@ -49,13 +49,15 @@ class CifarResNet(nn.Module):
         self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
         blocks, width = (depth - 2) // 6, 16
+        stages = []
         for stage, channels in enumerate((16, 32, 64), start=1):
             layer = []
             for block in range(blocks):
                 stride = 2 if stage > 1 and block == 0 else 1
                 layer.append(BasicBlock(width, channels, stride))
                 width = channels
-            self.add_module(f"layer{stage}", nn.Sequential(*layer))
+            stages.append(nn.Sequential(*layer))
+        self.layer1, self.layer2, self.layer3 = stages
         self.fc = nn.Linear(64, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -106,12 +108,12 @@ def build_model(
         ConfigError: unknown name (suggests the nearest), or arguments that do not fit.
     """
     factory = find_factory(name)
-    wanted = _accepted(factory, {"num_classes": num_classes, "image_size": image_size})
+    wanted = accepted(factory, {"num_classes": num_classes, "image_size": image_size})
     try:
         model = factory(**{**wanted, **kwargs})
     except (TypeError, ValueError) as error:
         raise ConfigError(
-            f"model {name!r} cannot be built with {({**wanted, **kwargs})}: {error}; "
+            f"model {name!r} cannot be built with { ({**wanted, **kwargs}) }: {error}; "
             "change model.kwargs"
         ) from error
     if not isinstance(model, nn.Module):
@@ -154,7 +156,7 @@ def _imported(name: str) -> Callable[..., Any]:
     return factory
 
 
-def _accepted(factory: Callable[..., Any], offered: Mapping[str, Any]) -> dict[str, Any]:
+def accepted(factory: Callable[..., Any], offered: Mapping[str, Any]) -> dict[str, Any]:
     """The offered arguments that the factory takes: num_classes also through **kwargs (every
     torchvision model), image_size only where it is named."""
     parameters = inspect.signature(factory).parameters

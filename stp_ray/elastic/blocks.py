@@ -6,10 +6,10 @@ of both operands agree, so leaving the branch out leaves a well-formed network.
 """
 
 import operator
-import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -100,9 +100,10 @@ def _layers(branch: Branch) -> list[str]:
 
 
 def _home(branch: Branch) -> str:
-    layers = _layers(branch)
-    common = os.path.commonprefix([layer.split(".") for layer in layers])
-    return ".".join(common if len(layers) > 1 else common[:-1])
+    paths = [layer.split(".") for layer in _layers(branch)]
+    shared = takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))
+    common = [parts[0] for parts in shared]
+    return ".".join(common if len(paths) > 1 else common[:-1])
 
 
 def _child(home: str, branch: Branch) -> str:
@@ -126,6 +127,7 @@ def _weight(branch: Branch, home: str, child: str) -> int:
     for node in branch.nodes:
         target = str(node.target)
         if node.op == "call_module" and (target == prefix or target.startswith(prefix + ".")):
-            module = node.graph.owning_module.get_submodule(target)
-            total += sum(parameter.numel() for parameter in module.parameters())
+            owner = node.graph.owning_module
+            assert owner is not None
+            total += sum(p.numel() for p in owner.get_submodule(target).parameters())
     return total

@@ -245,14 +245,15 @@ def group_norm(visit: Visit) -> Value:
     visit.dims.coarsen(x[1], per_group, visit.source)
     for name in ("weight", "bias"):
         visit.tensor(name, x[1])
-    visit.step.attributes.update(
-        num_channels=Size(x[1]), num_groups=Size(x[1], per=per_group)
-    )
+    visit.step.attributes.update(num_channels=Size(x[1]), num_groups=Size(x[1], per=per_group))
     return x
 
 
 def multihead_attention(visit: Visit) -> Value:
-    module, inputs = visit.module, [visit.argument(i, n) for i, n in enumerate(("query", "key", "value"))]
+    module, inputs = (
+        visit.module,
+        [visit.argument(i, n) for i, n in enumerate(("query", "key", "value"))],
+    )
     x = visit.value(inputs[0])
     plain = (
         inputs[0] is inputs[1] is inputs[2]
@@ -267,7 +268,9 @@ def multihead_attention(visit: Visit) -> Value:
         and len(x) == 3
     )
     if not plain:
-        visit.freeze(x, *map(visit.value, inputs[1:]), reason="attention other than plain self-attention")
+        visit.freeze(
+            x, *map(visit.value, inputs[1:]), reason="attention other than plain self-attention"
+        )
         for name, _ in module.named_parameters():
             visit.tensor(name)
         return visit.constants()
@@ -320,7 +323,8 @@ def window_attention(visit: Visit) -> Value:
         }
     )
     rows, columns = module.window_size
-    batch, height, width, _ = visit.shape_of(visit.node.args[0])
+    (source,) = visit.node.all_input_nodes
+    batch, height, width, _ = visit.shape_of(source)
     pixels = batch * (height + -height % rows) * (width + -width % columns)
     visit.macs(3 * pixels, x[-1], heads)
     visit.macs(2 * pixels * rows * columns, heads)
@@ -466,11 +470,10 @@ def merge_patches(visit: Visit) -> Value:
 
 
 def permute(visit: Visit) -> Value:
-    x, order = visit.value(visit.node.args[0]), visit.node.args[1:]
-    if not order:
-        order = visit.node.kwargs["dims"]
-    if len(order) == 1 and isinstance(order[0], (tuple, list)):
-        order = order[0]
+    x = visit.value(visit.node.args[0])
+    order: Any = visit.node.args[1:] or visit.node.kwargs["dims"]
+    if isinstance(order[0], (tuple, list)):
+        (order,) = order
     return tuple(x[place] for place in order)
 
 
@@ -670,15 +673,18 @@ def unknown(visit: Visit) -> Value:
 
 # -- the table --------------------------------------------------------------------------
 
-_ELEMENTWISE_MODULES = (
-    "ReLU ReLU6 LeakyReLU ELU CELU SELU GELU SiLU Mish Hardswish Hardsigmoid Hardtanh Sigmoid Tanh "
-    "Softplus LogSigmoid Identity Dropout Dropout1d Dropout2d Dropout3d AlphaDropout"
-).split()
-_ELEMENTWISE_NAMES = (
-    "relu relu6 leaky_relu elu gelu silu mish hardswish hardsigmoid hardtanh sigmoid tanh softplus "
-    "dropout dropout2d clamp abs exp log sqrt rsqrt square contiguous clone detach "
-    "float double half bfloat16 type type_as to neg add sub mul div maximum minimum pow where"
-).split()
+_ELEMENTWISE_MODULES = [
+    "ReLU", "ReLU6", "LeakyReLU", "ELU", "CELU", "SELU", "GELU", "SiLU", "Mish", "Hardswish",
+    "Hardsigmoid", "Hardtanh", "Sigmoid", "Tanh", "Softplus", "LogSigmoid", "Identity",
+    "Dropout", "Dropout1d", "Dropout2d", "Dropout3d", "AlphaDropout",
+]  # fmt: skip
+_ELEMENTWISE_NAMES = [
+    "relu", "relu6", "leaky_relu", "elu", "gelu", "silu", "mish", "hardswish", "hardsigmoid",
+    "hardtanh", "sigmoid", "tanh", "softplus", "dropout", "dropout2d", "clamp", "abs", "exp",
+    "log", "sqrt", "rsqrt", "square", "contiguous", "clone", "detach", "float", "double", "half",
+    "bfloat16", "type", "type_as", "to", "neg", "add", "sub", "mul", "div", "maximum", "minimum",
+    "pow", "where",
+]  # fmt: skip
 
 MODULES: dict[type[nn.Module], Rule] = {
     nn.Linear: linear,
@@ -789,7 +795,7 @@ def module_rule(module: nn.Module) -> Rule | None:
     if named is not None:
         return named
     for base in type(module).__mro__:
-        if base in MODULES and base.forward is type(module).forward:  # type: ignore[attr-defined]
+        if base in MODULES and base.forward is type(module).forward:
             return MODULES[base]
     return None
 
@@ -806,4 +812,3 @@ def rule_for(node: fx.Node, module: nn.Module | None) -> Rule | None:
 
 def _qualified(thing: Any) -> str:
     return f"{getattr(thing, '__module__', '')}.{getattr(thing, '__qualname__', '')}"
-

@@ -143,9 +143,7 @@ class SearchSpace:
             raise ValueError(f"subnet {subnet.id} names other axes than this space: {odd[:3]}")
         for name, width in subnet.widths.items():
             if width not in self._axis[name].choices:
-                raise ValueError(
-                    f"width {width} of {name} is not among {self._axis[name].choices}"
-                )
+                raise ValueError(f"width {width} of {name} is not among {self._axis[name].choices}")
         unknown = subnet.dropped - {block.name for block in self.blocks}
         if unknown:
             raise ValueError(f"subnet drops unknown blocks: {sorted(unknown)[:3]}")
@@ -193,6 +191,9 @@ class SearchSpace:
         rng.shuffle(kept)
         while not self.admits(Subnet(self.smallest.widths, dropped), budget):
             dropped.append(kept.pop())
+        rng.shuffle(dropped)
+        while dropped and self.admits(Subnet(self.full.widths, dropped), budget):
+            dropped.pop()  # even the full widths of the other blocks would leave budget unused
         low, high = 1e-3, 1e3
         for _ in range(3):  # a grid, refined twice: about 1 % of the exponent
             exponents = np.geomspace(low, high, 16)
@@ -215,7 +216,8 @@ class SearchSpace:
             if rng.random() < p:
                 dropped ^= {block.name}
                 if block.name not in dropped:
-                    widths.update({name: rng.choice(self._axis[name].choices) for name in block.axes})
+                    for name in block.axes:
+                        widths[name] = rng.choice(self._axis[name].choices)
         for axis in self.axes:
             if rng.random() < p:
                 place = axis.choices.index(widths[axis.name])
@@ -228,7 +230,8 @@ class SearchSpace:
         self, one: Subnet, other: Subnet, rng: random.Random, budget: Budget | None = None
     ) -> Subnet:
         """Each block, with the axes inside it, and each other axis comes from either parent."""
-        widths, dropped = {}, set()
+        widths: dict[str, int] = {}
+        dropped: set[str] = set()
         source = {block.name: rng.choice((one, other)) for block in self.blocks}
         for block in self.blocks:
             dropped |= source[block.name].dropped & {block.name}

@@ -1,9 +1,10 @@
 """Model and example input -> graph, steps, axes and blocks, and what was frozen and why."""
 
 import copy
+import linecache
 import operator
 import os
-import re
+import sys
 import traceback
 from collections import Counter
 from collections.abc import Iterator
@@ -27,6 +28,9 @@ from .space import ResidualBlock, SearchSpace, WidthAxis
 #: Samples in the shape pass. A prime that is no common layer width keeps the batch dimension
 #: from being mistaken for another one when a reshape is taken apart.
 _BATCH = 11
+
+#: Where a node keeps the (file, line) that it comes from.
+_LINE = "stp_line"
 
 _IN_PLACE = {operator.iadd: operator.add, operator.imul: operator.mul, operator.isub: operator.sub}
 
@@ -80,12 +84,21 @@ def trace(
 
 
 class _Tracer(fx.Tracer):
-    """Keeps layers that have a rule whole, and remembers where tracing stopped."""
+    """Keeps layers that have a rule whole, remembers where tracing stopped, and notes the line
+    of the user's model that each node comes from (fx's own record of stacks imports half of
+    torch first)."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.record_stack_traces = True
         self.path: list[str] = []
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        node = super().create_node(*args, **kwargs)
+        frame = sys._getframe(1)
+        while frame.f_back is not None and _is_ours(frame.f_code.co_filename):
+            frame = frame.f_back
+        node.meta[_LINE] = (frame.f_code.co_filename, frame.f_lineno)
+        return node
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if ops.module_rule(m) is not None:
@@ -132,8 +145,7 @@ def _trace_once(model: nn.Module) -> fx.Graph:
         return tracer.trace(model)
     except Exception as error:  # the user's forward ran on proxies and may raise anything
         frames = traceback.extract_tb(error.__traceback__)
-        home = os.path.dirname(torch.__file__)
-        own = [f for f in frames if not f.filename.startswith((home, __file__))]
+        own = [frame for frame in frames if not _is_ours(frame.filename)]
         where = f"{os.path.basename(own[-1].filename)}:{own[-1].lineno}" if own else "unknown line"
         code = f" `{own[-1].line}`" if own and own[-1].line else ""
         module = tracer.path[-1] if tracer.path else type(model).__name__
@@ -175,14 +187,18 @@ def _follow_mode_of(graph: fx.Graph, node: fx.Node, other: fx.Node) -> None:
     node.kwargs = {key: merged(value, other.kwargs[key]) for key, value in node.kwargs.items()}
 
 
+def _is_ours(filename: str) -> bool:
+    """Whether a line belongs to torch or to the tracer, and not to the user's model."""
+    return filename.startswith((os.path.dirname(torch.__file__) + os.sep, __file__))
+
+
 def _source(node: fx.Node) -> str:
-    """`name at file.py:line: code` of the innermost frame of the user's model."""
+    """`name at file.py:line: code` of the line of the user's model."""
     name = str(node.target) if node.op == "call_module" else node.name
-    frames = re.findall(r'File "([^"]+)", line (\d+)[^\n]*\n\s*([^\n]*)', node.stack_trace or "")
-    if not frames:
+    if _LINE not in node.meta:
         return name
-    file, line, code = frames[-1]
-    return f"{name} at {os.path.basename(file)}:{line} `{code.strip()}`"
+    file, line = node.meta[_LINE]
+    return f"{name} at {os.path.basename(file)}:{line} `{linecache.getline(file, line).strip()}`"
 
 
 # -- shapes -----------------------------------------------------------------------------
@@ -336,9 +352,7 @@ class _Analysis:
         space = SearchSpace([axis for _, axis in axes.values()], blocks, macs, params)
         return Traced(self.graph, layouts, branches, space, tuple(self.dims.frozen))
 
-    def _axes(
-        self, divisor: int | None, min_ratio: float
-    ) -> dict[Variable, tuple[str, WidthAxis]]:
+    def _axes(self, divisor: int | None, min_ratio: float) -> dict[Variable, tuple[str, WidthAxis]]:
         """The free variables that some layer produces, as axes."""
         found: dict[Variable, int] = {}
         for step in self.steps.values():
@@ -361,18 +375,14 @@ class _Analysis:
                 name = f"{name}#{taken[name]}"
             step_size = 1 if variable.unit == "heads" else divisor // gcd(divisor, factor)
             floor = max(step_size, ceil(variable.size * min_ratio / step_size) * step_size)
-            choices = tuple(
-                dict.fromkeys([*range(floor, variable.size, step_size), variable.size])
-            )
+            choices = tuple(dict.fromkeys([*range(floor, variable.size, step_size), variable.size]))
             if len(choices) < 2:
                 self.dims.frozen += [
                     Frozen(layer, variable.size, f"no width below {variable.size} is admissible")
                     for layer in producers
                 ]
                 continue
-            axis = WidthAxis(
-                name, variable.size, choices, variable.unit, tuple(producers)
-            )
+            axis = WidthAxis(name, variable.size, choices, variable.unit, tuple(producers))
             axes[variable] = (name, axis)
         return axes
 
@@ -457,4 +467,3 @@ def _segments(
 
     segments = tuple(walk())
     return segments if any(axis for _, _, axis, _ in segments) else None
-

@@ -101,7 +101,6 @@ def scratch() -> Path:
     return Path(tempfile.gettempdir()) / "stp_ray" / uuid.uuid4().hex
 
 
-@ray.remote(num_cpus=0)
 class Relay:
     """Carries metrics and a user-facing error from workers to the driver."""
 
@@ -126,7 +125,7 @@ class Relay:
 @contextlib.contextmanager
 def relay(trackers: Mapping[str, Tracker]) -> Iterator[Any]:
     """A relay whose metrics go to the tracker of their stage while the block lasts."""
-    actor = Relay.remote()
+    actor = ray.remote(Relay).options(num_cpus=0).remote()
     stop = threading.Event()
 
     def drain() -> None:

@@ -5,6 +5,7 @@ A trial scores a batch of candidates and its scores are written to the run's sto
 the seed alone; a search that was stopped is told the scores that were kept and goes on.
 """
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -88,9 +89,7 @@ def explore(
     """
     store = run.child("explore")
     held_out = images.summary.holdout_rows
-    explorer = Explorer(
-        net.space, config.budgets, config.explore, config.seed, held_out=held_out
-    )
+    explorer = Explorer(net.space, config.budgets, config.explore, config.seed, held_out=held_out)
     search = _Search(explorer, store, config.explore.batch_of_candidates, tracker)
     if search.open():
         weights = run.child("supernet").load_tensors(WEIGHTS)
@@ -253,10 +252,11 @@ def _tune(
     options = config.cluster
     workers = options.explore_workers or options.num_workers
     cluster.require_resources(options, 1)
+    # Progress and scores have their own ways; Tune's files and tables would only repeat them.
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
-    resources = {
-        name.lower(): amount for name, amount in cluster.worker_resources(options).items()
-    }
+    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
+    logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
+    resources = {name.lower(): amount for name, amount in cluster.worker_resources(options).items()}
     weights_reference = ray.put(weights)
     main_logits = ray.get(
         ray.remote(_main_logits)
@@ -275,7 +275,12 @@ def _tune(
             reuse_actors=True,
             trial_dirname_creator=lambda trial: trial.trial_id,
         ),
-        run_config=tune.RunConfig(name="explore", storage_path=str(cluster.scratch()), verbose=0),
+        run_config=tune.RunConfig(
+            name="explore",
+            storage_path=str(cluster.scratch()),
+            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+            verbose=0,
+        ),
     )
     tuner.fit()
     if search.open():
@@ -320,4 +325,3 @@ def _write(explorer: Explorer, store: Store) -> dict[str, Any]:
     }
     store.write_json(FRONT, front)
     return front
-

@@ -80,7 +80,8 @@ def _side_by_side(
     task = ray.remote(_finalize_task).options(
         num_cpus=own["CPU"], num_gpus=own.get("GPU", 0), max_retries=options.max_failures
     )
-    waiting, running = list(jobs), {}
+    waiting: list[str] = list(jobs)
+    running: dict[Any, str] = {}
     failed: dict[str, BaseException] = {}
     while waiting or running:
         while waiting and len(running) < max(1, cluster.places(options) // workers):
@@ -98,11 +99,11 @@ def _side_by_side(
     told = ray.get(relay.error.remote())
     if told is not None:
         raise told
-    for label, error in failed.items():
+    for label, cause in failed.items():
         raise RunError(
-            f"budget {label} failed: {str(error).strip().splitlines()[-1][:200]}; the same "
+            f"budget {label} failed: {str(cause).strip().splitlines()[-1][:200]}; the same "
             "command resumes it from its last checkpoint"
-        ) from error
+        ) from cause
 
 
 def _jobs(config: RunConfig, run: Store, label: str, target: str) -> list[Job]:
@@ -231,4 +232,3 @@ def _tidy(store: Store) -> None:
             place.delete(name)
     with contextlib.suppress(StpError):
         store.delete(SHARED)
-

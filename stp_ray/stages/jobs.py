@@ -8,7 +8,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
@@ -243,11 +243,12 @@ def _finish(
     seconds: float,
 ) -> None:
     objective = trainer.objective
-    network: nn.Module
-    if isinstance(objective, DenseObjective):
-        network = objective.model
-    else:
-        network = objective.net.model  # type: ignore[assignment]
+    network = (
+        objective.model
+        if isinstance(objective, DenseObjective)
+        else cast(Supernet, objective.net).model
+    )
+    assert isinstance(network, nn.Module)
     weights = SHARED if job.kind == "finalize" else WEIGHTS
     with trainer.averaged(), inspecting(network):
         metrics = evaluate(network, images.batches("test", trainer.device))

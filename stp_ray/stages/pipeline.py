@@ -152,9 +152,7 @@ class _Pipeline:
         def work(tracker: Tracker) -> tuple[dict[str, str], dict[str, Any]]:
             front = explore(self.config, self.store, self.net, self.images, tracker)
             candidates = self.store.read_table(f"explore/{CANDIDATES}")
-            self.store.write_table(
-                f"explore/{CANDIDATES}", with_space(candidates, self.net.space)
-            )
+            self.store.write_table(f"explore/{CANDIDATES}", with_space(candidates, self.net.space))
             outputs = {
                 f"explore/{name}": self.store.checksum(f"explore/{name}")
                 for name in (CANDIDATES, FRONT)
@@ -188,9 +186,7 @@ class _Pipeline:
                 for label in missing
                 for kind, options in kinds.items()
             }
-            for label, pruned in finalize(
-                self.config, self.store, missing, self.images, trackers
-            ):
+            for label, pruned in finalize(self.config, self.store, missing, self.images, trackers):
                 home = folder(label)
                 tracker = trackers[f"finalize/{label}"]
                 tracker.summary({"top1": pruned["top1"], "macs": pruned["macs"]})
@@ -354,4 +350,3 @@ def _describe(config: RunConfig, store: Store) -> None:
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         },
     )
-

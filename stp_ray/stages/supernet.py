@@ -30,9 +30,7 @@ def fit(job: Job, images: Images | SharedImages, workers: int, tracker: Tracker)
         return fit_group(job, images, workers, relay)
 
 
-def fit_group(
-    job: Job, images: Images | SharedImages, workers: int, relay: Any
-) -> dict[str, Any]:
+def fit_group(job: Job, images: Images | SharedImages, workers: int, relay: Any) -> dict[str, Any]:
     """Train a job to the end with Ray Train, reporting through a `cluster.Relay`.
 
     A worker that dies is replaced and the group goes on from the last checkpoint, up to
