@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx, nn
 
-from .blocks import Branch
 from .cost import Extent
-from .slicing import Layout, narrowed
+from .slicing import Layout, Merge, narrowed
 from .subnet import Subnet
 
 if TYPE_CHECKING:
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
 def extract(
     model: fx.GraphModule,
     layouts: Mapping[str, Layout],
-    branches: Mapping[str, Branch],
+    merges: Mapping[str, Merge],
     subnet: Subnet,
     stats: "Stats | None",
 ) -> fx.GraphModule:
@@ -28,7 +27,6 @@ def extract(
 
     Layers keep their names, so the state dict has the names of the dense network.
     """
-    merges = {b.addition: b.shortcut for name, b in branches.items() if name in subnet.dropped}
     graph = fx.Graph()
     root: dict[str, Any] = {}
     env: dict[fx.Node, fx.Node] = {}
@@ -36,8 +34,9 @@ def extract(
         layout = layouts[node.name]
         if not layout.gates.isdisjoint(subnet.dropped):
             continue
-        if node in merges:
-            env[node] = env[merges[node]]
+        merge = merges.get(node.name)
+        if merge is not None and merge.block in subnet.dropped:
+            env[node] = env[node.args[merge.shortcut]]
             continue
         env[node] = copied = graph.node_copy(node, lambda n: env[n])
         for key, value in layout.arguments.items():

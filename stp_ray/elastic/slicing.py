@@ -59,6 +59,14 @@ class Layout:
         return cuts
 
 
+@dataclass(frozen=True)
+class Merge:
+    """An addition that yields its `shortcut`-th operand alone when `block` is dropped."""
+
+    block: str
+    shortcut: int
+
+
 def _ranges(segments: Segments, widths: Mapping[str, int]) -> Ranges:
     kept: list[tuple[int, int]] = []
     for start, length, axis, factor in segments:

@@ -5,11 +5,10 @@ from typing import Any, cast
 
 from torch import Tensor, fx, nn
 
-from .blocks import Branch
 from .cost import Cost, Extent
 from .dims import Frozen
 from .extract import extract
-from .slicing import Layout, Ranges, narrowed
+from .slicing import Layout, Merge, Ranges, narrowed
 from .space import SearchSpace
 from .subnet import Subnet
 from .trace import Traced, trace
@@ -66,10 +65,7 @@ class Supernet(nn.Module):
         self.space: SearchSpace = traced.space
         self.frozen: tuple[Frozen, ...] = traced.frozen
         self._layouts: Mapping[str, Layout] = traced.layouts
-        self._branches: Mapping[str, Branch] = traced.branches
-        self._merges = {
-            branch.addition: (name, branch.shortcut) for name, branch in self._branches.items()
-        }
+        self._merges: Mapping[str, Merge] = traced.merges
         self._last_uses = _last_uses(self.model.graph)
 
     @classmethod
@@ -130,7 +126,7 @@ class Supernet(nn.Module):
             stats: its BatchNorm statistics; by default the prefix of the main network's.
         """
         self.space.validate(subnet)
-        return extract(self.model, self._layouts, self._branches, subnet, stats)
+        return extract(self.model, self._layouts, self._merges, subnet, stats)
 
     def slices(self, subnet: Subnet) -> dict[str, dict[int, Ranges]]:
         """The parameters that a subnet cuts: name -> {dimension: kept (start, stop) ranges}."""
@@ -151,29 +147,29 @@ class Supernet(nn.Module):
 
     def _run(self, images: Tensor, subnet: Subnet, stats: "Stats | StatsRecorder | None") -> Tensor:
         self.space.validate(subnet)
-        env: dict[fx.Node, Any] = {}
+        env: dict[str, Any] = {}
         out: Any = None
         for node in self.model.graph.nodes:
             layout = self._layouts[node.name]
             if not layout.gates.isdisjoint(subnet.dropped):
                 continue
-            block, shortcut = self._merges.get(node, (None, None))
-            if block in subnet.dropped:
-                env[node] = env[cast(fx.Node, shortcut)]
+            merge = self._merges.get(node.name)
+            if merge is not None and merge.block in subnet.dropped:
+                env[node.name] = env[cast(fx.Node, node.args[merge.shortcut]).name]
             elif node.op == "placeholder":
-                env[node] = images
+                env[node.name] = images
             elif node.op == "get_attr":
-                env[node] = self._attribute(str(node.target), layout, subnet)
+                env[node.name] = self._attribute(str(node.target), layout, subnet)
             elif node.op == "output":
                 out = _load(node.args[0], env, subnet)
             else:
                 args, kwargs = arguments(node, layout)
                 call = self._call(node, layout, subnet, stats)
-                env[node] = call(
+                env[node.name] = call(
                     *(_load(arg, env, subnet) for arg in args),
                     **{name: _load(value, env, subnet) for name, value in kwargs.items()},
                 )
-            for dead in self._last_uses.get(node, ()):
+            for dead in self._last_uses.get(node.name, ()):
                 env.pop(dead, None)
         return out
 
@@ -235,9 +231,9 @@ def arguments(node: fx.Node, layout: Layout) -> tuple[tuple[Any, ...], dict[str,
     return tuple(args), kwargs
 
 
-def _load(value: Any, env: Mapping[fx.Node, Any], subnet: Subnet) -> Any:
+def _load(value: Any, env: Mapping[str, Any], subnet: Subnet) -> Any:
     if isinstance(value, fx.Node):
-        return env[value]
+        return env[value.name]
     if isinstance(value, Extent):
         return value.at(subnet.widths)
     if isinstance(value, (tuple, list)):
@@ -254,13 +250,13 @@ def _tensor(module: nn.Module, name: str) -> Tensor:
     return getattr(module.get_submodule(owner), leaf)
 
 
-def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
-    """For each node the values that nothing after it needs."""
+def _last_uses(graph: fx.Graph) -> dict[str, list[str]]:
+    """For each node the values that nothing after it needs, all by name."""
     seen: set[fx.Node] = set()
-    last: dict[fx.Node, list[fx.Node]] = {}
+    last: dict[str, list[str]] = {}
     for node in reversed(graph.nodes):
         for source in node.all_input_nodes:
             if source not in seen:
                 seen.add(source)
-                last.setdefault(node, []).append(source)
+                last.setdefault(node.name, []).append(source.name)
     return last

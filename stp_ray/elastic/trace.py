@@ -18,11 +18,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..errors import TraceError
 from . import ops
-from .blocks import Branch, find_branches
+from .blocks import find_branches
 from .cost import Extent, Term
 from .dims import Dim, Dims, Frozen, Variable
 from .ops import Size, Step, Value, Visit
-from .slicing import Layout
+from .slicing import Layout, Merge
 from .space import ResidualBlock, SearchSpace, WidthAxis
 
 #: Samples in the shape pass. A prime that is no common layer width keeps the batch dimension
@@ -42,14 +42,14 @@ class Traced:
     Args:
         model: the dense network as a graph; its parameters have the original names.
         layouts: what each node needs to run sliced.
-        branches: droppable residual branches by block name.
+        merges: what to do where a droppable block ends.
         space: axes, blocks and prices.
         frozen: what could not be made elastic.
     """
 
     model: fx.GraphModule
     layouts: dict[str, Layout]
-    branches: dict[str, Branch]
+    merges: dict[str, Merge]
     space: SearchSpace
     frozen: tuple[Frozen, ...]
 
@@ -350,7 +350,11 @@ class _Analysis:
             for name, branch in branches.items()
         ]
         space = SearchSpace([axis for _, axis in axes.values()], blocks, macs, params)
-        return Traced(self.graph, layouts, branches, space, tuple(self.dims.frozen))
+        merges = {
+            branch.addition.name: Merge(name, branch.addition.args.index(branch.shortcut))
+            for name, branch in branches.items()
+        }
+        return Traced(self.graph, layouts, merges, space, tuple(self.dims.frozen))
 
     def _axes(self, divisor: int | None, min_ratio: float) -> dict[Variable, tuple[str, WidthAxis]]:
         """The free variables that some layer produces, as axes."""

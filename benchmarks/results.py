@@ -1,0 +1,174 @@
+"""Figures for the documentation, from finished runs.
+
+    python benchmarks/results.py record runs/latest --command "make demo"
+    python benchmarks/results.py render
+
+`record` keeps a finished run's summary, the settings that matter and the hardware as one JSON
+file in benchmarks/results/; `render` writes docs/results.md and docs/accuracy.svg from all of
+them. No figure is typed by hand.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from stp_ray.artifacts import Store
+from stp_ray.report import accuracy_against_macs
+
+HERE = Path(__file__).resolve().parent
+KEPT = HERE / "results"
+DOCS = HERE.parent / "docs"
+
+#: One line of explanation for each recipe, in the order of the page.
+RECIPES = {
+    "demo": "Digits (scikit-learn, 8 px), ResNet-20, 360 test images: one image is 0.28 points.",
+    "cifar10_resnet20_cpu": (
+        "CIFAR-10 (JPEG) resized to 16 px, ResNet-20, 10,000 test images; a reduced protocol for "
+        "two CPU cores. The control is the pruned shape trained from scratch for as many epochs "
+        "as supernet and ladder have together, on the same images and with the baseline's options."
+    ),
+}
+
+
+def record(uri: str, command: str, note: str) -> Path:
+    """Keep what a finished run says about itself."""
+    store = Store(uri)
+    summary, config = store.read_json("summary.json"), store.read_json("config.json")
+    environment = store.read_json("environment.json")
+    stages = store.read_json("manifest.json")["stages"]
+    revision = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True, check=True
+    ).stdout.strip()
+    for entry in summary["budgets"].values():
+        entry.pop("uri")
+    summary.pop("storage")
+    content = {
+        "recipe": config["name"],
+        "seed": config["seed"],
+        "command": command,
+        "note": note,
+        "revision": revision,
+        "hardware": {key: environment[key] for key in ("cpus", "machine", "gpu")},
+        "packages": environment["packages"],
+        "workers": config["cluster"]["num_workers"],
+        "epochs": {
+            "baseline": (config["baseline"] or {}).get("epochs"),
+            "supernet": config["supernet"]["optimisation"]["epochs"],
+            "finalize": config["finalize"]["optimisation"]["epochs"],
+        },
+        "stage_seconds": {name: round(stage["seconds"], 1) for name, stage in stages.items()},
+        "summary": summary,
+    }
+    KEPT.mkdir(exist_ok=True)
+    path = KEPT / f"{config['name']}-seed{config['seed']}.json"
+    path.write_text(json.dumps(content, indent=2) + "\n")
+    return path
+
+
+def render() -> None:
+    """Write docs/results.md and the picture of the README."""
+    runs: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for path in sorted(KEPT.glob("*.json")):
+        content = json.loads(path.read_text())
+        runs[content["recipe"]].append(content)
+    parts = [
+        "# Results",
+        "",
+        "Written by `python benchmarks/results.py render` from the runs recorded in "
+        "`benchmarks/results/`. Top-1 and retention in per cent; retention is against a dense "
+        "network trained separately for the same epochs, and main is the run's own main network. "
+        "A single seed is an observation, not a claim.",
+        "",
+    ]
+    for recipe in sorted(runs, key=lambda name: list(RECIPES).index(name)):
+        parts += _section(recipe, runs[recipe])
+    parts += [
+        "## What was not measured",
+        "",
+        "- No GPU run, and no run of `cifar10_resnet56` or `imagenet_resnet50`: the accuracies in "
+        "the heads of those recipes are expected, not measured.",
+        "- Latency is that of one image in eager PyTorch on one CPU thread.",
+        "",
+    ]
+    (DOCS / "results.md").write_text("\n".join(parts))
+    for recipe in ("cifar10_resnet20_cpu", "demo"):
+        if recipe in runs:
+            picture = accuracy_against_macs(runs[recipe][0]["summary"], "svg")
+            (DOCS / "accuracy.svg").write_bytes(picture)
+            break
+
+
+def _section(recipe: str, runs: list[dict[str, Any]]) -> list[str]:
+    first = runs[0]
+    epochs = first["epochs"]
+    lines = [
+        f"## {recipe}",
+        "",
+        RECIPES[recipe],
+        "",
+        f"Command: `{first['command']}`. {first['hardware']['cpus']} CPU cores "
+        f"({first['hardware']['machine']}), no GPU, {first['workers']} data-parallel workers, "
+        f"torch {first['packages']['torch']}, ray {first['packages']['ray']}. Epochs: baseline "
+        f"{epochs['baseline']}, supernet {epochs['supernet']} + finalize {epochs['finalize']}.",
+        "",
+    ]
+    lines += [f"Note: {run['note']}" for run in runs if run["note"]]
+    controls = any("control_top1" in b for run in runs for b in run["summary"]["budgets"].values())
+    heading = ["seed", "dense", "main", "budget", "pruned", "retention"]
+    heading += ["control"] if controls else []
+    heading += ["MACs", "params", "latency ms (dense)", "seconds"]
+    lines += ["", _row(heading), _row(["---"] * len(heading))]
+    for run in runs:
+        summary = run["summary"]
+        for label, entry in summary["budgets"].items():
+            cells = [run["seed"], _pct(summary["dense_top1"]), _pct(summary["main_top1"]), label]
+            cells += [_pct(entry["top1"]), _pct(entry["retention_dense"])]
+            cells += [_pct(entry.get("control_top1"))] if controls else []
+            cells += [
+                f"{entry['macs'] / summary['macs']:.3f} of {summary['macs']:,}",
+                f"{entry['params']:,}",
+                f"{entry['latency_ms']:.2f} ({entry['dense_latency_ms']:.2f})",
+                f"{summary['seconds']:.0f}",
+            ]
+            lines.append(_row(cells))
+    lines.append("")
+    if len(runs) > 1:
+        lines += ["Over seeds, mean ± standard deviation:", ""]
+        for label in first["summary"]["budgets"]:
+            kept = [run["summary"]["budgets"][label]["retention_dense"] for run in runs]
+            spread = statistics.stdev(kept)
+            lines.append(f"- {label}: retention {statistics.mean(kept):.2f} ± {spread:.2f}")
+        lines.append("")
+    stages = ", ".join(f"{name} {seconds:g} s" for name, seconds in first["stage_seconds"].items())
+    return [*lines, f"Time by stage, seed {first['seed']}: {stages}.", ""]
+
+
+def _row(cells: list[Any]) -> str:
+    return "| " + " | ".join(str(cell) for cell in cells) + " |"
+
+
+def _pct(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    actions = parser.add_subparsers(dest="action", required=True)
+    keep = actions.add_parser("record", help="keep the figures of a finished run")
+    keep.add_argument("uri", help="the run's folder or URI")
+    keep.add_argument("--command", required=True, help="the command that made it")
+    keep.add_argument("--note", default="", help="anything a reader should know")
+    actions.add_parser("render", help="write docs/results.md and docs/accuracy.svg")
+    arguments = parser.parse_args()
+    if arguments.action == "record":
+        print(record(arguments.uri, arguments.command, arguments.note))
+    else:
+        render()
+
+
+if __name__ == "__main__":
+    main()
