@@ -125,8 +125,8 @@ class _Search:
     def take(self) -> list[Candidate]:
         """Up to a batch of candidates of the current generation that nobody has; empty when all
         are handed out."""
-        free = [c for c in self._explorer.ask() if c.key not in self._out]
-        batch = free[: self._batch]
+        taken = self._out | self._known.keys()  # the explorer hears of a generation as a whole
+        batch = [c for c in self._explorer.ask() if c.key not in taken][: self._batch]
         self._out |= {candidate.key for candidate in batch}
         return batch
 
