@@ -42,11 +42,11 @@ def connected(options: ClusterOptions) -> Iterator[None]:
         settings["num_cpus"] = os.cpu_count()
     try:
         ray.init(**settings)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise ClusterError(
-            f"cannot join the Ray cluster {address or 'on this machine'}: "
-            f"{str(error).splitlines()[0]}; expected a running cluster; check cluster.address"
-        ) from error
+    except Exception as error:  # Ray raises bare exceptions when a node does not come up
+        what = f"join the Ray cluster at {address}" if address else "start Ray on this machine"
+        cure = "check cluster.address" if address else "free some memory or CPU and try again"
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ClusterError(f"cannot {what}: {reason}; expected it to answer; {cure}") from error
     try:
         yield
     finally:

@@ -178,6 +178,7 @@ def prune(job: Job, images: Images, device: torch.device) -> dict[str, Any]:
     """
     store, config = job.store, job.config
     if store.exists(PRUNED):
+        _tidy(store)
         return store.read_json(PRUNED)
     assert job.target is not None
     target = Subnet.from_json(job.target)
