@@ -40,9 +40,8 @@ def record(uri: str, command: str, note: str) -> Path:
     summary, config = store.read_json("summary.json"), store.read_json("config.json")
     environment = store.read_json("environment.json")
     stages = store.read_json("manifest.json")["stages"]
-    revision = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True, check=True
-    ).stdout.strip()
+    git = ["git", "-C", str(HERE), "rev-parse", "--short", "HEAD"]
+    revision = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     for entry in summary["budgets"].values():
         entry.pop("uri")
     summary.pop("storage")

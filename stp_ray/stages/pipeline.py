@@ -60,7 +60,6 @@ def run(
     images_summary, net = preflight(config)
     store = Store(config.storage).child(run_id(config))
     store.probe()
-    _describe(config, store)
     pipeline = _Pipeline(config, store, images_summary, net)
     with pipeline.session():
         return pipeline.walk(until)
@@ -99,16 +98,21 @@ class _Pipeline:
 
     @contextlib.contextmanager
     def session(self) -> Iterator[None]:
-        """A Ray session, unless everything runs in this process or nothing is left to do."""
-        if self.config.cluster.in_process or self._finished():
+        """A Ray session that can place the workers, unless everything runs in this process or
+        nothing is left to do."""
+        options = self.config.cluster
+        if options.in_process or self._finished():
             yield
             return
-        with cluster.connected(self.config.cluster):
+        with cluster.connected(options):
+            most = max(options.num_workers, self.config.finalize.num_workers)
+            cluster.require_resources(options, most)
             yield
 
     def walk(self, until: str | None) -> dict[str, Any]:
         if self._finished():
             return self.store.read_json(SUMMARY)
+        _describe(self.config, self.store)
         if self.config.baseline is not None:
             self._training("baseline", self.config.baseline)
         if until != "baseline":
