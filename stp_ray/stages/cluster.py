@@ -4,9 +4,7 @@ import contextlib
 import os
 import tempfile
 import threading
-import uuid
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -96,9 +94,11 @@ def places(options: ClusterOptions) -> int:
     return int(min(has.get(n, 0) // amount for n, amount in worker_resources(options).items()))
 
 
-def scratch() -> Path:
+@contextlib.contextmanager
+def scratch() -> Iterator[str]:
     """A local folder for what Ray writes of its own accord; never read back."""
-    return Path(tempfile.gettempdir()) / "stp_ray" / uuid.uuid4().hex
+    with tempfile.TemporaryDirectory(prefix="stp_ray-", ignore_cleanup_errors=True) as folder:
+        yield folder
 
 
 class Relay:

@@ -266,23 +266,24 @@ def _tune(
     trial = tune.with_parameters(
         _Trial, run_config=config, images=images, weights=weights, main_logits=main_logits
     )
-    tuner = tune.Tuner(
-        tune.with_resources(trial, resources),
-        tune_config=tune.TuneConfig(
-            search_alg=_Generations(search),
-            num_samples=-1,
-            max_concurrent_trials=workers,
-            reuse_actors=True,
-            trial_dirname_creator=lambda trial: trial.trial_id,
-        ),
-        run_config=tune.RunConfig(
-            name="explore",
-            storage_path=str(cluster.scratch()),
-            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
-            verbose=0,
-        ),
-    )
-    tuner.fit()
+    with cluster.scratch() as folder:
+        tuner = tune.Tuner(
+            tune.with_resources(trial, resources),
+            tune_config=tune.TuneConfig(
+                search_alg=_Generations(search),
+                num_samples=-1,
+                max_concurrent_trials=workers,
+                reuse_actors=True,
+                trial_dirname_creator=lambda trial: trial.trial_id,
+            ),
+            run_config=tune.RunConfig(
+                name="explore",
+                storage_path=folder,
+                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+                verbose=0,
+            ),
+        )
+        tuner.fit()
     if search.open():
         raise RunError(
             f"exploration lost {_ATTEMPTS} batches of candidates to failing workers; the scores "

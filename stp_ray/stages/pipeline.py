@@ -24,7 +24,7 @@ from . import cluster
 from .explore import CANDIDATES, FRONT, explore
 from .finalize import PRUNED, control_options, finalize, folder
 from .images import Images, SharedImages, share
-from .jobs import Job
+from .jobs import RESULT, Job
 from .network import build_supernet
 from .supernet import fit
 
@@ -125,7 +125,11 @@ class _Pipeline:
         return self._report()
 
     def _finished(self) -> bool:
-        return self.manifest.done("report") is not None
+        stages = self.manifest.stages()
+        return "report" in stages and all(self._done(stage) for stage in stages)
+
+    def _done(self, stage: str) -> bool:
+        return self.manifest.done(stage) is not None
 
     @property
     def images(self) -> Images | SharedImages:
@@ -174,10 +178,12 @@ class _Pipeline:
         missing = {
             label: target
             for label, target in targets.items()
-            if self.manifest.done(f"finalize/{label}") is None
+            if not self._done(f"finalize/{label}")
         }
         if not missing:
             return
+        for label in missing:
+            self._forget(f"finalize/{label}", folder(label))
         kinds = {"finalize": self.config.finalize.optimisation}
         if self.config.finalize.control:
             kinds["control"] = control_options(self.config)
@@ -287,8 +293,9 @@ class _Pipeline:
         scale: dict[str, Any],
         workers: int,
     ) -> None:
-        if self.manifest.done(stage) is not None:
+        if self._done(stage):
             return
+        self._forget(stage, stage)
         with self._tracked(stage, scale) as tracker:
             started = time.monotonic()
             outputs, metrics = work(tracker)
@@ -303,6 +310,13 @@ class _Pipeline:
             )
             tracker.summary(metrics)
             tracker.artifact(stage, self.store.child(stage).uri)
+
+    def _forget(self, stage: str, home: str) -> None:
+        """Where a stage was done and its outputs are lost or damaged, it has to believe that it
+        is not."""
+        if stage in self.manifest.stages():
+            for name in (PRUNED, RESULT):
+                self.store.child(home).delete(name)
 
     @contextlib.contextmanager
     def _tracked(self, stage: str, scale: dict[str, Any]) -> Iterator[Tracker]:

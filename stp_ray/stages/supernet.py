@@ -1,11 +1,12 @@
 """Data-parallel training with Ray Train: the supernet, and any other job of a run."""
 
+import logging
 import uuid
 from typing import Any
 
 import ray
 import ray.train
-from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
 from ..errors import RunError, StpError
@@ -45,7 +46,28 @@ def fit_group(job: Job, images: Images | SharedImages, workers: int, relay: Any)
     if store.exists(RESULT):
         return store.read_json(RESULT)
     cluster.require_resources(options, workers)
-    trainer = TorchTrainer(
+    failure: ray.train.TrainingFailedError | None = None
+    with cluster.scratch() as folder:
+        try:
+            _trainer(job, images, workers, relay, folder).fit()
+        except ray.train.TrainingFailedError as error:
+            failure = error
+    told = ray.get(relay.error.remote())
+    if told is not None:
+        raise told
+    if failure is not None:
+        raise RunError(
+            f"stage {job.stage} failed {options.max_failures + 1} times, last: "
+            f"{_root_cause(failure)}; the same command resumes it from its last checkpoint"
+        ) from failure
+    return store.read_json(RESULT)
+
+
+def _trainer(
+    job: Job, images: Images | SharedImages, workers: int, relay: Any, folder: str
+) -> TorchTrainer:
+    options = job.config.cluster
+    return TorchTrainer(
         _worker,
         train_loop_config={"job": job, "images": images, "relay": relay},
         torch_config=TorchConfig(
@@ -59,27 +81,14 @@ def fit_group(job: Job, images: Images | SharedImages, workers: int, relay: Any)
         run_config=RunConfig(
             # The run's state is in its own checkpoints; what Ray writes is scratch.
             name=f"{job.stage.replace('/', '-')}-{uuid.uuid4().hex[:8]}",
-            storage_path=str(cluster.scratch()),
+            storage_path=folder,
+            logging_config=LoggingConfig(log_level="ERROR"),
             failure_config=FailureConfig(
                 max_failures=options.max_failures,
                 controller_failure_limit=options.max_failures,
             ),
         ),
     )
-    failure: ray.train.TrainingFailedError | None = None
-    try:
-        trainer.fit()
-    except ray.train.TrainingFailedError as error:
-        failure = error
-    told = ray.get(relay.error.remote())
-    if told is not None:
-        raise told
-    if failure is not None:
-        raise RunError(
-            f"stage {job.stage} failed {options.max_failures + 1} times, last: "
-            f"{_root_cause(failure)}; the same command resumes it from its last checkpoint"
-        ) from failure
-    return store.read_json(RESULT)
 
 
 def _worker(config: dict[str, Any]) -> None:
@@ -87,6 +96,7 @@ def _worker(config: dict[str, Any]) -> None:
     group that Ray then starts finds the record and returns at once, so that nothing is retried
     that cannot succeed."""
     job, relay = config["job"], config["relay"]
+    logging.getLogger().setLevel(logging.WARNING)  # Train has made it INFO
     if ray.get(relay.error.remote()) is not None:
         return
     context = ray.train.get_context()
