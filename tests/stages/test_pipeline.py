@@ -1,0 +1,370 @@
+"""The pipeline in one process: what it leaves, what it skips, what it makes again."""
+
+import copy
+import json
+import math
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import stp_ray as stp
+from stp_ray import export
+from stp_ray.artifacts import Manifest, Store
+from stp_ray.config import load_config, run_id
+from stp_ray.data import describe, eval_batches, load
+from stp_ray.elastic import Budget, Subnet
+from stp_ray.errors import RunError
+from stp_ray.method import evaluate, training
+from stp_ray.stages import explore as exploring
+from stp_ray.stages import pipeline
+from stp_ray.stages.images import share
+from stp_ray.stages.network import build_supernet
+from tests.stages.runs import (
+    ARTIFACTS,
+    BOOKKEEPING,
+    BUDGETS,
+    WEIGHTS,
+    files,
+    in_process,
+    kept,
+    minimal,
+    times,
+)
+
+pytestmark = pytest.mark.timeout(600)
+
+BASELINE = {"baseline/model.safetensors", "baseline/metrics.parquet"}
+
+
+class Run:
+    """A finished run: its configuration, folder and summary, and the networks that it saved."""
+
+    def __init__(self, storage: Path, content: dict) -> None:
+        self.config = load_config({**content, "storage": str(storage)})
+        self.folder = storage / run_id(self.config)
+        self.saved: dict[str, torch.nn.Module] = {}
+
+    def __call__(self) -> dict:
+        self.summary = stp.run(self.config)
+        return self.summary
+
+    def copied(self, storage: Path) -> "Run":
+        """The same run in another storage."""
+        other = Run(storage, self.config.model_dump(mode="json") | {"storage": None})
+        assert other.folder.name == self.folder.name
+        shutil.copytree(self.folder, other.folder)
+        return other
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    baseline = {"epochs": 1, "batch_size": 32, "lr": 0.05}
+    run = Run(tmp_path_factory.mktemp("storage"), in_process(baseline=baseline))
+    save = export.save_model
+
+    def watched(store, module, description):
+        run.saved[store.uri] = copy.deepcopy(module)
+        return save(store, module, description)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export, "save_model", watched)
+        threads = torch.get_num_threads()
+        run()
+        torch.set_num_threads(threads)
+    return run
+
+
+# -- what is left ---------------------------------------------------------------------
+
+
+def test_a_run_leaves_exactly_its_artifacts(finished):
+    left = files(finished.folder)
+    expected = ARTIFACTS | BOOKKEEPING | BASELINE | {"baseline/result.json", "logs/baseline.jsonl"}
+    assert kept(left) == expected
+    checkpoints = {Path(name).parent for name in left if "/checkpoint-" in name}
+    assert {str(path.parent) for path in checkpoints} == {"supernet", "baseline"}
+    assert any(name.startswith("explore/parts/") for name in left)
+    assert set(os.listdir(finished.folder.parent)) == {finished.folder.name, "latest"}
+    assert (finished.folder.parent / "latest").resolve() == finished.folder.resolve()
+
+
+def test_the_summary_has_exactly_the_keys_that_scripts_read(finished):
+    summary = json.loads((finished.folder / "summary.json").read_text())
+    assert summary == finished.summary
+    assert set(summary) == {
+        "run_id", "storage", "dense_top1", "main_top1", "macs", "params", "budgets", "seconds",
+    }  # fmt: skip
+    assert set(summary["budgets"]) == set(BUDGETS)
+    for label, budget in summary["budgets"].items():
+        assert set(budget) == {
+            "top1", "retention_dense", "retention_main", "macs", "params", "latency_ms",
+            "dense_latency_ms", "subnet_id", "uri",
+        }  # fmt: skip
+        assert budget["uri"] == f"file://{finished.folder}/budget-{label}"
+        assert budget["retention_dense"] == 100 * budget["top1"] / summary["dense_top1"]
+        assert budget["retention_main"] == 100 * budget["top1"] / summary["main_top1"]
+        assert budget["latency_ms"] > 0 and budget["dense_latency_ms"] > 0
+        assert 0 < budget["params"] < summary["params"]
+    assert summary["run_id"] == finished.folder.name
+    assert 0 <= summary["dense_top1"] <= 100 and 0 <= summary["main_top1"] <= 100
+    assert summary["seconds"] > 0
+
+
+def test_every_network_keeps_its_budget(finished):
+    config = finished.config
+    net = build_supernet(config, describe(config.data))
+    front = json.loads((finished.folder / "explore/front.json").read_text())
+    assert finished.summary["macs"] == net.cost().macs
+    for label, budget in finished.summary["budgets"].items():
+        text = (finished.folder / f"budget-{label}" / "subnet.json").read_text()
+        subnet = Subnet.from_json(text)
+        assert subnet.to_json() == front["budgets"][label]
+        assert subnet.id == budget["subnet_id"]
+        cost = net.cost(subnet)
+        assert (cost.macs, cost.params) == (budget["macs"], budget["params"])
+        assert Budget(macs=float(label)).admits(cost, of=net.cost())
+
+
+def test_a_network_that_is_loaded_is_the_one_that_was_saved(finished):
+    images = torch.randn(5, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    data = load(finished.config.data)
+    for budget in finished.summary["budgets"].values():
+        loaded, saved = stp.load(budget["uri"]), finished.saved[budget["uri"]].eval()
+        with torch.no_grad():
+            assert torch.equal(loaded(images), saved(images))
+        test = eval_batches(data.test, finished.config.data, 512, torch.device("cpu"))
+        assert evaluate(loaded, test)["top1"] == budget["top1"]
+        assert sum(p.numel() for p in loaded.parameters()) == budget["params"]
+
+
+def test_the_manifest_names_what_each_stage_made_and_from_what(finished):
+    store = Store(finished.folder)
+    manifest = Manifest(store)
+    stages = manifest.stages()
+    budgets = [f"finalize/{label}" for label in BUDGETS]
+    assert list(stages) == ["baseline", "supernet", "explore", *budgets, "report"]
+    assert all(manifest.done(stage) for stage in stages)
+    assert stages["explore"]["inputs"]["supernet"] == stages["supernet"]["outputs"]
+    for stage in budgets:
+        assert set(stages[stage]["inputs"]) == {"supernet", "explore"}
+        assert stages[stage]["device_seconds"] == stages[stage]["seconds"] > 0
+    made = {name for record in stages.values() for name in record["outputs"]}
+    documents = {"config.json", "environment.json", "manifest.json"}
+    assert ARTIFACTS - documents - made == {f"budget-{label}/README.md" for label in BUDGETS}
+
+
+def test_people_find_what_they_need(finished):
+    page = (finished.folder / "report.html").read_text()
+    assert finished.folder.name in page
+    assert json.loads((finished.folder / "config.json").read_text())["name"] == "tiny"
+    assert "torch" in json.loads((finished.folder / "environment.json").read_text())["packages"]
+    for budget in finished.summary["budgets"].values():
+        card = Path(budget["uri"].removeprefix("file://"), "README.md").read_text()
+        assert f'stp_ray.load("{budget["uri"]}")' in card
+
+
+def test_every_candidate_is_in_the_table_once(finished):
+    rows = Store(finished.folder).read_table("explore/candidates.parquet").to_pylist()
+    assert len({(row["subnet_id"], row["images"]) for row in rows}) == len(rows)
+    options = finished.config.explore
+    first = [row for row in rows if row["images"]]
+    assert len(first) == options.generations * options.population
+    assert {row["generation"] for row in rows} == set(range(options.generations))
+
+
+# -- what is skipped and what is made again ---------------------------------------------
+
+
+def test_a_second_call_does_nothing(finished, tmp_path, monkeypatch):
+    run = finished.copied(tmp_path)
+    before = times(run.folder)
+    monkeypatch.setattr(pipeline, "share", lambda *args, **kwargs: pytest.fail("loads images"))
+    assert run() == finished.summary
+    assert times(run.folder) == before
+
+
+def test_only_the_report_is_missing(finished, tmp_path, monkeypatch):
+    run = finished.copied(tmp_path)
+    (run.folder / "report.html").unlink()
+    before = times(run.folder)
+    monkeypatch.setattr(pipeline, "share", lambda *args, **kwargs: pytest.fail("loads images"))
+    run()
+    assert (run.folder / "report.html").exists()
+    changed = {name for name, time in before.items() if times(run.folder, [name])[name] != time}
+    cards = {f"budget-{label}/README.md" for label in BUDGETS}
+    documents = {"config.json", "environment.json", "manifest.json", "summary.json"}
+    assert changed <= cards | documents
+    assert "manifest.json" in changed
+
+
+@pytest.mark.parametrize(
+    "lost", ["supernet/model.safetensors", "budget-0.5/model.safetensors", "explore/front.json"]
+)
+def test_a_lost_output_is_made_again_to_the_bit(finished, tmp_path, lost):
+    run = finished.copied(tmp_path)
+    path = run.folder / lost
+    wanted = path.read_bytes()
+    path.unlink() if lost.startswith("supernet") else path.write_bytes(wanted[:-9])
+    others = set(WEIGHTS) - {lost}
+    before = times(run.folder, others)
+    run()
+    assert path.read_bytes() == wanted
+    assert times(run.folder, others) == before
+
+
+def test_a_run_can_stop_after_a_stage_and_go_on(tmp_path):
+    run = Run(tmp_path, minimal())
+    figures = pipeline.run(run.config, until="supernet")
+    assert set(figures) == {"supernet"}
+    assert not (run.folder / "explore").exists()
+    before = times(run.folder / "supernet")
+    figures = pipeline.run(run.config, until="explore")
+    assert set(figures) == {"supernet", "explore"}
+    assert not (run.folder / "budget-0.5").exists()
+    assert set(run()["budgets"]) == {"0.5"}
+    assert times(run.folder / "supernet") == before
+
+
+def test_the_control_is_the_same_shape_from_scratch_for_as_long(tmp_path):
+    run = Run(tmp_path, minimal(finalize={"control": True}))
+    budget = run()["budgets"]["0.5"]
+    home = Store(run.folder / "budget-0.5")
+    assert budget["control_top1"] == home.read_json("control/result.json")["metrics"]["top1"]
+    control = home.load_tensors("control/model.safetensors")
+    pruned = home.load_tensors("model.safetensors")
+    assert {n: t.shape for n, t in control.items()} == {n: t.shape for n, t in pruned.items()}
+    assert home.read_table("control/metrics.parquet").column("epoch").to_pylist() == [1, 2]
+
+
+# -- a loss that is not finite ------------------------------------------------------------
+
+
+def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(tmp_path, monkeypatch):
+    content = minimal(data={"limit": 160}, supernet={"optimisation": {"checkpoint_every": 2}})
+    run, calm = Run(tmp_path / "a", content), Run(tmp_path / "b", content)
+    rate = training.learning_rate
+
+    def explodes(options, step, total_steps):
+        return rate(options, step, total_steps) if step < 2 else math.nan
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "learning_rate", explodes)
+        with pytest.raises(RunError, match=r"not finite.*the last checkpoint is kept") as stopped:
+            pipeline.run(run.config, until="supernet")
+    assert stopped.value.exit_code == 1
+    assert not (run.folder / "supernet/result.json").exists()
+    assert "supernet" not in Manifest(Store(run.folder)).stages()
+    checkpoints = {n for n in files(run.folder) if n.endswith("complete.json")}
+    assert checkpoints == {"supernet/checkpoint-00000002/complete.json"}
+    # The same command goes on from it, as if nothing had been.
+    pipeline.run(run.config, until="supernet")
+    pipeline.run(calm.config, until="supernet")
+    assert run.folder.name == calm.folder.name
+    weights = [(r.folder / "supernet/model.safetensors").read_bytes() for r in (run, calm)]
+    assert weights[0] == weights[1]
+
+
+# -- exploration --------------------------------------------------------------------------
+
+
+class Exploration:
+    """The exploration of a finished run, in a folder of its own."""
+
+    def __init__(self, finished: Run, folder: Path, **cluster) -> None:
+        content = finished.config.model_dump(mode="json")
+        content["cluster"] |= cluster
+        self.config = load_config(content)
+        self.store = Store(folder)
+        shutil.copytree(finished.folder / "supernet", folder / "supernet")
+        (folder / "config.json").write_text("{}")
+        self.summary = describe(self.config.data)
+
+    def __call__(self) -> dict:
+        net = build_supernet(self.config, self.summary)
+        local = self.config.cluster.in_process
+        images = share(self.config.data, self.summary, in_process=local)
+        return exploring.explore(self.config, self.store, net, images, Silent())
+
+    def outcome(self) -> tuple[list, dict]:
+        """The scored candidates in order, and the front."""
+        rows = self.store.read_table("explore/candidates.parquet").to_pylist()
+        return rows, self.store.read_json("explore/front.json")
+
+
+class Silent:
+    def log(self, metrics, step):
+        pass
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Keys of the candidates that were scored in this process, in order; None in it stops."""
+    seen: list[str] = []
+    score = exploring.Scorer.__call__
+    stop_at: list[int] = []
+
+    def counted(self, subnet, images):
+        if stop_at and len(seen) == stop_at[0]:
+            raise KeyboardInterrupt
+        seen.append(f"{subnet.id}-{images or 'all'}")
+        return score(self, subnet, images)
+
+    monkeypatch.setattr(exploring.Scorer, "__call__", counted)
+    return seen, stop_at
+
+
+def test_no_candidate_is_scored_twice(finished, tmp_path, asked):
+    seen, stop_at = asked
+    whole = Exploration(finished, tmp_path / "whole")
+    whole()
+    assert len(seen) == len(set(seen)) == len(whole.outcome()[0])
+    assert set(seen) == {
+        f"{row['subnet_id']}-{row['images'] or 'all'}" for row in whole.outcome()[0]
+    }
+    # Stopped within a generation, it goes on with what is not known, and finds the same.
+    every = set(seen)
+    stopped = Exploration(finished, tmp_path / "stopped")
+    seen.clear()
+    stop_at.append(13)
+    with pytest.raises(KeyboardInterrupt):
+        stopped()
+    parts = stopped.store.child("explore", "parts")
+    known = {row["key"] for name in parts.names() for row in parts.read_table(name).to_pylist()}
+    assert len(known) == 12
+    stop_at.clear()
+    seen.clear()
+    stopped()
+    assert set(seen) == every - known
+    assert len(seen) == len(set(seen))
+    assert stopped.outcome() == whole.outcome()
+    seen.clear()
+    stopped()
+    assert seen == []
+    assert stopped.outcome() == whole.outcome()
+
+
+def test_the_outcome_does_not_depend_on_who_scores(finished, tmp_path, monkeypatch):
+    ray = pytest.importorskip("ray")
+    alone = Exploration(finished, tmp_path / "alone")
+    alone()
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch.setenv("RAY_memory_monitor_refresh_ms", "0")
+    monkeypatch.setenv("RAY_worker_niceness", "0")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    ray.init(num_cpus=2, include_dashboard=False, object_store_memory=200 * 2**20)
+    try:
+        for workers in (1, 2):
+            tuned = Exploration(
+                finished, tmp_path / f"tuned-{workers}", in_process=False, explore_workers=workers
+            )
+            tuned()
+            assert tuned.outcome() == alone.outcome()
+            parts = tuned.store.child("explore", "parts")
+            rows = [r for name in parts.names() for r in parts.read_table(name).to_pylist()]
+            assert len(rows) == len(alone.outcome()[0])
+    finally:
+        ray.shutdown()
