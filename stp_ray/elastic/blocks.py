@@ -36,7 +36,7 @@ def find_branches(graph: fx.GraphModule, shapes: Mapping[fx.Node, Any]) -> dict[
         adds = node.op == "call_function" and node.target in _ADDITIONS
         if not (adds or (node.op == "call_method" and node.target == "add")):
             continue
-        if len(node.args) != 2 or not all(isinstance(a, fx.Node) for a in node.args):
+        if len(node.args) != 2 or node.kwargs or not all(isinstance(a, fx.Node) for a in node.args):
             continue
         one, other = node.args
         if one is other or not shapes[one] == shapes[other] == shapes[node]:
@@ -71,14 +71,20 @@ def _between(shortcut: fx.Node, end: fx.Node, order: dict[fx.Node, int]) -> set[
 
 
 def _shared_targets(graph: fx.GraphModule) -> set[Any]:
-    """Layers with weights that are called more than once: a block that holds one of them cannot
-    be dropped alone."""
-    calls = Counter(str(node.target) for node in graph.graph.nodes if node.op == "call_module")
-    return {
-        target
-        for target, count in calls.items()
-        if count > 1 and any(True for _ in graph.get_submodule(target).parameters())
-    }
+    """Layers that are called more than once or have weights in common with others: a block that
+    holds one of them cannot be dropped alone."""
+    uses = Counter[int]()
+    weights: dict[str, set[int]] = {}
+    for node in graph.graph.nodes:
+        if node.op == "call_module":
+            parameters = graph.get_submodule(str(node.target)).parameters()
+            weights[str(node.target)] = {id(parameter) for parameter in parameters}
+            uses.update(weights[str(node.target)])
+        elif node.op == "get_attr":
+            owner, _, leaf = str(node.target).rpartition(".")
+            weights[str(node.target)] = {id(getattr(graph.get_submodule(owner), leaf))}
+            uses.update(weights[str(node.target)])
+    return {target for target, own in weights.items() if any(uses[weight] > 1 for weight in own)}
 
 
 def _named(branches: list[Branch]) -> dict[str, Branch]:

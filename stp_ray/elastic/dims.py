@@ -97,23 +97,30 @@ class Dims:
 
     def resolve(self, dim: Dim) -> Dim:
         """The dimension in terms of variables that are still free, constants merged."""
-        atoms: list[Atom] = []
-        for atom in dim:
-            if atom.variable in self._substitution:
-                inner = self.resolve(self._substitution[atom.variable])
-                atoms += [
-                    Atom(part.length * atom.factor, part.variable, part.factor * atom.factor)
-                    for part in inner
-                ]
-            else:
-                atoms.append(atom)
         merged: list[Atom] = []
-        for atom in atoms:
+        for atom in self._substituted(dim):
             if merged and atom.variable is None and merged[-1].variable is None:
                 merged[-1] = Atom(merged[-1].length + atom.length)
             else:
                 merged.append(atom)
         return tuple(merged)
+
+    def _substituted(self, dim: Iterable[Atom]) -> list[Atom]:
+        """The atoms in terms of variables that are still free."""
+        atoms: list[Atom] = []
+        for atom in dim:
+            if atom.variable in self._substitution:
+                atoms += [
+                    Atom(
+                        part.length * atom.factor,
+                        part.variable,
+                        part.factor * atom.factor if part.variable else 1,
+                    )
+                    for part in self._substituted(self._substitution[atom.variable])
+                ]
+            else:
+                atoms.append(atom)
+        return atoms
 
     def is_constant(self, dim: Dim) -> bool:
         return all(atom.variable is None for atom in self.resolve(dim))
@@ -138,7 +145,7 @@ class Dims:
         """
         if length(one) != length(other):
             raise ValueError(f"lengths {length(one)} and {length(other)} cannot be equal")
-        left, right = list(self.resolve(one)), list(self.resolve(other))
+        left, right = self._substituted(one), self._substituted(other)
         while left and right:
             a, b = left[0], right[0]
             if a.length == b.length:
@@ -148,7 +155,7 @@ class Dims:
                 left = [*self._split(a, b.length, reason), *left[1:]]
             else:
                 right = [*self._split(b, a.length, reason), *right[1:]]
-            left, right = list(self.resolve(tuple(left))), list(self.resolve(tuple(right)))
+            left, right = self._substituted(left), self._substituted(right)
         return self.resolve(one)
 
     def coarsen(self, dim: Dim, factor: int, reason: str) -> None:

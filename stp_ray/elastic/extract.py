@@ -30,6 +30,7 @@ def extract(
     graph = fx.Graph()
     root: dict[str, Any] = {}
     env: dict[fx.Node, fx.Node] = {}
+    copies = _Copies()
     for node in model.graph.nodes:
         layout = layouts[node.name]
         if not layout.gates.isdisjoint(subnet.dropped):
@@ -47,17 +48,25 @@ def extract(
                 copied.update_kwarg(key, value)
         target = str(node.target)
         if node.op == "call_module" and target not in root:
-            root[target] = _layer(target, model.get_submodule(target), layout, subnet, stats)
-        elif node.op == "get_attr" and target in layout.tensors:
+            module = model.get_submodule(target)
+            root[target] = _layer(target, module, layout, subnet, stats, copies)
+        elif node.op == "get_attr":
             owner, _, leaf = target.rpartition(".")
-            tensor = getattr(model.get_submodule(owner), leaf)
-            root[target] = _own(tensor, layout.cut(target, tensor, subnet))
+            value = getattr(model.get_submodule(owner), leaf)
+            if target in layout.tensors:
+                value = copies.own(value, layout.cut(target, value, subnet))
+            root[target] = value
     small = fx.GraphModule(root, graph, class_name=model.__class__.__name__)
     return small.train(model.training)
 
 
 def _layer(
-    name: str, module: nn.Module, layout: Layout, subnet: Subnet, stats: "Stats | None"
+    name: str,
+    module: nn.Module,
+    layout: Layout,
+    subnet: Subnet,
+    stats: "Stats | None",
+    copies: "_Copies",
 ) -> nn.Module:
     tensors: dict[str, Tensor | None] = {}
     cut = False
@@ -66,21 +75,28 @@ def _layer(
         tensor = getattr(module.get_submodule(owner), leaf)
         part = layout.cut(tensor_name, tensor, subnet)
         cut = cut or part is not tensor
-        tensors[tensor_name] = _own(tensor, part)
+        tensors[tensor_name] = copies.own(tensor, part)
     if layout.norm and stats is not None and name in stats:
         tensors.update({key: value.clone() for key, value in stats[name].items()})
-    own = copy.deepcopy(module)
-    return narrowed(
-        own, tensors, layout.sizes(subnet) if cut else {}, layout.narrow_class if cut else None
-    )
+    sizes = layout.sizes(subnet) if cut or not layout.tensors else {}
+    small = narrowed(module, tensors, sizes, layout.narrow_class if cut else None)
+    return copy.deepcopy(small, {id(tensor): tensor for tensor in tensors.values()})
 
 
-def _own(original: Tensor, part: Tensor) -> Tensor:
-    """A contiguous copy that is a parameter where the original was one."""
-    copied = part.detach().clone(memory_format=torch.contiguous_format)
-    if isinstance(original, nn.Parameter):
-        return nn.Parameter(copied, requires_grad=original.requires_grad)
-    return copied
+class _Copies:
+    """One copy of each tensor, so that weights that were tied stay tied."""
+
+    def __init__(self) -> None:
+        self._made: dict[int, Tensor] = {}
+
+    def own(self, original: Tensor, part: Tensor) -> Tensor:
+        """A contiguous copy of `part` that is a parameter where the original was one."""
+        if id(original) not in self._made:
+            copied = part.detach().clone(memory_format=torch.contiguous_format)
+            if isinstance(original, nn.Parameter):
+                copied = nn.Parameter(copied, requires_grad=original.requires_grad)
+            self._made[id(original)] = copied
+        return self._made[id(original)]
 
 
 def _rewritten(value: Any, env: Mapping[fx.Node, fx.Node], subnet: Subnet) -> Any:

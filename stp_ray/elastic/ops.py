@@ -45,6 +45,7 @@ class Step:
         macs: (coefficient, dimensions) per sample.
         narrow_class: the class that a narrowed module takes, where it is not its own.
         norm: whether the module keeps running statistics of its batches.
+        scratch: buffers that a module without a rule may write while it trains.
     """
 
     tensors: dict[str, tuple[Dim, ...]] = field(default_factory=dict)
@@ -53,6 +54,7 @@ class Step:
     macs: list[tuple[int, tuple[Dim, ...]]] = field(default_factory=list)
     narrow_class: type[nn.Module] | None = None
     norm: bool = False
+    scratch: tuple[str, ...] = ()
 
 
 class Visit:
@@ -109,6 +111,26 @@ class Visit:
 
     def shape_of(self, node: fx.Node) -> Shape:
         return self._shapes[node]
+
+    def origins(self, value: Any) -> list[Dim]:
+        """The elastic dimensions whose lengths an integer was computed from."""
+        if not isinstance(value, fx.Node) or isinstance(self._shapes[value], torch.Size):
+            return []
+        source, place = value, None
+        if value.target is operator.getitem and isinstance(value.args[0], fx.Node):
+            source, place = value.args[0], value.args[1]
+        elif value.op == "call_method" and value.target == "size":
+            place = value.args[1] if len(value.args) > 1 else value.kwargs.get("dim")
+        found: list[Dim] = []
+        for node in source.all_input_nodes:
+            dims = self._values.get(node)
+            if not isinstance(dims, tuple):
+                found += self.origins(node)
+            elif isinstance(place, int):
+                found.append(dims[place])
+            else:
+                found += dims
+        return [dim for dim in found if not self.dims.is_constant(dim)]
 
     def resolved(self, dims: Iterable[Dim]) -> tuple[Dim, ...]:
         return tuple(self.dims.resolve(dim) for dim in dims)
@@ -344,6 +366,8 @@ def elementwise(visit: Visit) -> Value:
     ]
     if not isinstance(visit.shape, torch.Size):
         return visit.constants()
+    for node in visit.node.all_input_nodes:
+        visit.freeze(tuple(visit.origins(node)), reason="computes with the size of a dimension")
     out: list[Dim] = []
     for place, size in enumerate(reversed(visit.shape), start=1):
         aligned = [x[-place] for x in inputs if len(x) >= place and length(x[-place]) == size]
@@ -530,7 +554,11 @@ def regroup(visit: Visit) -> Value:
         return unknown(visit)
     out: list[Dim] = []
     before, after = list(x), list(visit.shape)
+    # The batch is the first dimension where that can be, else the one of its length.
+    batch = [place for place, dim in enumerate(x) if dim == constant(visit.batch)]
+    batch = [0] if length(x[0]) % visit.batch == 0 else batch
     while before or after:
+        start = len(x) - len(before)
         source, target = before[:1], after[:1]
         left, right = before[1:], after[1:]
         while (a := prod(map(length, source))) != (b := prod(target)) or not source or not target:
@@ -545,14 +573,18 @@ def regroup(visit: Visit) -> Value:
             target.append(right.pop(0))
         while left and length(left[0]) == 1 and not right:
             source.append(left.pop(0))
-        out += _regroup_run(visit, source, target)
+        with_batch = any(start <= place < start + len(source) for place in batch)
+        out += _regroup_run(visit, source, target, with_batch)
         before, after = left, right
     return tuple(out)
 
 
-def _regroup_run(visit: Visit, source: list[Dim], target: list[int]) -> list[Dim]:
+def _regroup_run(visit: Visit, source: list[Dim], target: list[int], with_batch: bool) -> list[Dim]:
     resolved = visit.resolved(source)
     if all(visit.dims.is_constant(dim) for dim in resolved):
+        return [constant(size) for size in target]
+    if with_batch:
+        visit.freeze(tuple(source), reason="reshape that mixes an elastic dimension with the batch")
         return [constant(size) for size in target]
     whole = merge(resolved)
     wide = [place for place, size in enumerate(target) if size > 1]
@@ -600,10 +632,11 @@ def _sizes(visit: Visit) -> tuple[Sequence[Any], int | str | None]:
 def _rewrite_sizes(
     visit: Visit, sizes: Sequence[Any], key: int | str | None, out: Sequence[Dim]
 ) -> None:
-    """Elastic sizes follow the subnet; the others stay as the model wrote them. Which ones are
-    elastic is known only at the end, so every size that could be is listed."""
+    """Elastic sizes follow the subnet; the others stay as the model wrote them, unless it computed
+    them from one that is elastic. Which ones are elastic is known only at the end, so every size
+    that could be is listed."""
     new = [
-        Size(dim) if any(atom.variable for atom in visit.dims.resolve(dim)) else given
+        Size(dim) if not visit.dims.is_constant(dim) or visit.origins(given) else given
         for given, dim in zip(sizes, out, strict=True)
     ]
     if key is None:
@@ -665,9 +698,12 @@ def unknown(visit: Visit) -> Value:
     name = type(visit.module).__name__ if visit.maybe_module is not None else visit.node.target
     name = getattr(name, "__name__", name)
     visit.freeze(*(visit.value(node) for node in inputs), reason=f"no rule for {name}")
+    for node in inputs:
+        visit.freeze(tuple(visit.origins(node)), reason=f"no rule for {name}, which uses the size")
     if visit.maybe_module is not None:
         for tensor, _ in visit.module.named_parameters():
             visit.dims.freeze(visit.tensor(tensor), f"no rule for {name}", report=False)
+        visit.step.scratch = tuple(buffer for buffer, _ in visit.module.named_buffers())
     return visit.constants()
 
 
@@ -790,7 +826,15 @@ METHODS: dict[str, Rule] = {
 
 
 def module_rule(module: nn.Module) -> Rule | None:
-    """The rule of a layer: of its class, or of a base class whose forward it inherits."""
+    """The rule of a layer: of its class, or of a base class whose forward it inherits. There is
+    none for a layer whose weights are computed anew in every forward (weight norm and the like):
+    its tensors cannot be cut."""
+    if any(
+        hasattr(part, "parametrizations")
+        or any(isinstance(value, torch.Tensor) for value in vars(part).values())
+        for part in module.modules()
+    ):
+        return None
     named = NAMED_MODULES.get(_qualified(type(module)))
     if named is not None:
         return named

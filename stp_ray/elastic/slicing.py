@@ -26,6 +26,7 @@ class Layout:
         arguments: position or keyword of the call -> value, with `Extent` for sizes.
         narrow_class: the class of the narrowed module where it differs.
         norm: whether the module keeps running statistics.
+        scratch: buffers that the module may write while it trains; a subnet gets copies.
         gates: blocks whose dropping removes the node.
     """
 
@@ -34,6 +35,7 @@ class Layout:
     arguments: Mapping[int | str, Any] = field(default_factory=dict)
     narrow_class: type[nn.Module] | None = None
     norm: bool = False
+    scratch: tuple[str, ...] = ()
     gates: frozenset[str] = frozenset()
 
     def sizes(self, subnet: Subnet) -> dict[str, Any]:
@@ -99,14 +101,13 @@ def narrowed(
     """
     shell = _shell(module, kind)
     for name, value in {**attributes, **tensors}.items():
-        owner, path = shell, name.split(".")
-        for part in path[:-1]:
-            child = owner._modules[part]
-            assert child is not None
-            if child is module.get_submodule(part):
+        *path, leaf = name.split(".")
+        owner, whole = shell, module
+        for part in path:
+            child, whole = owner.get_submodule(part), whole.get_submodule(part)
+            if child is whole:
                 child = owner._modules[part] = _shell(child)
             owner = child
-        leaf = path[-1]
         if leaf in owner._parameters:
             owner._parameters[leaf] = value
         elif leaf in owner._buffers:

@@ -176,7 +176,11 @@ class Supernet(nn.Module):
     def _attribute(self, name: str, layout: Layout, subnet: Subnet) -> Any:
         owner, _, leaf = name.rpartition(".")
         value = getattr(self.model.get_submodule(owner), leaf)
-        return layout.cut(name, value, subnet) if name in layout.tensors else value
+        if name not in layout.tensors:
+            return value
+        part = layout.cut(name, value, subnet)
+        # a buffer may be written by the function that gets it, such as F.batch_norm
+        return part if isinstance(value, nn.Parameter) or not self.training else part.clone()
 
     def _call(
         self, node: fx.Node, layout: Layout, subnet: Subnet, stats: "Stats | StatsRecorder | None"
@@ -193,10 +197,13 @@ class Supernet(nn.Module):
             part = layout.cut(name, whole, subnet)
             if part is not whole:
                 tensors[name] = part
-        attributes = layout.sizes(subnet) if tensors else {}
+        # sizes change with the tensors, or with the input alone where there is none to cut
+        attributes = layout.sizes(subnet) if tensors or not layout.tensors else {}
         kind = layout.narrow_class if tensors else None
         if layout.norm and getattr(module, "running_mean", None) is not None:
             _normalise(str(node.target), module, tensors, attributes, stats)
+        if module.training:
+            tensors.update({name: _tensor(module, name).clone() for name in layout.scratch})
         return narrowed(module, tensors, attributes, kind) if tensors or attributes else module
 
 

@@ -1,6 +1,7 @@
 """Model and example input -> graph, steps, axes and blocks, and what was frozen and why."""
 
 import copy
+import inspect
 import linecache
 import operator
 import os
@@ -13,6 +14,7 @@ from math import ceil, gcd
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -32,7 +34,26 @@ _BATCH = 11
 #: Where a node keeps the (file, line) that it comes from.
 _LINE = "stp_line"
 
-_IN_PLACE = {operator.iadd: operator.add, operator.imul: operator.mul, operator.isub: operator.sub}
+#: Marks a node whose module works in place in the model that was traced.
+_WRITES = "stp_writes"
+
+_IN_PLACE = {
+    operator.iadd: operator.add,
+    operator.isub: operator.sub,
+    operator.imul: operator.mul,
+    operator.itruediv: operator.truediv,
+    operator.ifloordiv: operator.floordiv,
+    operator.ipow: operator.pow,
+}
+
+#: Operations whose result may share memory with their operand.
+_VIEWS = frozenset(
+    [
+        "view", "reshape", "flatten", "unflatten", "transpose", "permute", "squeeze", "unsqueeze",
+        "expand", "chunk", "split", "narrow", "select", "unbind", "detach", "contiguous", "getitem",
+        "to", "float", "double", "type_as", "view_as", "expand_as", "Flatten", "Unflatten",
+    ]
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -75,6 +96,7 @@ def trace(
         raise ValueError(f"min_ratio is {min_ratio}; expected a share in (0, 1]")
     graph = symbolic_graph(model)
     shapes, opaque = _shapes(graph, example_input)
+    _write_nothing(graph, shapes)
     analysis = _Analysis(graph, shapes, opaque)
     analysis.walk()
     return analysis.conclude(divisor, min_ratio)
@@ -91,6 +113,15 @@ class _Tracer(fx.Tracer):
     def __init__(self) -> None:
         super().__init__()
         self.path: list[str] = []
+
+    def create_args_for_root(
+        self, root_fn: Any, is_module: bool, concrete_args: Any = None
+    ) -> tuple[Any, list[Any]]:
+        """The images are the only input; every other argument of `forward` keeps its default."""
+        names = list(inspect.signature(root_fn).parameters.values())[1:]
+        named = names and names[0].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
+        images = self.create_proxy("placeholder", names[0].name if named else "x", (), {})
+        return root_fn, [self.root, images]
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         node = super().create_node(*args, **kwargs)
@@ -113,30 +144,112 @@ class _Tracer(fx.Tracer):
 
 
 def symbolic_graph(model: nn.Module) -> fx.GraphModule:
-    """The model as a graph whose layers follow `train()` and `eval()`, nothing in place."""
-    model = copy.deepcopy(model)
+    """The model as a graph whose layers follow `train()` and `eval()`."""
+    try:
+        model = copy.deepcopy(model)
+    except Exception as error:
+        raise TraceError(
+            f"{type(model).__name__} cannot be copied: {str(error).splitlines()[0]}; expected a "
+            "model that copy.deepcopy takes"
+        ) from error
     was_training = model.training
-    for module in model.modules():
-        if getattr(module, "inplace", False):
-            module.inplace = False  # type: ignore[assignment]
+    writing = [module for module in model.modules() if getattr(module, "inplace", False)]
+    for module in writing:
+        module.inplace = False  # type: ignore[assignment]
     graphs = {mode: _trace_once(model.train(mode)) for mode in (True, False)}
     graph = graphs[False]
     _follow_mode(graphs[True], graph)
-    for node in graph.nodes:
-        if node.op == "call_function":
-            node.target = _IN_PLACE.get(node.target, node.target)
-        if node.kwargs.get("inplace") is True:
-            node.update_kwarg("inplace", False)
     graph.lint()
     traced = fx.GraphModule(model, graph, class_name=type(model).__name__)
-    # An identity on a shortcut would hide a residual branch, and an unused second output would
-    # look like a way out of one.
-    for node in list(traced.graph.nodes):
-        if node.op == "call_module" and type(traced.get_submodule(node.target)) is nn.Identity:
-            node.replace_all_uses_with(node.args[0])
-    traced.graph.eliminate_dead_code()
-    traced.recompile()
+    for node in traced.graph.nodes:
+        if node.op == "call_module":
+            module = traced.get_submodule(node.target)
+            node.meta[_WRITES] = any(module is other for other in writing)
+            # An identity on a shortcut would hide a residual branch.
+            if type(module) is nn.Identity:
+                node.replace_all_uses_with(node.args[0])
     return traced.train(was_training)
+
+
+def _write_nothing(graph: fx.GraphModule, shapes: dict[fx.Node, ops.Shape]) -> None:
+    """Make every operation return a new tensor. What reads the operand after an operation that
+    worked in place now reads the result, so the network computes what it did."""
+    order = {node: place for place, node in enumerate(graph.graph.nodes)}
+    for node in graph.graph.nodes:
+        source = node.args[0] if node.args else node.kwargs.get("input")
+        if not _make_pure(node) or not isinstance(shapes.get(source), torch.Size):
+            continue
+        # Views made before it and read after it; what is made later is made from the result.
+        views = [v for v in _aliases(source, graph) - {source} if order[v] < order[node]]
+        if source.op == "get_attr" or any(
+            order[user] > order[node] for view in views for user in view.users
+        ):
+            raise TraceError(
+                f"{_source(node)} works in place on a tensor that other parts of the model share; "
+                "expected an operation that returns a new tensor"
+            )
+        for user in list(source.users):
+            if order[user] > order[node]:
+                user.replace_input_with(source, node)
+    graph.graph.eliminate_dead_code()  # an unused second output would look like a way out
+    graph.recompile()
+
+
+def _make_pure(node: fx.Node) -> bool:
+    """Replace an operation that works in place by one that does not; whether it did."""
+    if node.op == "call_module":
+        return bool(node.meta.get(_WRITES))
+    if node.op not in ("call_function", "call_method"):
+        return False
+    target: Any = node.target
+    if target in _IN_PLACE:
+        node.target = _IN_PLACE[target]
+        return True
+    name = str(getattr(target, "__name__", target))
+    if name.endswith("_") and not name.endswith("__") and getattr(operator, name, None) != target:
+        homes = (torch.Tensor,) if node.op == "call_method" else (F, torch)
+        pure = next((f for home in homes if callable(f := getattr(home, name[:-1], None))), None)
+        if pure is None:
+            raise TraceError(
+                f"{_source(node)} works in place; expected an operation that returns a new tensor"
+            )
+        node.target = name[:-1] if node.op == "call_method" else pure
+        return True
+    place = _place_of("inplace", target)
+    if node.kwargs.get("inplace") is True:
+        node.update_kwarg("inplace", False)
+    elif place is not None and len(node.args) > place and node.args[place] is True:
+        node.update_arg(place, False)
+    else:
+        return False
+    return True
+
+
+def _place_of(argument: str, function: Any) -> int | None:
+    try:
+        return list(inspect.signature(function).parameters).index(argument)
+    except (TypeError, ValueError):
+        return None
+
+
+def _aliases(node: fx.Node, graph: fx.GraphModule) -> set[fx.Node]:
+    """Nodes whose values may share memory with this one."""
+
+    def is_view(other: fx.Node) -> bool:
+        target: Any = other.target
+        if other.op == "call_module":
+            target = type(graph.get_submodule(str(target)))
+        return getattr(target, "__name__", target) in _VIEWS
+
+    found, stack = {node}, [node]
+    while stack:
+        here = stack.pop()
+        near = {user for user in here.users if is_view(user) and user.args[:1] == (here,)}
+        if is_view(here):
+            near |= {source for source in here.args[:1] if isinstance(source, fx.Node)}
+        stack += near - found
+        found |= near
+    return found
 
 
 def _trace_once(model: nn.Module) -> fx.Graph:
@@ -242,11 +355,13 @@ def _shapes(
             f"the example input has shape {list(example.shape)}; expected images [B, C, H, W]"
         )
     size = (_BATCH, *example.shape[1:])
-    shadow = copy.deepcopy(graph).eval()
+    memo: dict[int, Any] = {
+        id(p): nn.Parameter(p.to("meta"), requires_grad=False) for p in graph.parameters()
+    }
     try:  # shapes alone: no arithmetic
-        run = _ShapePass(shadow.to("meta"))
+        run = _ShapePass(copy.deepcopy(graph, memo).to("meta").eval())
         run.run(torch.empty(size, dtype=example.dtype, device="meta"))
-    except (NotImplementedError, RuntimeError):
+    except Exception:
         shadow = copy.deepcopy(graph).eval()
         run = _ShapePass(shadow)
         try:
@@ -333,6 +448,7 @@ class _Analysis:
                 arguments={k: self._sized(v, axes) for k, v in step.arguments.items()},
                 narrow_class=step.narrow_class,
                 norm=step.norm,
+                scratch=step.scratch,
                 gates=gates[node],
             )
             for node, step in self.steps.items()
