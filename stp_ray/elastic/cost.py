@@ -38,7 +38,7 @@ class Budget:
             if bound is None:
                 continue
             fraction = isinstance(bound, float)
-            if isinstance(bound, bool) or bound <= 0 or (fraction and bound > 1):
+            if isinstance(bound, bool) or not bound > 0 or (fraction and bound > 1):
                 raise ValueError(
                     f"budget {name}={bound!r}: expected a fraction in (0, 1] as a float, "
                     "or an absolute positive int"
@@ -58,14 +58,17 @@ class Budget:
         """A short name, used in artifact folders: "0.15", "params-0.3", "macs-1000"."""
         parts = []
         if self.macs is not None:
-            parts.append(f"{self.macs:g}" if isinstance(self.macs, float) else f"macs-{self.macs}")
+            shown = _shown(self.macs)
+            parts.append(shown if isinstance(self.macs, float) else f"macs-{shown}")
         if self.params is not None:
-            parts.append(
-                f"params-{self.params:g}"
-                if isinstance(self.params, float)
-                else f"params-{self.params}"
-            )
+            parts.append(f"params-{_shown(self.params)}")
         return "-".join(parts)
+
+
+def _shown(bound: int | float) -> str:
+    """A bound as short as it can be without being taken for another one."""
+    short = f"{bound:g}"
+    return short if isinstance(bound, float) and float(short) == bound else str(bound)
 
 
 def _absolute(bound: int | float | None, full: int) -> float:

@@ -192,7 +192,11 @@ class SearchSpace:
         while not self.admits(Subnet(self.smallest.widths, dropped), budget):
             dropped.append(kept.pop())
         rng.shuffle(dropped)
-        while dropped and self.admits(Subnet(self.full.widths, dropped), budget):
+        while (
+            dropped
+            and self.admits(Subnet(self.full.widths, dropped), budget)
+            and self.admits(Subnet(self.smallest.widths, dropped[:-1]), budget)
+        ):
             dropped.pop()  # even the full widths of the other blocks would leave budget unused
         low, high = 1e-3, 1e3
         for _ in range(3):  # a grid, refined twice: about 1 % of the exponent

@@ -45,8 +45,10 @@ class Subnet:
         try:
             content = json.loads(text)
             widths, dropped = content["widths"], content["dropped"]
-            if set(content) != {"widths", "dropped"} or not all(
-                isinstance(name, str) for name in dropped
+            if (
+                set(content) != {"widths", "dropped"}
+                or not isinstance(dropped, list)
+                or not all(isinstance(name, str) for name in dropped)
             ):
                 raise ValueError("unexpected content")
             if not all(type(width) is int for width in widths.values()):

@@ -1,0 +1,56 @@
+"""Search spaces for property tests, random all the way down to their cost terms."""
+
+from hypothesis import strategies as st
+
+from stp_ray.elastic import Budget, ResidualBlock, SearchSpace, WidthAxis
+from stp_ray.elastic.cost import Extent, Term
+
+
+@st.composite
+def axes(draw: st.DrawFn, name: str) -> WidthAxis:
+    choices = draw(st.sets(st.integers(1, 40), min_size=1, max_size=8))
+    return WidthAxis(name, max(choices), tuple(sorted(choices)))
+
+
+@st.composite
+def tables(draw: st.DrawFn) -> tuple[list[WidthAxis], list[ResidualBlock], list[Term], list[Term]]:
+    """What a search space is made of."""
+    width_axes = [draw(axes(f"axis{i}")) for i in range(draw(st.integers(1, 5)))]
+    names = [axis.name for axis in width_axes]
+    inner = iter(draw(st.permutations(names)))
+    blocks = []
+    for i in range(draw(st.integers(0, 3))):
+        own = [name for name, _ in zip(inner, range(draw(st.integers(0, 2))), strict=False)]
+        blocks.append(ResidualBlock(f"block{i}", tuple(own)))
+    parts = st.lists(st.tuples(st.sampled_from(names), st.integers(1, 9)), max_size=3)
+    extents = st.builds(Extent, st.integers(0, 9), parts.map(tuple))
+    gates = (
+        st.frozensets(st.sampled_from([block.name for block in blocks]), max_size=2)
+        if blocks
+        else st.just(frozenset())
+    )
+    terms = st.lists(
+        st.builds(Term, st.integers(1, 50), st.lists(extents, max_size=4).map(tuple), gates),
+        max_size=6,
+    )
+    # an ungated constant keeps the cheapest subnet from being free
+    return width_axes, blocks, [Term(7, ()), *draw(terms)], [Term(3, ()), *draw(terms)]
+
+
+spaces = tables().map(lambda parts: SearchSpace(*parts))
+
+
+@st.composite
+def spaces_with_budget(draw: st.DrawFn) -> tuple[SearchSpace, Budget]:
+    """A space and a budget on MACs, params or both that its smallest subnet keeps."""
+    space = draw(spaces)
+    least, full = space.cost(space.smallest), space.cost()
+    kinds = draw(st.sampled_from([("macs",), ("params",), ("macs", "params")]))
+    bounds: dict[str, float | int] = {}
+    for kind in kinds:
+        low, high = getattr(least, kind), getattr(full, kind)
+        absolute = draw(st.integers(low, high))
+        fraction = absolute / high
+        as_share = draw(st.booleans()) and fraction * high >= low
+        bounds[kind] = fraction if as_share else absolute
+    return space, Budget(**bounds)

@@ -1,0 +1,122 @@
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stp_ray.elastic import Budget, Cost, SearchSpace, Subnet
+from stp_ray.elastic.cost import CostTable, Extent, Term
+
+from .spaces import spaces, tables
+
+
+def recount(terms: list[Term], subnet: Subnet) -> int:
+    """What a table of terms means, in plain Python."""
+    return sum(
+        term.coefficient * math.prod(extent.at(subnet.widths) for extent in term.extents)
+        for term in terms
+        if not term.gates & subnet.dropped
+    )
+
+
+@given(tables(), st.randoms(use_true_random=False))
+def test_the_table_gives_what_a_recount_gives(parts, rng):
+    axes, blocks, macs, params = parts
+    space = SearchSpace(*parts)
+    drawn = [
+        Subnet(
+            {axis.name: rng.choice(axis.choices) for axis in axes},
+            [block.name for block in blocks if rng.random() < 0.5],
+        )
+        for _ in range(5)
+    ]
+    subnets = [*drawn, space.full, space.smallest]
+    priced = space.costs(subnets)
+    for subnet, cost in zip(subnets, priced, strict=True):
+        assert (cost.macs, cost.params) == (recount(macs, subnet), recount(params, subnet))
+        assert space.cost(subnet) == cost
+        assert type(cost.macs) is int and cost.latency_s is None
+    assert space.cost() == space.cost(space.full)
+    assert space.costs([]) == []
+
+
+@given(spaces)
+def test_a_subnet_within_another_costs_no_more(space):
+    small, half, full = (space.cost(s) for s in (space.smallest, space.uniform(0.5), space.full))
+    assert small.macs <= half.macs <= full.macs
+    assert small.params <= half.params <= full.params
+
+
+def test_an_axis_that_a_dimension_holds_several_times_adds_up():
+    extent = Extent(2, (("a", 3), ("a", 4)))
+    table = CostTable(["a"], [], [Term(1, (extent,))], [])
+    macs, params = table.price(np.array([[5]]), np.zeros((1, 0), dtype=np.int64))
+    assert (macs.tolist(), params.tolist()) == ([extent.at({"a": 5})], [0]) == ([37], [0])
+
+
+@given(st.integers(1, 10**9), st.integers(1, 10**9))
+def test_a_float_is_a_share_and_an_int_is_absolute(bound, full):
+    of = Cost(full, full)
+    share = min(bound, full) / full
+    assert Budget(macs=share).limits(of) == (share * full, math.inf)
+    assert Budget(params=bound).limits(of) == (math.inf, bound)
+    assert Budget(macs=bound).admits(Cost(bound, 10**12), of)
+    assert not Budget(macs=bound).admits(Cost(bound + 1, 0), of)
+    assert Budget(macs=1.0, params=1.0).admits(of, of)
+    assert not Budget(macs=1.0, params=1.0).admits(Cost(full, full + 1), of)
+
+
+def test_a_share_admits_what_is_exactly_at_it():
+    full = Cost(1000, 1000)
+    assert Budget(macs=0.15).admits(Cost(150, 0), of=full)
+    assert not Budget(macs=0.15).admits(Cost(151, 0), of=full)
+    assert Budget(macs=1).admits(Cost(1, 0), of=full)
+    assert not Budget(macs=1).admits(Cost(2, 0), of=full)
+
+
+@pytest.mark.parametrize(
+    ("bounds", "message"),
+    [
+        ({}, "bounds nothing; set macs or params"),
+        ({"macs": 0}, r"macs=0: expected a fraction in \(0, 1\]"),
+        ({"macs": 0.0}, "macs=0.0"),
+        ({"macs": -0.5}, "macs=-0.5"),
+        ({"macs": 1.5}, "macs=1.5"),
+        ({"macs": -3}, "macs=-3"),
+        ({"macs": True}, "macs=True"),
+        ({"macs": float("nan")}, "macs=nan"),
+        ({"macs": float("inf")}, "macs=inf"),
+        ({"macs": 0.5, "params": 2.0}, "params=2.0"),
+    ],
+)
+def test_a_budget_out_of_range_is_refused(bounds, message):
+    with pytest.raises(ValueError, match=message):
+        Budget(**bounds)
+
+
+@pytest.mark.parametrize(
+    ("bounds", "label"),
+    [
+        ({"macs": 0.15}, "0.15"),
+        ({"macs": 1.0}, "1"),
+        ({"macs": 1000}, "macs-1000"),
+        ({"params": 0.3}, "params-0.3"),
+        ({"params": 20}, "params-20"),
+        ({"macs": 0.5, "params": 0.3}, "0.5-params-0.3"),
+        ({"macs": 0.12345678}, "0.12345678"),
+    ],
+)
+def test_labels(bounds, label):
+    assert Budget(**bounds).label == label
+
+
+@given(
+    st.sampled_from(["macs", "params"]),
+    st.floats(0.001, 1) | st.integers(2, 10**9),
+    st.floats(0.001, 1) | st.integers(2, 10**9),
+)
+def test_labels_tell_budgets_apart_and_are_file_names(kind, one, other):
+    labels = [Budget(**{kind: bound}).label for bound in (one, other)]
+    assert all(set(label) <= set("0123456789.-+eabcdefghijklmnopqrstuvwxyz") for label in labels)
+    assert (labels[0] == labels[1]) == ((type(one), one) == (type(other), other))

@@ -1,0 +1,206 @@
+import random
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from stp_ray.elastic import Budget, ResidualBlock, SearchSpace, Subnet, WidthAxis
+from stp_ray.elastic.cost import Extent, Term
+from stp_ray.errors import BudgetError
+
+from .spaces import spaces, spaces_with_budget
+
+seeds = st.integers(0, 2**32)
+shares = st.floats(0, 1)
+
+
+def small_space() -> SearchSpace:
+    """A stem of 64, a residual block with a hidden width of 16, a head."""
+    stem, hidden = Extent(0, (("stem", 1),)), Extent(0, (("hidden", 1),))
+    block = frozenset(["block"])
+    terms = [Term(27, (stem,)), Term(9, (stem, hidden), block), Term(10, (stem,))]
+    axes = [WidthAxis("stem", 64, tuple(range(8, 65, 8))), WidthAxis("hidden", 16, (4, 8, 12, 16))]
+    return SearchSpace(axes, [ResidualBlock("block", ("hidden",))], terms, terms)
+
+
+def assert_belongs(space: SearchSpace, subnet: Subnet) -> None:
+    space.validate(subnet)
+    assert subnet == space.canonical(subnet)
+    assert space.smallest.within(subnet) and subnet.within(space.full)
+
+
+@given(spaces, seeds)
+def test_draws_belong_to_the_space_and_repeat_themselves(space, seed):
+    def draws(seed: int) -> list[Subnet]:
+        rng = random.Random(seed)
+        one, other = space.sample(rng), space.sample(rng)
+        return [
+            one,
+            other,
+            space.mutate(one, rng, 0.5),
+            space.crossover(one, other, rng),
+            space.expand(one, rng, 0.5),
+        ]
+
+    found = draws(seed)
+    for subnet in found:
+        assert_belongs(space, subnet)
+    assert draws(seed) == found
+
+
+@settings(max_examples=60)
+@given(spaces_with_budget(), seeds, shares)
+def test_no_draw_exceeds_its_budget(drawn, seed, p):
+    space, budget = drawn
+    rng = random.Random(seed)
+    one, other = space.sample(rng, budget), space.sample(rng)
+    for subnet in (
+        one,
+        space.mutate(one, rng, p, budget),
+        space.mutate(other, rng, p, budget),
+        space.mutate(space.full, rng, p, budget),
+        space.crossover(one, other, rng, budget),
+        space.crossover(other, space.full, rng, budget),
+        space.uniform_within(budget),
+    ):
+        assert_belongs(space, subnet)
+        assert space.admits(subnet, budget)
+        assert budget.admits(space.cost(subnet), of=space.cost())
+
+
+@given(spaces, seeds, shares)
+def test_expansion_contains_its_subnet_and_stays_within_the_full_network(space, seed, p):
+    rng = random.Random(seed)
+    subnet = space.sample(rng)
+    larger = space.expand(subnet, rng, p)
+    assert subnet.within(larger) and larger.within(space.full)
+    assert space.cost(subnet).macs <= space.cost(larger).macs
+    assert space.expand(subnet, rng, 0.0) == subnet
+    assert not space.expand(subnet, rng, 1.0).dropped
+
+
+@given(spaces, seeds)
+def test_canonical_is_the_same_network_once(space, seed):
+    rng = random.Random(seed)
+    free = Subnet(
+        {axis.name: rng.choice(axis.choices) for axis in space.axes},
+        [block.name for block in space.blocks if rng.random() < 0.5],
+    )
+    found = space.canonical(free)
+    assert space.canonical(found) == found
+    assert found.dropped == free.dropped and found.within(free)
+    dead = {axis for block in space.blocks if block.name in free.dropped for axis in block.axes}
+    floors = space.smallest.widths
+    for name, width in found.widths.items():
+        assert width == (floors[name] if name in dead else free.widths[name])
+
+
+def test_subnets_that_differ_inside_a_dropped_block_alone_are_one():
+    space = small_space()
+    subnets = {
+        space.canonical(Subnet({**space.full.widths, "hidden": width}, ["block"]))
+        for width in (4, 8, 16)
+    }
+    assert len(subnets) == 1
+
+
+@given(spaces, shares)
+def test_uniform_takes_the_nearest_width_everywhere(space, ratio):
+    subnet = space.uniform(ratio)
+    assert not subnet.dropped
+    for axis in space.axes:
+        gap = abs(subnet.widths[axis.name] - ratio * axis.size)
+        assert gap == min(abs(choice - ratio * axis.size) for choice in axis.choices)
+    assert space.uniform(1.0) == space.full
+
+
+@given(spaces, shares, shares)
+def test_uniform_grows_with_its_ratio(space, one, other):
+    small, large = sorted((one, other))
+    assert space.uniform(small).within(space.uniform(large))
+
+
+@given(spaces)
+def test_a_budget_that_nothing_keeps_names_the_cheapest_cost(space):
+    least = space.cost(space.smallest)
+    assume(least.macs > 1)
+    budget = Budget(macs=least.macs - 1)
+    rng = random.Random(0)
+    for attempt in (
+        lambda: space.require(budget),
+        lambda: space.sample(rng, budget),
+        lambda: space.mutate(space.full, rng, 0.5, budget),
+        lambda: space.crossover(space.full, space.smallest, rng, budget),
+        lambda: space.uniform_within(budget),
+    ):
+        with pytest.raises(BudgetError) as caught:
+            attempt()
+        message = str(caught.value)
+        assert f"costs {least.macs:,} MACs" in message
+        assert f"{least.params:,} params" in message
+        assert budget.label in message and "\n" not in message
+    space.require(Budget(macs=least.macs))
+
+
+def test_samples_use_the_budget_that_they_are_given():
+    space = small_space()
+    budget = Budget(macs=0.6)
+    rng = random.Random(0)
+    shares = [space.cost(space.sample(rng, budget)).macs / space.cost().macs for _ in range(200)]
+    assert max(shares) <= 0.6
+    assert sum(shares) / len(shares) > 0.4
+
+
+def test_a_dropped_block_comes_back_only_where_the_budget_has_room_for_it():
+    block = frozenset(["block"])
+    terms = [Term(8, ()), Term(50, (), block)]
+    space = SearchSpace([WidthAxis("stem", 4, (2, 4))], [ResidualBlock("block")], terms, terms)
+    for seed in range(20):
+        assert space.sample(random.Random(seed), Budget(macs=20)).dropped == block
+
+
+def test_samples_reach_all_of_a_small_space():
+    space = small_space()
+    rng = random.Random(0)
+    drawn = {space.sample(rng) for _ in range(3000)}
+    # with the block: 8 x 4 widths; without it: 8
+    assert len(drawn) == 8 * 4 + 8
+
+
+def test_mutation_changes_nothing_at_zero_and_reaches_far_at_one():
+    space = small_space()
+    rng = random.Random(0)
+    start = space.uniform(0.5)
+    assert space.mutate(start, rng, 0.0) == start
+    reached = {space.mutate(start, rng, 1.0) for _ in range(500)}
+    assert {subnet.widths["stem"] for subnet in reached} == set(space.axes[0].choices)
+    assert any(subnet.dropped for subnet in reached)
+
+
+@given(spaces, seeds)
+def test_crossover_takes_every_part_from_a_parent(space, seed):
+    rng = random.Random(seed)
+    one, other = space.sample(rng), space.sample(rng)
+    child = space.crossover(one, other, rng)
+    assert one.dropped & other.dropped <= child.dropped <= one.dropped | other.dropped
+    for name, width in child.widths.items():
+        assert width in (one.widths[name], other.widths[name], space.smallest.widths[name])
+    assert space.crossover(one, one, rng) == one
+
+
+@pytest.mark.parametrize(
+    ("subnet", "message"),
+    [
+        (Subnet({"stem": 8}), r"names other axes than this space: \['hidden'\]"),
+        (Subnet({"stem": 8, "hidden": 4, "odd": 1}), r"\['odd'\]"),
+        (Subnet({"stem": 9, "hidden": 4}), "width 9 of stem is not among"),
+        (Subnet({"stem": 8, "hidden": 4}, ["no"]), r"unknown blocks: \['no'\]"),
+    ],
+)
+def test_a_subnet_of_another_space_is_refused(subnet, message):
+    with pytest.raises(ValueError, match=message):
+        small_space().validate(subnet)
+
+
+def test_a_space_describes_itself():
+    assert repr(small_space()) == ("SearchSpace(2 axes, 1 droppable blocks, 296 to 11,584 MACs)")
