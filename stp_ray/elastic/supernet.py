@@ -67,6 +67,7 @@ class Supernet(nn.Module):
         self._layouts: Mapping[str, Layout] = traced.layouts
         self._merges: Mapping[str, Merge] = traced.merges
         self._last_uses = _last_uses(self.model.graph)
+        self.train(self.model.training)
 
     @classmethod
     def trace(

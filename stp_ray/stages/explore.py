@@ -24,7 +24,7 @@ from ..method import Candidate, Explorer, score
 from ..method.explore import reference_logits
 from ..tracking import Tracker
 from . import cluster
-from .images import Images, SharedImages
+from .images import EVALUATION_BATCH, Images, SharedImages
 from .jobs import WEIGHTS
 from .network import build_supernet
 
@@ -59,16 +59,16 @@ class Scorer:
         self.net.model.load_state_dict(dict(weights))
         self.net.to(device).eval()
         count = config.explore.calibration_images
-        self.calibration = [x for x, _ in images.batches("train", device, count)]
+        self.calibration = list(images.calibration(config.seed, count, device))
         self.held_out = torch.cat([x for x, _ in images.batches("holdout", device)])
         if main_logits is None:
-            main_logits = reference_logits(self.net, self.held_out.split(len(self.calibration[0])))
+            main_logits = reference_logits(self.net, self.held_out.split(EVALUATION_BATCH))
         self.main_logits = main_logits.to(device)
 
     def __call__(self, subnet: Subnet, images: int) -> float:
         """The distillation loss of a slice on the first `images` held-out ones (0: all)."""
         count = images or len(self.held_out)
-        batches = self.held_out[:count].split(len(self.calibration[0]))
+        batches = self.held_out[:count].split(EVALUATION_BATCH)
         return score(self.net, subnet, self.calibration, batches, self.main_logits[:count])
 
 
@@ -198,18 +198,23 @@ class _Trial(tune.Trainable):
 
 
 class _Generations(Searcher):
-    """Tune's view of the search: a suggestion is a batch of candidates."""
+    """Tune's view of the search: a suggestion is a batch of candidates.
 
-    def __init__(self, search: _Search) -> None:
+    Args:
+        search: hands them out.
+        most: batches that may be out at a time, waiting ones included.
+    """
+
+    def __init__(self, search: _Search, most: int) -> None:
         super().__init__(metric=None, mode=None)
-        self._search = search
+        self._search, self._most = search, most
         self._batches: dict[str, list[Candidate]] = {}
         self._failures = 0
 
     def suggest(self, trial_id: str) -> Any:
         if not self._search.open() or self._failures >= _ATTEMPTS:
             return Searcher.FINISHED
-        batch = self._search.take()
+        batch = self._search.take() if len(self._batches) < self._most else []
         if not batch:
             return None  # the generation is handed out; wait for its scores
         self._batches[trial_id] = batch
@@ -263,6 +268,10 @@ def _tune(
         .options(num_cpus=resources["cpu"], num_gpus=resources.get("gpu", 0))
         .remote(config, images, weights_reference)
     )
+    # Tune keeps an actor for the next batch only if one waits already. So that none waits where
+    # fewer workers are wanted than there is room for, there nothing is handed out ahead.
+    ahead = workers if workers >= cluster.places(options) else 0
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(max(1, ahead))
     trial = tune.with_parameters(
         _Trial, run_config=config, images=images, weights=weights, main_logits=main_logits
     )
@@ -270,9 +279,8 @@ def _tune(
         tuner = tune.Tuner(
             tune.with_resources(trial, resources),
             tune_config=tune.TuneConfig(
-                search_alg=_Generations(search),
+                search_alg=_Generations(search, workers + ahead),
                 num_samples=-1,
-                max_concurrent_trials=workers,
                 reuse_actors=True,
                 trial_dirname_creator=lambda trial: trial.trial_id,
             ),

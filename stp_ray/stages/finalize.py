@@ -185,8 +185,8 @@ def prune(job: Job, images: Images, device: torch.device) -> dict[str, Any]:
     net = build_supernet(config, images.summary)
     net.model.load_state_dict(store.load_tensors(SHARED))
     net.to(device).eval()
-    batches = images.batches("train", device, config.finalize.calibration_images)
-    small = net.extract(target, calibrate(net, target, (x for x, _ in batches)))
+    batches = images.calibration(config.seed, config.finalize.calibration_images, device)
+    small = net.extract(target, calibrate(net, target, batches))
     with inspecting(small):
         metrics = evaluate(small, images.batches("test", device))
     small.cpu()
