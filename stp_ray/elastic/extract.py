@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -29,7 +29,7 @@ def extract(
     """
     graph = fx.Graph()
     root: dict[str, Any] = {}
-    env: dict[fx.Node, fx.Node] = {}
+    env: dict[str, fx.Node] = {}
     copies = _Copies()
     for node in model.graph.nodes:
         layout = layouts[node.name]
@@ -37,9 +37,9 @@ def extract(
             continue
         merge = merges.get(node.name)
         if merge is not None and merge.block in subnet.dropped:
-            env[node] = env[node.args[merge.shortcut]]
+            env[node.name] = env[cast(fx.Node, node.args[merge.shortcut]).name]
             continue
-        env[node] = copied = graph.node_copy(node, lambda n: env[n])
+        env[node.name] = copied = graph.node_copy(node, lambda n: env[n.name])
         for key, value in layout.arguments.items():
             value = _rewritten(value, env, subnet)
             if isinstance(key, int):
@@ -99,11 +99,11 @@ class _Copies:
         return self._made[id(original)]
 
 
-def _rewritten(value: Any, env: Mapping[fx.Node, fx.Node], subnet: Subnet) -> Any:
+def _rewritten(value: Any, env: Mapping[str, fx.Node], subnet: Subnet) -> Any:
     if isinstance(value, Extent):
         return value.at(subnet.widths)
     if isinstance(value, fx.Node):
-        return env[value]
+        return env[value.name]
     if isinstance(value, (tuple, list)):
         return type(value)(_rewritten(item, env, subnet) for item in value)
     return value

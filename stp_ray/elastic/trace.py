@@ -105,6 +105,21 @@ def trace(
 # -- the graph --------------------------------------------------------------------------
 
 
+class _Proxy(fx.Proxy):
+    """Records `x += y` as what it is, a change of x itself; fx's own takes it for x = x + y."""
+
+
+def _in_place(operation: Any) -> Any:
+    def record(self: _Proxy, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", operation, (self, other), {})
+
+    return record
+
+
+for _operation in _IN_PLACE:
+    setattr(_Proxy, f"__{_operation.__name__}__", _in_place(_operation))
+
+
 class _Tracer(fx.Tracer):
     """Keeps layers that have a rule whole, remembers where tracing stopped, and notes the line
     of the user's model that each node comes from (fx's own record of stacks imports half of
@@ -113,6 +128,9 @@ class _Tracer(fx.Tracer):
     def __init__(self) -> None:
         super().__init__()
         self.path: list[str] = []
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
 
     def create_args_for_root(
         self, root_fn: Any, is_module: bool, concrete_args: Any = None
@@ -156,9 +174,12 @@ def symbolic_graph(model: nn.Module) -> fx.GraphModule:
     writing = [module for module in model.modules() if getattr(module, "inplace", False)]
     for module in writing:
         module.inplace = False  # type: ignore[assignment]
-    graphs = {mode: _trace_once(model.train(mode)) for mode in (True, False)}
-    graph = graphs[False]
-    _follow_mode(graphs[True], graph)
+    known = set(vars(model))
+    training = _trace_once(model.train())
+    for constant in set(vars(model)) - known:  # so that the second trace gives the same names
+        delattr(model, constant)
+    graph = _trace_once(model.eval())
+    _follow_mode(training, graph)
     graph.lint()
     traced = fx.GraphModule(model, graph, class_name=type(model).__name__)
     for node in traced.graph.nodes:

@@ -8,7 +8,6 @@ from functools import partial
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 from torchvision import models
 from torchvision.models.vision_transformer import VisionTransformer
 
@@ -17,13 +16,14 @@ from stp_ray.method import calibrate
 from stp_ray.models import build_model
 
 from .networks import Own, Tokens, pixels, randomised
+from .same import counted_macs
 
 #: Small ones, of full depth: builder, image size.
 FAMILIES: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "resnet20": (partial(build_model, "resnet20", num_classes=10), 16),
     "resnet56": (partial(build_model, "resnet56", num_classes=10), 16),
     "resnet110": (partial(build_model, "resnet110", num_classes=10), 8),
-    "resnet18": (partial(models.resnet18, num_classes=10), 64),
+    "resnet18": (partial(models.resnet18, num_classes=10), 32),
     "resnet34": (partial(models.resnet34, num_classes=10), 32),
     "resnet50": (partial(models.resnet50, num_classes=10), 32),
     "resnet101": (partial(models.resnet101, num_classes=10), 32),
@@ -113,12 +113,6 @@ def sees(net: Supernet, subnet: Subnet) -> bool:
         if any(layer.endswith(("self_attention", "qkv")) for layer in block.layers)
     }
     return not attention or not attention <= subnet.dropped
-
-
-def counted_macs(module: nn.Module, images: Tensor) -> tuple[Tensor, float]:
-    with FlopCounterMode(display=False) as counter:
-        out = module(images)
-    return out, counter.get_total_flops() / 2 / len(images)
 
 
 @torch.no_grad()

@@ -1,0 +1,49 @@
+"""Whether a supernet, its extractions and its prices agree."""
+
+import random
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from stp_ray.elastic import Subnet, Supernet
+
+from .networks import pixels
+
+
+def counted_macs(module: nn.Module, images: Tensor) -> tuple[Tensor, float]:
+    """The output, and the MACs per image that PyTorch's counter finds."""
+    with FlopCounterMode(display=False) as counter:
+        out = module(images)
+    return out, counter.get_total_flops() / 2 / len(images)
+
+
+def subnets_of(net: Supernet, count: int) -> list[Subnet]:
+    """Random subnets, the smallest, the full one, and those with one block dropped."""
+    rng = random.Random(0)
+    drops = [
+        net.space.canonical(Subnet(net.space.full.widths, [block.name]))
+        for block in net.space.blocks
+    ]
+    drawn = [net.space.sample(rng) for _ in range(count)]
+    return [*drawn, net.space.smallest, net.space.full, *drops]
+
+
+@torch.no_grad()
+def assert_exact(
+    net: Supernet, size: int = 8, count: int = 10, model: nn.Module | None = None
+) -> None:
+    """Sliced run and extraction agree in float64, prices are what is counted, and the main
+    network is `model` to the bit."""
+    net.eval()
+    images = pixels(2, size)
+    main = net(images)
+    assert not torch.allclose(main[0], main[1], rtol=1e-3)
+    if model is not None:
+        assert torch.equal(main, model.eval()(images.clone()))
+    for subnet in subnets_of(net, count):
+        small = net.extract(subnet)
+        out, macs = counted_macs(small, images)
+        assert float((net(images, subnet) - out).abs().max()) <= 1e-10 * float(out.abs().max())
+        cost = net.cost(subnet)
+        assert (macs, sum(p.numel() for p in small.parameters())) == (cost.macs, cost.params)

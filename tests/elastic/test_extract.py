@@ -1,0 +1,177 @@
+"""An extracted subnet is an ordinary module."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from stp_ray.elastic import Subnet
+from stp_ray.elastic.attention import MultiheadSelfAttention, WindowSelfAttention
+
+from .networks import Own, Tokens, Written, pixels, supernet
+from .same import assert_exact
+
+
+def test_layers_keep_their_names_and_have_their_own_sizes():
+    net = supernet(Own()).eval()
+    subnet = net.space.canonical(Subnet(net.space.uniform(0.5).widths, ["blocks.1"]))
+    small = net.extract(subnet)
+    names = {name for name, _ in net.model.named_parameters()}
+    kept = {name for name, _ in small.named_parameters()}
+    assert kept == {name for name in names if not name.startswith("blocks.1.")}
+    layers = dict(small.named_modules())
+    assert (layers["stem"].out_channels, layers["stem"].in_channels) == (6, 3)
+    assert tuple(layers["stem"].weight.shape) == (6, 3, 3, 3)
+    assert layers["depthwise"].groups == layers["depthwise"].in_channels == 11
+    assert layers["grouped"].groups * 6 == layers["grouped"].out_channels
+    assert layers["norm"].num_channels == layers["grouped"].out_channels
+    assert layers["head"].in_features == 4 * layers["grouped"].out_channels
+    assert layers["head"].out_features == 5
+    for layer in layers.values():
+        assert type(layer).__module__.startswith(("torch.", "stp_ray.elastic")) or layer is small
+
+
+def test_every_parameter_is_a_leaf_that_trains():
+    net = supernet(Own()).train()
+    small = net.extract(net.space.uniform(0.5))
+    before = {name: p.detach().clone() for name, p in small.named_parameters()}
+    main = {name: p.detach().clone() for name, p in net.named_parameters()}
+    optimizer = torch.optim.SGD(small.parameters(), lr=0.1)
+    small(pixels(4)).square().sum().backward()
+    optimizer.step()
+    for name, parameter in small.named_parameters():
+        assert isinstance(parameter, nn.Parameter) and parameter.is_leaf
+        assert not torch.equal(parameter, before[name]) or name.endswith("up.bias"), name
+    for name, parameter in net.named_parameters():
+        assert torch.equal(parameter, main[name]) and parameter.grad is None
+
+
+def test_an_extraction_can_be_copied_saved_and_loaded():
+    net = supernet(Own()).eval()
+    subnet = net.space.uniform(0.5)
+    small = net.extract(subnet)
+    out = small(pixels(2))
+    assert torch.equal(copy.deepcopy(small)(pixels(2)), out)
+    other = supernet(Own()).eval().extract(subnet)
+    assert not torch.equal(other(pixels(2)), out)
+    other.load_state_dict(small.state_dict())
+    assert torch.equal(other(pixels(2)), out)
+
+
+def test_statistics_are_copied_too():
+    net = supernet(Own()).eval()
+    subnet = net.space.uniform(0.5)
+    width = net.extract(subnet).get_submodule("bn").num_features
+    stats = {
+        name: {
+            "running_mean": torch.randn_like(module.running_mean),
+            "running_var": torch.rand_like(module.running_var) + 0.5,
+        }
+        for name, module in net.extract(subnet).named_modules()
+        if isinstance(module, nn.BatchNorm2d)
+    }
+    small = net.extract(subnet, stats)
+    assert small.get_submodule("bn").running_mean.shape == (width,)
+    for name, found in stats.items():
+        layer = small.get_submodule(name)
+        assert torch.equal(layer.running_var, found["running_var"])
+        assert layer.running_var.data_ptr() != found["running_var"].data_ptr()
+
+
+class Tied(nn.Module):
+    """Two layers with one weight, one of them on a residual branch."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 1)
+        self.one, self.two = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.two.weight = self.one.weight
+        self.free = nn.Linear(8, 8)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x):
+        x = self.stem(x).mean((2, 3))
+        x = x + self.one(x).relu()
+        x = x + self.free(x).relu()
+        return self.head(self.two(x).relu() * 2)
+
+
+def test_tied_weights_stay_tied_and_are_counted_once():
+    net = supernet(Tied())
+    assert [block.name for block in net.space.blocks] == ["free"]
+    small = net.extract(net.space.uniform(0.5))
+    assert small.get_submodule("one").weight is small.get_submodule("two").weight
+    assert small.get_submodule("one").bias is not small.get_submodule("two").bias
+    assert_exact(net)
+
+
+def test_a_layer_that_is_called_twice_is_one_layer():
+    def twice(m, x):
+        return m.shared(m.shared(x).relu()) + x
+
+    net = supernet(Written(twice, shared=nn.Conv2d(8, 8, 3, padding=1)))
+    assert net.space.blocks == ()
+    assert_exact(net)
+
+
+def test_attention_keeps_the_stock_class_while_nothing_is_cut():
+    class Stock(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem = nn.Conv2d(3, 16, 2, 2)
+            self.attention = nn.MultiheadAttention(16, 4, batch_first=True)
+            self.head = nn.Linear(16, 4)
+
+        def forward(self, x):
+            x = self.stem(x).flatten(2).transpose(1, 2)
+            x, _ = self.attention(x, x, x, need_weights=False)
+            return self.head(x.mean(1))
+
+    net = supernet(Stock())
+    assert type(net.extract(net.space.full).attention) is nn.MultiheadAttention
+    small = net.extract(net.space.uniform(0.5)).attention
+    assert isinstance(small, MultiheadSelfAttention)
+    assert (small.num_heads, small.head_dim, small.embed_dim) == (2, 4, 8)
+    assert "num_heads=2" in repr(small)
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_attention_with_any_number_of_heads(batch_first, bias):
+    """With all heads kept it is PyTorch's own; heads that are masked out are heads dropped."""
+    torch.manual_seed(0)
+    stock = nn.MultiheadAttention(16, 4, bias=bias, batch_first=batch_first).double().eval()
+    own = object.__new__(MultiheadSelfAttention)
+    own.__dict__.update(stock.__dict__)
+    x = torch.randn(3, 5, 16, dtype=torch.float64)
+    torch.testing.assert_close(own(x, x, x)[0], stock(x, x, x, need_weights=False)[0])
+
+
+@pytest.mark.parametrize("size", [(7, 7), (8, 8), (14, 14), (10, 17)])
+@pytest.mark.parametrize("shift", [0, 3])
+def test_window_attention_with_all_heads_is_torchvisions(size, shift):
+    from torchvision.models.swin_transformer import ShiftedWindowAttention
+
+    torch.manual_seed(0)
+    stock = ShiftedWindowAttention(16, [7, 7], [shift, shift], 4).double().eval()
+    nn.init.normal_(stock.relative_position_bias_table)
+    own = object.__new__(WindowSelfAttention)
+    own.__dict__.update(stock.__dict__, head_dim=4)
+    x = torch.randn(2, *size, 16, dtype=torch.float64)
+    torch.testing.assert_close(own(x), stock(x))
+
+
+def test_a_dropped_branch_leaves_its_shortcut():
+    net = supernet(Tokens()).eval()
+    names = [block.name for block in net.space.blocks]
+    with torch.no_grad():
+        for name in names:  # a branch that adds nothing is a branch left out
+            subnet = Subnet(net.space.full.widths, [name])
+            expected = net(pixels(2), net.space.canonical(subnet))
+            silenced = copy.deepcopy(net)
+            for layer in net.space.blocks[names.index(name)].layers:
+                if layer.endswith(("proj", "fc2")):
+                    for parameter in silenced.model.get_submodule(layer).parameters():
+                        parameter.zero_()
+            torch.testing.assert_close(silenced(pixels(2)), expected)

@@ -1,0 +1,341 @@
+"""What tracing takes, what it freezes, and what it refuses."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchvision.models import mobilenet_v2, swin_t
+
+from stp_ray.elastic import Supernet
+from stp_ray.errors import TraceError
+
+from .networks import Own, Written, pixels, randomised, supernet
+from .same import assert_exact
+
+
+def line_of(text: str) -> int:
+    """Where this file says `text` for the first time."""
+    lines = Path(__file__).read_text().splitlines()
+    return next(i for i, line in enumerate(lines, start=1) if text in line)
+
+
+def test_an_operation_without_a_rule_freezes_what_reaches_it_and_says_where():
+    class Cumulative(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one = nn.Conv2d(3, 8, 3)
+            self.two = nn.Conv2d(8, 8, 3)
+            self.three = nn.Conv2d(8, 12, 1)
+            self.head = nn.Linear(12, 4)
+
+        def forward(self, x):
+            x = self.two(self.one(x).relu())
+            x = torch.cumsum(x, dim=1)  # couples the channels
+            return self.head(self.three(x).relu().mean((2, 3)))
+
+    net = supernet(Cumulative())
+    (frozen,) = net.frozen
+    assert (frozen.name, frozen.size) == ("two", 8)
+    line = line_of("torch.cumsum(x, dim=1)  #")
+    assert f"no rule for cumsum: cumsum at test_trace.py:{line}" in frozen.reason
+    assert "x = torch.cumsum(x, dim=1)" in frozen.reason
+    assert {axis.name for axis in net.space.axes} == {"one", "three"}
+    assert_exact(net)
+
+
+@pytest.mark.parametrize(
+    ("layer", "words"),
+    [
+        (nn.InstanceNorm2d(8, affine=True, track_running_stats=True), "no rule for InstanceNorm2d"),
+        (nn.ConvTranspose2d(8, 8, 2), "no rule for ConvTranspose2d"),
+        (nn.utils.parametrizations.weight_norm(nn.Conv2d(8, 8, 1)), "ParametrizedConv2d"),
+        (nn.utils.parametrizations.spectral_norm(nn.Conv2d(8, 8, 1)), "ParametrizedConv2d"),
+        (nn.LocalResponseNorm(3), "no rule for LocalResponseNorm"),
+    ],
+)
+def test_a_layer_without_a_rule_is_kept_whole(layer, words):
+    after = nn.Conv2d(8, 12, 1)
+    net = supernet(Written(lambda m, x: m.after(m.layer(x)), 12, layer=layer, after=after))
+    assert [frozen.name for frozen in net.frozen] == ["stem"]
+    assert words in net.frozen[0].reason
+    assert [axis.name for axis in net.space.axes] == ["after"]
+    assert_exact(net)
+
+
+@pytest.mark.parametrize(
+    ("between", "words"),
+    [
+        (lambda m, x: x.softmax(dim=1), "normalises over an elastic dimension"),
+        (lambda m, x: x[:, :4].repeat(1, 2, 1, 1), "index into an elastic dimension"),
+        (lambda m, x: F.pad(x[:, 1:], (0, 0, 0, 0, 1, 0)), "index into an elastic dimension"),
+        (lambda m, x: F.pad(x, (0, 0, 0, 0, 1, 0))[:, :8], "padding of an elastic dimension"),
+        (lambda m, x: x * (x.size(1) // 2) ** -0.5, "computes with the size"),
+        (lambda m, x: x.reshape(-1, 1, 8, 8).reshape(-1, 8, 8, 8), "with the batch"),
+        (lambda m, x: x.roll(1, dims=1), "no rule for roll"),
+        (lambda m, x: x * x.abs().amax(), "no rule for amax"),
+        (lambda m, x: x * x.abs().mean(), "reduces over everything"),
+    ],
+)
+def test_what_is_not_understood_is_frozen_and_runs_right(between, words):
+    net = supernet(Written(lambda m, x: m.after(between(m, x)), 12, after=nn.Conv2d(8, 12, 1)))
+    assert [axis.name for axis in net.space.axes] == ["after"]
+    assert [frozen.name for frozen in net.frozen] == ["stem"]
+    assert words in net.frozen[0].reason
+    assert_exact(net)
+
+
+def test_a_constant_of_the_models_own_is_cut_with_the_channels():
+    model = Written(lambda m, x: x + torch.linspace(0, 1, 8).double().view(8, 1, 1))
+    net = supernet(model)
+    assert [axis.name for axis in net.space.axes] == ["stem"]
+    assert_exact(net, model=model)
+
+
+def test_sizes_computed_from_elastic_ones_are_those_of_the_full_network():
+    class Heads(nn.Module):
+        """Attention whose head size is read off the embedding."""
+
+        def __init__(self):
+            super().__init__()
+            self.stem = nn.Conv2d(3, 16, 2, 2)
+            self.qkv = nn.Linear(16, 48)
+            self.proj = nn.Linear(16, 16)
+            self.head = nn.Linear(16, 4)
+
+        def forward(self, x):
+            x = self.stem(x).flatten(2).transpose(1, 2)
+            b, n, c = x.shape
+            q, k, v = self.qkv(x).reshape(b, n, 3, 4, c // 4).permute(2, 0, 3, 1, 4).chunk(3)
+            x = (q @ k.transpose(-2, -1)).softmax(-1) @ v
+            return self.head(self.proj(x.squeeze(0).transpose(1, 2).reshape(b, n, c)).mean(1))
+
+    net = supernet(Heads())
+    units = {axis.name: (axis.size, axis.unit) for axis in net.space.axes}
+    assert units == {"stem": (16, "channels"), "qkv": (4, "heads"), "proj": (16, "channels")}
+    assert_exact(net)
+
+
+def test_channels_shuffled_between_groups():
+    def shuffle(m, x):
+        b, c, h, w = x.shape
+        return m.after(x.view(b, 2, c // 2, h, w).transpose(1, 2).reshape(b, c, h, w))
+
+    net = supernet(Written(shuffle, 12, after=nn.Conv2d(8, 12, 1)))
+    assert {axis.name for axis in net.space.axes} == {"stem", "after"}
+    assert_exact(net)
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        lambda m, x: m.after(F.relu(x, inplace=True)) + x,
+        lambda m, x: m.after(F.relu(x, True)) + x,
+        lambda m, x: m.after(m.act(x)) + x,
+        lambda m, x: m.after(x.relu_()) + x,
+        lambda m, x: m.after(F.relu_(x)) + x,
+        lambda m, x: m.after(x.mul_(2).add_(1)) * x,
+        lambda m, x: (x.relu_(), m.after(x))[1],
+        lambda m, x: m.after(x).add_(x).div_(3),
+        lambda m, x: _assign(m, x),
+    ],
+)
+def test_operations_in_place_compute_what_they_did(between):
+    """Whoever reads a tensor after it was changed in place reads what it was changed to."""
+    layers = {"after": nn.Conv2d(8, 8, 3, padding=1), "act": nn.ReLU(inplace=True)}
+    model = randomised(Written(between, **layers).double(), pixels(8))
+    net = Supernet.trace(model, pixels(1))
+    assert net.frozen == ()
+    assert_exact(net, model=model)
+
+
+def _assign(m, x):
+    y = m.after(x)
+    y += x
+    z = y
+    z /= 2
+    return z + y
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        lambda m, x: x.flatten(2).relu_().mean(2)[:, :, None, None] + x,
+        lambda m, x: m.scale.mul_(2) * x,
+        lambda m, x: x.clone().zero_() + x,
+    ],
+)
+def test_in_place_operations_that_cannot_be_followed_are_refused(between):
+    model = Written(between, scale=nn.Parameter(torch.ones(8, 1, 1), requires_grad=False))
+    with pytest.raises(TraceError, match=r"at test_trace\.py:\d+ .*in place.*expected") as caught:
+        Supernet.trace(model, torch.zeros(1, 3, 8, 8))
+    assert "\n" not in str(caught.value)
+
+
+def test_control_flow_on_values_names_the_module_and_the_line():
+    class Inner(nn.Module):
+        def forward(self, x):
+            if x.sum() > 0:  # depends on values
+                return x
+            return -x
+
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), Inner(), nn.Flatten(), nn.Linear(288, 4))
+    with pytest.raises(TraceError) as caught:
+        Supernet.trace(model, torch.zeros(1, 3, 8, 8))
+    message = str(caught.value)
+    line = line_of("if x.sum() > 0:  # depends")
+    assert f"module '1' at test_trace.py:{line} `if x.sum() > 0:" in message
+    assert "control flow" in message and "\n" not in message
+    assert caught.value.exit_code == 2
+
+
+class Modes(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x):
+        x = self.conv(x).mean((2, 3))
+        if self.training:
+            x = x * 2
+        return self.head(x)
+
+
+def failing(message):
+    class Failing(nn.Module):
+        def forward(self, x):
+            raise RuntimeError(message)
+
+    return Failing()
+
+
+class Two(nn.Module):
+    def forward(self, x, y):
+        return x + y
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (Modes(), "different operations in training and evaluation mode, first at"),
+        (failing("first\nsecond"), "first; expected"),
+        (failing(""), "RuntimeError; expected"),
+        (Two(), "missing 1 required positional argument: 'y'"),
+        (nn.Sequential(nn.Conv2d(4, 8, 3)), r"fails on images \[\d+, 3, 8, 8\]"),
+        (nn.Sequential(nn.Flatten(), nn.Linear(10, 2)), "fails on images"),
+    ],
+)
+def test_models_that_cannot_be_traced_say_why_in_one_line(model, words):
+    with pytest.raises(TraceError, match=words) as caught:
+        Supernet.trace(model, torch.zeros(1, 3, 8, 8))
+    assert "\n" not in str(caught.value)
+
+
+def test_an_example_that_is_no_image_is_refused():
+    with pytest.raises(TraceError, match=r"shape \[3, 8, 8\]; expected images \[B, C, H, W\]"):
+        Supernet.trace(Own(), torch.zeros(3, 8, 8))
+
+
+def test_an_image_size_that_the_model_does_not_take_is_refused():
+    from torchvision.models import vit_b_16
+
+    with torch.device("meta"), pytest.raises(TraceError, match="Wrong image height"):
+        Supernet.trace(vit_b_16(), torch.zeros(1, 3, 32, 32))
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_a_model_that_cannot_be_copied_is_refused():
+    model = nn.Sequential(nn.utils.weight_norm(nn.Conv2d(3, 8, 3)))
+    with pytest.raises(TraceError, match="Sequential cannot be copied"):
+        Supernet.trace(model, torch.zeros(1, 3, 8, 8))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"divisor": 0}, "divisor is 0; expected a positive integer"),
+        ({"min_ratio": 0.0}, "min_ratio is 0.0; expected a share"),
+        ({"min_ratio": 1.5}, "min_ratio is 1.5"),
+    ],
+)
+def test_options_out_of_range_are_refused(options, words):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        Supernet.trace(Own(), torch.zeros(1, 3, 8, 8), **options)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("build", [Own, mobilenet_v2, swin_t])
+def test_the_model_is_left_as_it_was(build, training):
+    model = build().train(training)
+    next(iter(model.children())).train(not training)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    modes = [module.training for module in model.modules()]
+    inplace = [getattr(module, "inplace", None) for module in model.modules()]
+    size = 8 if build is Own else 32
+    net = Supernet.trace(model, torch.zeros(1, 3, size, size))
+    assert [module.training for module in model.modules()] == modes
+    assert [getattr(module, "inplace", None) for module in model.modules()] == inplace
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name])
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+    assert net.training is training
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.zero_()
+    assert any(parameter.any() for parameter in model.parameters())
+
+
+def test_frozen_parameters_stay_frozen():
+    model = Own()
+    model.stem.requires_grad_(False)
+    net = Supernet.trace(model, torch.zeros(1, 3, 8, 8))
+    for module in (net.model, net.extract(net.space.uniform(0.5))):
+        assert not module.get_submodule("stem").weight.requires_grad
+        assert module.get_submodule("head").weight.requires_grad
+
+
+def test_widths_follow_divisor_and_smallest_ratio():
+    wide = nn.Sequential(nn.Conv2d(3, 128, 1), nn.ReLU(), nn.Flatten(), nn.Linear(128, 4))
+    image = torch.zeros(1, 3, 1, 1)
+    (axis,) = Supernet.trace(wide, image).space.axes
+    assert axis.choices == tuple(range(16, 129, 8))
+    (axis,) = Supernet.trace(wide, image, divisor=32, min_ratio=0.3).space.axes
+    assert axis.choices == (64, 96, 128)
+    (axis,) = Supernet.trace(wide, image, divisor=50, min_ratio=0.5).space.axes
+    assert axis.choices == (100, 128)
+    narrow = nn.Sequential(nn.Conv2d(3, 12, 1), nn.ReLU(), nn.Flatten(), nn.Linear(12, 4))
+    net = Supernet.trace(narrow, image)
+    assert net.space.axes[0].choices == tuple(range(2, 13))
+    net = Supernet.trace(narrow, image, divisor=16)
+    assert net.space.axes == ()
+    assert net.frozen[0].reason == "no width below 12 is admissible"
+
+
+def test_the_first_argument_is_the_images_and_others_keep_their_defaults():
+    model = randomised(Own().double(), pixels(8))
+    net = Supernet.trace(model, pixels(1))
+    with torch.no_grad():
+        assert torch.equal(net.eval()(pixels(2)), model(pixels(2)))
+    assert [n.target for n in net.model.graph.nodes if n.op == "placeholder"] == ["x"]
+
+
+@pytest.mark.parametrize("batch", [1, 2, 11, 13])
+def test_the_batch_stays_free(batch):
+    net = supernet(Own()).eval()
+    subnet = net.space.uniform(0.5)
+    with torch.no_grad():
+        out = net(pixels(batch), subnet)
+        assert out.shape == (batch, 5)
+        torch.testing.assert_close(out[:1], net(pixels(batch)[:1], subnet))
+
+
+def test_an_extracted_network_can_be_traced_again():
+    net = supernet(Own()).eval()
+    small = net.extract(net.space.uniform(0.5))
+    again = Supernet.trace(small, pixels(1), divisor=1)
+    assert again.cost() == net.cost(net.space.uniform(0.5))
+    assert len(again.space.axes) == len(net.space.axes)
+    assert_exact(again, model=small)
