@@ -1,0 +1,141 @@
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from stp_ray.errors import ConfigError
+from stp_ray.models import OWN, CifarResNet, accepted, build_model, find_factory
+
+
+@pytest.fixture
+def factories(tmp_path, monkeypatch):
+    """A user's module on the Python path."""
+    (tmp_path / "users_own_models.py").write_text(
+        "import torch\n"
+        "def small(num_classes, width=4):\n"
+        "    return torch.nn.Sequential(torch.nn.Conv2d(3, width, 1), torch.nn.Flatten(),\n"
+        "                               torch.nn.Linear(width * 16, num_classes))\n"
+        "def sized(image_size, num_classes=2):\n"
+        "    return torch.nn.Sequential(torch.nn.Flatten(),\n"
+        "                               torch.nn.Linear(3 * image_size ** 2, num_classes))\n"
+        "def fixed():\n"
+        "    return torch.nn.Flatten()\n"
+        "def wrong(num_classes):\n"
+        "    return num_classes\n"
+        "LIST = []\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    yield "users_own_models"
+    sys.modules.pop("users_own_models", None)
+
+
+@pytest.mark.parametrize(
+    ("name", "depth", "params"),
+    [("resnet20", 20, 0.27), ("resnet56", 56, 0.86), ("resnet110", 110, 1.73)],
+)
+def test_cifar_resnets_have_the_depth_and_size_of_the_paper(name, depth, params):
+    model = build_model(name, num_classes=10)
+    assert type(model) is CifarResNet
+    layers = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    assert (
+        len([m for m in layers if not isinstance(m, nn.Conv2d) or m.kernel_size != (1, 1)]) == depth
+    )
+    assert round(sum(p.numel() for p in model.parameters()) / 1e6, 2) == params
+    assert [s[0].conv1.out_channels for s in (model.layer1, model.layer2, model.layer3)] == [
+        16,
+        32,
+        64,
+    ]
+
+
+@pytest.mark.parametrize("name", OWN)
+@pytest.mark.parametrize("size", [4, 32])
+def test_our_models_take_any_image_size_and_class_count(name, size):
+    model = build_model(name, num_classes=7, image_size=size).eval()
+    with torch.no_grad():
+        images = torch.randn(2, 3, size, size)
+        out = model(images)
+    assert out.shape == (2, 7)
+    assert not torch.allclose(out[0], out[1])
+
+
+def test_weights_are_those_of_the_seed():
+    torch.manual_seed(3)
+    one = build_model("resnet20", num_classes=10).state_dict()
+    torch.manual_seed(3)
+    other = build_model("resnet20", num_classes=10).state_dict()
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+@pytest.mark.parametrize("depth", [1, 18, 21])
+def test_other_depths_are_refused(depth):
+    with pytest.raises(ConfigError, match=rf"depth is {depth}; expected 6n \+ 2"):
+        CifarResNet(depth)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "vit_b_16", "swin_t"])
+def test_torchvisions_models_by_name(name):
+    with torch.device("meta"):
+        model = build_model(name, num_classes=7, image_size=64)
+    assert model.__class__.__module__.startswith("torchvision.models")
+    heads = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    assert heads[-1].out_features == 7
+
+
+def test_a_users_model_by_import_path(factories):
+    model = build_model(f"{factories}:small", num_classes=6, image_size=4, width=5)
+    assert model(torch.zeros(2, 3, 4, 4)).shape == (2, 6)
+    assert build_model(f"{factories}:sized", num_classes=3, image_size=5)[1].in_features == 75
+    assert isinstance(build_model(f"{factories}:fixed", num_classes=3), nn.Flatten)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("resnet21", r"unknown model 'resnet21'; did you mean 'resnet\d+'\?"),
+        ("mobilnet_v2", "did you mean 'mobilenet_v2'"),
+        ("qqqqqq", "unknown model 'qqqqqq'.*Expected one of resnet20"),
+        ("fasterrcnn_resnet50_fpn", "unknown model"),
+        ("no_such_module:build", "cannot be imported: No module named 'no_such_module'"),
+        ("users_own_models:no_such_name", "cannot be imported: .*no_such_name"),
+        (":build", "cannot be imported"),
+        ("users_own_models:LIST", "is not callable; expected a function"),
+        ("users_own_models:wrong", r"returned int; expected a torch\.nn\.Module"),
+    ],
+)
+def test_names_that_lead_nowhere_say_so_in_one_line(factories, name, words):
+    with pytest.raises(ConfigError, match=words) as caught:
+        build_model(name, num_classes=3)
+    assert "\n" not in str(caught.value) and caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("name", ["resnet20", "resnet18", "users_own_models:small"])
+def test_arguments_that_do_not_fit_are_named(factories, name):
+    with pytest.raises(
+        ConfigError, match=r"cannot be built with .*odd.*change model\.kwargs"
+    ) as caught:
+        build_model(name, num_classes=3, odd=1)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_users_own_arguments_go_before_ours(factories):
+    assert build_model(f"{factories}:small", num_classes=6, **{"width": 2})[0].out_channels == 2
+    model = build_model("resnet20", num_classes=6)
+    assert model.fc.out_features == 6
+
+
+def test_only_what_a_factory_takes_is_offered():
+    offered = {"num_classes": 3, "image_size": 32}
+    assert accepted(lambda: None, offered) == {}
+    assert accepted(lambda num_classes: None, offered) == {"num_classes": 3}
+    assert accepted(lambda image_size: None, offered) == {"image_size": 32}
+    assert accepted(lambda **kwargs: None, offered) == {"num_classes": 3}
+    assert accepted(lambda image_size, **kwargs: None, offered | {"image_size": None}) == {
+        "num_classes": 3
+    }
+
+
+def test_ours_go_before_torchvisions():
+    assert find_factory("resnet20") is OWN["resnet20"]
+    assert find_factory("resnet18").__module__ == "torchvision.models.resnet"
