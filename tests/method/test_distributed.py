@@ -33,10 +33,11 @@ def ranks(tmp_path_factory):
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 
-def test_gradients_are_reduced_once_and_are_the_mean_of_the_two_ranks(ranks):
-    one, two = (rank["one_step"] for rank in ranks)
-    stimulation = Stimulation(subnets=3)
-    alone = []
+@pytest.mark.parametrize("count", [1, 3])
+def test_gradients_are_reduced_once_and_are_the_mean_of_the_two_ranks(ranks, count):
+    one, two = (rank["one_step"][count] for rank in ranks)
+    stimulation = Stimulation(subnets=count)
+    alone, drawn = [], []
     for rank in (0, 1):
         net = supernet()
         subnets = sampler(stimulation, net.space, [])(random.Random(rank), 0.0)
@@ -44,7 +45,10 @@ def test_gradients_are_reduced_once_and_are_the_mean_of_the_two_ranks(ranks):
             "loss"
         ].backward()
         alone.append({name: p.grad for name, p in net.named_parameters()})
-    assert one["reduced"] == sum(g.numel() for g in alone[0].values())
+        drawn.append(subnets)
+    assert len(drawn[0]) == count and not set(drawn[0]) & set(drawn[1])
+    # the bytes of one gradient, whatever the number of subnets
+    assert one["reduced"] == two["reduced"] == sum(g.nbytes for g in alone[0].values())
     for name, grad in one["grads"].items():
         assert torch.equal(grad, two["grads"][name])
         torch.testing.assert_close(grad, (alone[0][name] + alone[1][name]) / 2)

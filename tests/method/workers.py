@@ -37,14 +37,19 @@ def join(rank: int, folder: str) -> None:
     )
 
 
-def one_step(rank: int) -> dict[str, object]:
-    stimulation = Stimulation(subnets=3)
+def one_step(rank: int) -> dict[int, dict[str, object]]:
+    return {count: one_step_of(rank, count) for count in (1, 3)}
+
+
+def one_step_of(rank: int, count: int) -> dict[str, object]:
+    """Gradients after a step with `count` subnets, and the bytes that were reduced for it."""
+    stimulation = Stimulation(subnets=count)
     net = supernet()
     ddp = DistributedDataParallel(StimulativeObjective(net, stimulation))
     reduced = []
 
     def hook(state: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
-        reduced.append(bucket.buffer().numel())
+        reduced.append(bucket.buffer().nbytes)
         future = dist.all_reduce(bucket.buffer().div_(2), async_op=True).get_future()
         return future.then(lambda done: done.value()[0])
 
