@@ -21,12 +21,13 @@ help:
 
 setup: $(STAMP)
 
-# uv resolves what pip's resolver can search for an hour among (s3fs, aiobotocore, boto3).
+# uv resolves what pip's resolver can search for an hour among (s3fs, aiobotocore, boto3). Each of
+# the many processes of a run imports torch and ray: from bytecode, or it compiles them first.
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit(f"found Python {v.major}.{v.minor}; expected 3.11 or later; set PYTHON=")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --editable '.[dev]'
+	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --editable '.[dev]'
 	@touch $@
 
 demo: setup

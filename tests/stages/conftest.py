@@ -1,3 +1,4 @@
+import logging
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -73,7 +74,10 @@ def undisturbed(tmp_path_factory):
     boto3 = pytest.importorskip("boto3")
     pytest.importorskip("s3fs")
     folder = tmp_path_factory.mktemp("undisturbed")
-    recipe = write_recipe(folder, tiny(cluster={"num_workers": 2}))
+    longer = {"optimisation": {"epochs": 6}}  # for a kill to come in the middle
+    content = tiny(cluster={"num_workers": 2}, supernet=longer, finalize=longer)
+    recipe = write_recipe(folder, content)
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line for each request
     server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()

@@ -153,6 +153,11 @@ def environment(**changes: str) -> dict[str, str]:
     }
 
 
+_WORKER = "ray::RayTrainWorker"
+#: They look once a minute whether their node is still there.
+_AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
+
+
 class Process:
     """A command in a session of its own, so that all it starts can be found and ended.
 
@@ -183,26 +188,34 @@ class Process:
         """Its exit code."""
         return self._process.wait(timeout_s)
 
-    def members(self, title: str = "") -> list[int]:
-        """Living processes of its session whose command line begins with `title`."""
-        found = []
+    def members(self) -> dict[int, str]:
+        """Living processes of its session: number -> command line."""
+        found = {}
         for entry in Path("/proc").iterdir():
             if not entry.name.isdecimal():
                 continue
             with contextlib.suppress(OSError, ValueError):
                 _, _, status = (entry / "stat").read_text().rpartition(")")
                 state, _, _, session = status.split()[:4]
-                line = (entry / "cmdline").read_bytes().decode(errors="replace")
-                ours = int(session) == self._process.pid and state not in "ZX"
-                if ours and line.startswith(title):
-                    found.append(int(entry.name))
+                if int(session) == self._process.pid and state not in "ZX":
+                    line = (entry / "cmdline").read_bytes()
+                    found[int(entry.name)] = line.decode(errors="replace")
         return found
+
+    def workers(self) -> set[int]:
+        """Living Ray Train workers of its session."""
+        return {pid for pid, line in self.members().items() if line.startswith(_WORKER)}
 
     def kill(self, timeout_s: float = 60) -> None:
         """SIGKILL to the process alone; returns when nothing that it started is left."""
         self._process.kill()
         self._process.wait(10)
-        wait_for(lambda: not self.members(), timeout_s, "its children to leave")
+        wait_for(
+            lambda: all(line.startswith(_AGENTS) for line in self.members().values()),
+            timeout_s,
+            "its children to leave",
+        )
+        self.end()
 
     def end(self) -> None:
         """Whatever is left of the session goes."""

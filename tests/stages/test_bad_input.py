@@ -14,11 +14,11 @@ from PIL import Image
 
 from stp_ray.cli import one_line_errors, run_recipe
 from stp_ray.config import load_config
-from stp_ray.errors import StorageError
-from stp_ray.stages import pipeline
+from stp_ray.errors import ClusterError, StorageError
+from stp_ray.stages import cluster, pipeline
 from stp_ray.stages.images import share
 from stp_ray.stages.jobs import Job, Place, train
-from tests.stages.runs import Process, in_process, minimal, stp, write_recipe
+from tests.stages.runs import Process, in_process, minimal, stp, tiny, write_recipe
 
 
 class Untraceable(torch.nn.Module):
@@ -95,6 +95,18 @@ def test_a_mistake_is_one_line_and_nothing_is_written(
     for part in parts:
         assert part in line
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.timeout(120)
+def test_a_joined_cluster_that_never_can_is_waited_for_and_then_named(monkeypatch):
+    """The wait is bounded, and ends in what the cluster has and what was asked."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    config = load_config(tiny(cluster={"num_workers": 1, "schedule_timeout_s": 2.0}))
+    with cluster.connected(config.cluster):
+        monkeypatch.setenv("RAY_ADDRESS", "auto")
+        with pytest.raises(ClusterError, match=r"after 2 s; 64 workers need 64 CPU"):
+            cluster.require_resources(config.cluster, 64)
 
 
 def dataset(folder, rows, corrupt):
