@@ -1,20 +1,17 @@
-"""Joining a Ray cluster, making sure that it can give what is asked, and progress from workers."""
+"""Joining a Ray cluster, and making sure that it can give what is asked."""
 
 import contextlib
 import os
 import tempfile
-import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 
 from ..config import ClusterOptions
-from ..errors import ClusterError, StpError
-from ..tracking import Tracker
-
-_POLL_S = 0.5
+from ..errors import ClusterError
+from . import quiet
 
 
 @contextlib.contextmanager
@@ -37,6 +34,8 @@ def connected(options: ClusterOptions) -> Iterator[None]:
         # A local worker group is watched five times a second instead of every two seconds.
         os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
         settings["include_dashboard"] = False
+        settings["runtime_env"] = {"worker_process_setup_hook": quiet.worker}
+        quiet.driver()
         settings["num_cpus"] = os.cpu_count()
     try:
         ray.init(**settings)
@@ -99,51 +98,3 @@ def scratch() -> Iterator[str]:
     """A local folder for what Ray writes of its own accord; never read back."""
     with tempfile.TemporaryDirectory(prefix="stp_ray-", ignore_cleanup_errors=True) as folder:
         yield folder
-
-
-class Relay:
-    """Carries metrics and a user-facing error from workers to the driver."""
-
-    def __init__(self) -> None:
-        self._lines: list[tuple[str, int, dict[str, float]]] = []
-        self._error: StpError | None = None
-
-    def push(self, stage: str, step: int, metrics: dict[str, float]) -> None:
-        self._lines.append((stage, step, metrics))
-
-    def drain(self) -> list[tuple[str, int, dict[str, float]]]:
-        lines, self._lines = self._lines, []
-        return lines
-
-    def fail(self, error: StpError) -> None:
-        self._error = self._error or error
-
-    def error(self) -> StpError | None:
-        return self._error
-
-
-@contextlib.contextmanager
-def relay(trackers: Mapping[str, Tracker]) -> Iterator[Any]:
-    """A relay whose metrics go to the tracker of their stage while the block lasts."""
-    actor = ray.remote(Relay).options(num_cpus=0).remote()
-    stop = threading.Event()
-
-    def drain() -> None:
-        for stage, step, metrics in ray.get(actor.drain.remote(), timeout=30):
-            trackers[stage].log(metrics, step)
-
-    def poll() -> None:
-        while not stop.wait(_POLL_S):
-            with contextlib.suppress(ray.exceptions.RayError):
-                drain()
-
-    thread = threading.Thread(target=poll, daemon=True)
-    thread.start()
-    try:
-        yield actor
-    finally:
-        stop.set()
-        thread.join(timeout=30)
-        with contextlib.suppress(ray.exceptions.RayError):
-            drain()
-        ray.kill(actor)

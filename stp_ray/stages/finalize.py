@@ -24,6 +24,7 @@ from . import cluster
 from .images import Images, SharedImages
 from .jobs import METRICS, RESULT, SHARED, Job, Place, Report, train
 from .network import build_supernet
+from .relay import relayed
 from .supernet import fit, fit_group
 
 SUBNET = "subnet.json"
@@ -65,7 +66,7 @@ def finalize(
                 fit(job, images, 1, trackers[job.stage])
             yield label, prune(trainings[0], images.here(), torch.device("cpu"))
         return
-    with cluster.relay(trackers) as relay:
+    with relayed(trackers) as relay:
         yield from _side_by_side(config, jobs, images, relay)
 
 

@@ -14,6 +14,7 @@ from ..tracking import Tracker
 from . import cluster
 from .images import Images, SharedImages
 from .jobs import RESULT, Job, Place, train
+from .relay import relayed
 
 #: Seconds until a collective operation that lost a peer gives up.
 _COLLECTIVE_TIMEOUT_S = 120
@@ -27,12 +28,12 @@ def fit(job: Job, images: Images | SharedImages, workers: int, tracker: Tracker)
         place = Place(threads=options.threads_per_worker)
         train(job, images, place, lambda step, metrics: tracker.log(metrics, step))
         return store.read_json(RESULT)
-    with cluster.relay({job.stage: tracker}) as relay:
+    with relayed({job.stage: tracker}) as relay:
         return fit_group(job, images, workers, relay)
 
 
 def fit_group(job: Job, images: Images | SharedImages, workers: int, relay: Any) -> dict[str, Any]:
-    """Train a job to the end with Ray Train, reporting through a `cluster.Relay`.
+    """Train a job to the end with Ray Train, reporting through a `relay.Relay`.
 
     A worker that dies is replaced and the group goes on from the last checkpoint, up to
     `cluster.max_failures` times.
