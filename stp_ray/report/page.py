@@ -102,14 +102,18 @@ def _card(budget: str, entry: Mapping[str, Any], summary: Mapping[str, Any]) -> 
 
 
 def _rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """One row for each network: dense, main, and each budget."""
+    """One row for each network: dense, main, and each budget with its control."""
     latency = next((entry.get("dense_latency_ms") for entry in summary["budgets"].values()), None)
     full = {"macs": summary["macs"], "params": summary["params"], "latency_ms": latency}
     rows = []
     if summary.get("dense_top1") is not None:
         rows.append({"name": "dense, trained alone", "top1": summary["dense_top1"], **full})
     rows.append({"name": "main network", "top1": summary.get("main_top1"), **full})
-    rows += [{"name": f"pruned, {budget}", **entry} for budget, entry in summary["budgets"].items()]
+    for budget, entry in summary["budgets"].items():
+        rows.append({"name": f"pruned, {budget}", **entry})
+        if entry.get("control_top1") is not None:
+            name = f"same shape from scratch, {budget}"
+            rows.append({**entry, "name": name, "top1": entry["control_top1"]})
     return [{"retention_dense": None, "retention_main": None, **row} for row in rows]
 
 

@@ -164,6 +164,14 @@ def test_budgets_come_first_with_how_much_smaller_faster_and_better(text, summar
     assert "1 h 2 min" in first
 
 
+def test_a_control_stands_below_its_pruned_network(summary, config, candidates, curves):
+    summary["budgets"]["0.15"]["control_top1"] = 91.25
+    rows = re.findall(r"<tr><td>(.*?)</tr>", render(summary, config, candidates, curves))
+    (place,) = [i for i, row in enumerate(rows) if row.startswith("same shape from scratch, 0.15")]
+    assert rows[place - 1].startswith("pruned, 0.15")
+    assert "91.25" in rows[place] and "96.12" not in rows[place]
+
+
 def test_dark_light_and_phone(text):
     assert "prefers-color-scheme: dark" in text
     assert 'name="viewport"' in text
