@@ -9,12 +9,13 @@ STAMP  := $(VENV)/.stamp-setup
 ARGS ?=
 
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test lint format clean
+.PHONY: help setup demo test test-models lint format clean
 
 help:
 	@echo "make setup   build $(VENV) with the package and its development dependencies"
 	@echo "make demo    run the whole pipeline on real handwritten digits, results in runs/latest"
 	@echo "make test    every check: lint, format, types, layers, tests with coverage"
+	@echo "make test-models   trace torchvision's and timm's classifiers, and check each"
 	@echo "make lint    the checks that start no process"
 	@echo "make format  rewrite the code in the house style"
 	@echo "make clean   remove $(VENV) and caches, keep runs"
@@ -41,6 +42,9 @@ lint: setup
 
 test: lint
 	$(BIN)/pytest --cov --cov-report=term
+
+test-models: setup
+	$(BIN)/pytest -m models tests/elastic/test_zoo.py
 
 format: setup
 	$(BIN)/ruff check --fix .

@@ -107,10 +107,17 @@ def inspect(
     min_ratio: Annotated[
         float, typer.Option(help="No width falls below this share of its full size.")
     ] = 0.125,
+    ignore: Annotated[
+        list[str] | None, typer.Option(help='Modules that stay whole: "layer4", "*.conv1".')
+    ] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help="Modules outside of which all stays whole.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show what can be pruned in a model: its axes, blocks, cost, and what is frozen."""
-    content = _inspection(model, image_size, num_classes, divisor, min_ratio)
+    options = {"divisor": divisor, "min_ratio": min_ratio, "ignore": ignore, "only": only}
+    content = _inspection(model, image_size, num_classes, options)
     if as_json:
         print(json.dumps(content, indent=2))
     else:
@@ -281,19 +288,23 @@ def _inspection(
     name: str,
     image_size: int | None,
     num_classes: int | None,
-    divisor: int | None,
-    min_ratio: float,
+    options: dict[str, Any],
 ) -> dict[str, Any]:
     import torch
 
     from .elastic import Supernet
+    from .errors import ConfigError
     from .models import OWN, build_model
 
     _see_current_folder()
     size = image_size or (32 if name in OWN else 224)
     classes = num_classes or (10 if name in OWN else 1000)
     model = build_model(name, num_classes=classes, image_size=size)
-    net = Supernet.trace(model, torch.zeros(1, 3, size, size), divisor=divisor, min_ratio=min_ratio)
+    given = {name: value for name, value in options.items() if value is not None}
+    try:
+        net = Supernet.trace(model, torch.zeros(1, 3, size, size), **given)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     full, least = net.cost(), net.cost(net.space.smallest)
     return {
         "model": name,
@@ -301,6 +312,7 @@ def _inspection(
         "num_classes": classes,
         "cost": {"macs": full.macs, "params": full.params},
         "smallest": {"macs": least.macs, "params": least.params},
+        "elastic_share": net.space.elastic_share,
         "axes": [dataclasses.asdict(axis) for axis in net.space.axes],
         "blocks": [dataclasses.asdict(block) for block in net.space.blocks],
         "frozen": [dataclasses.asdict(frozen) for frozen in net.frozen],

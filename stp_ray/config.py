@@ -106,7 +106,11 @@ class ModelOptions(_Section):
     kwargs: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of the model's function."""
     weights: str | None = None
-    """Initial weights: a torchvision weights name, or the URI of a state dict; null: random."""
+    """URI of a state dict to start from (safetensors, or torch.save read without pickle); null:
+    random weights."""
+    ranking: Literal["l1", "l2", "norm"] | None = "l2"
+    """How the units of given weights are put in order, so that narrow subnets keep the best ones;
+    null: they stay as they are. Random weights have no order."""
 
 
 class SpaceOptions(_Section):
@@ -116,6 +120,10 @@ class SpaceOptions(_Section):
     """Widths are multiples of this; null: chosen by the size of the network."""
     min_ratio: float = Field(default=0.125, gt=0, le=1)
     """No width falls below this fraction of its full size."""
+    ignore: tuple[str, ...] = ()
+    """Modules that stay whole, as patterns: "layer4", "*.conv1"."""
+    only: tuple[str, ...] = ()
+    """Modules outside of which everything stays whole, as patterns; empty: all may be pruned."""
 
 
 class SupernetOptions(_Section):

@@ -2,6 +2,7 @@
 
 from .cost import Budget, Cost
 from .dims import Frozen
+from .ranking import importance
 from .space import ResidualBlock, SearchSpace, WidthAxis
 from .subnet import Subnet
 from .supernet import Stats, StatsRecorder, Supernet
@@ -17,4 +18,5 @@ __all__ = [
     "Subnet",
     "Supernet",
     "WidthAxis",
+    "importance",
 ]

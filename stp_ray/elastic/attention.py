@@ -1,9 +1,11 @@
 """Attention with fewer heads than the embedding has room for.
 
 The stock modules assume heads x head size = embedding, so a layer that lost heads needs a
-forward of its own. Both classes below are never constructed: a narrowed layer takes over the
+forward of its own. The classes below are never constructed: a narrowed layer takes over the
 attributes of the stock layer that it came from, and with them its parameter names.
 """
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -83,14 +85,13 @@ class WindowSelfAttention(nn.Module):
         windows = padded.reshape(batch, down, rows, across, columns, -1).permute(0, 1, 3, 2, 4, 5)
         windows = windows.reshape(batch * down * across, area, -1)
         q, k, v = (
-            self.qkv(windows)
+            F.linear(windows, self.qkv.weight, self._qkv_bias())
             .reshape(windows.shape[0], area, 3, self.num_heads, self.head_dim)
             .permute(2, 0, 3, 1, 4)
             .unbind(0)
         )
-        scores = (q * self.head_dim**-0.5) @ k.transpose(-2, -1)
-        bias = self.relative_position_bias_table[self.relative_position_index]
-        scores = scores + bias.view(area, area, -1).permute(2, 0, 1)
+        table = self._position_biases()[self.relative_position_index]
+        scores = self._scores(q, k) + table.view(area, area, -1).permute(2, 0, 1)
         if any(shift):
             mask = _shift_mask(x, (full_height, full_width), self.window_size, shift)
             scores = scores.view(batch, down * across, self.num_heads, area, area)
@@ -105,11 +106,45 @@ class WindowSelfAttention(nn.Module):
             out = out.roll((shift[0], shift[1]), dims=(1, 2))
         return out[:, :height, :width].contiguous()
 
+    def _qkv_bias(self) -> Tensor | None:
+        return self.qkv.bias
+
+    def _scores(self, q: Tensor, k: Tensor) -> Tensor:
+        """[windows, heads, A, A] for queries and keys [windows, heads, A, head size]."""
+        return (q * self.head_dim**-0.5) @ k.transpose(-2, -1)
+
+    def _position_biases(self) -> Tensor:
+        """[relative positions, heads]."""
+        return self.relative_position_bias_table
+
     def extra_repr(self) -> str:
         return (
             f"num_heads={self.num_heads}, head_dim={self.head_dim}, "
             f"window_size={list(self.window_size)}, shift_size={list(self.shift_size)}"
         )
+
+
+class WindowSelfAttentionV2(WindowSelfAttention):
+    """torchvision's `ShiftedWindowAttentionV2` with any number of heads: cosine attention with a
+    temperature for each head, biases from a network of the position (Liu et al. 2022)."""
+
+    logit_scale: Tensor
+    cpb_mlp: nn.Sequential
+    relative_coords_table: Tensor
+
+    def _qkv_bias(self) -> Tensor | None:
+        if self.qkv.bias is None:
+            return None
+        query, key, value = self.qkv.bias.chunk(3)
+        return torch.cat([query, torch.zeros_like(key), value])
+
+    def _scores(self, q: Tensor, k: Tensor) -> Tensor:
+        cosines = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1)
+        return cosines * torch.clamp(self.logit_scale, max=math.log(100.0)).exp()
+
+    def _position_biases(self) -> Tensor:
+        out = self.cpb_mlp(self.relative_coords_table).view(-1, self.num_heads)
+        return 16 * torch.sigmoid(out)
 
 
 def _shift_mask(like: Tensor, size: tuple[int, int], window: list[int], shift: list[int]) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from .attention import MultiheadSelfAttention, WindowSelfAttention
+from .attention import MultiheadSelfAttention, WindowSelfAttention, WindowSelfAttentionV2
 from .dims import Atom, Dim, Dims, constant, length, merge
 
 #: What a node yields: the dimensions of a tensor, a tuple of such, or None for anything else.
@@ -222,7 +222,7 @@ def convolution(visit: Visit) -> Value:
         visit.freeze(x, reason="convolution of an input without a batch dimension")
         return visit.constants()
     channels, groups = x[1], module.groups
-    area = prod(visit.shape[2:]) * prod(module.kernel_size) * visit.batch
+    area = prod(visit.shape[2:]) * prod(module.kernel_size) * visit.shape[0]
     if groups == 1:
         weight = visit.tensor("weight", None, channels)
         out = visit.dims.produced(weight[0], visit.layer)
@@ -250,6 +250,14 @@ def batch_norm(visit: Visit) -> Value:
     visit.step.attributes["num_features"] = Size(x[1])
     visit.step.norm = True
     return x
+
+
+def batch_norm_and_more(visit: Visit) -> Value:
+    """timm's BatchNorm with activation and dropout inside."""
+    inner = (visit.module.drop, visit.module.act)
+    if any(module_rule(part) is not elementwise or any(part.parameters()) for part in inner):
+        return unknown(visit)
+    return batch_norm(visit)
 
 
 def layer_norm(visit: Visit) -> Value:
@@ -321,6 +329,31 @@ def multihead_attention(visit: Visit) -> Value:
 
 
 def window_attention(visit: Visit) -> Value:
+    """torchvision's Swin attention: a table of position biases with a column for each head."""
+    head, out = _window_attention(visit)
+    visit.tensor("relative_position_bias_table", None, (head,))
+    visit.step.narrow_class = WindowSelfAttention
+    return out
+
+
+def window_attention_v2(visit: Visit) -> Value:
+    """Swin V2: the biases come from a small network, and each head has a temperature."""
+    head, out = _window_attention(visit)
+    hidden = visit.tensor("cpb_mlp.0.weight")[0]
+    visit.tensor("cpb_mlp.0.bias", hidden)
+    visit.dims.freeze([hidden], "", report=False)
+    visit.tensor("cpb_mlp.2.weight", (head,), hidden)
+    visit.tensor("logit_scale", (head,))
+    visit.step.narrow_class = WindowSelfAttentionV2
+    visit.step.attributes["cpb_mlp.2.out_features"] = Size((head,))
+    places = visit.module.relative_coords_table[..., 0].numel() * visit.batch  # once a batch
+    visit.macs(2 * places, hidden)
+    visit.macs(places, hidden, (head,))
+    return out
+
+
+def _window_attention(visit: Visit) -> tuple[Atom, Value]:
+    """The heads, and the output, of attention inside windows."""
     x, module = visit.value(visit.node.args[0]), visit.module
     count = module.num_heads
     head_dim = module.qkv.out_features // 3 // count
@@ -329,11 +362,9 @@ def window_attention(visit: Visit) -> Value:
     visit.dims.produced(heads, visit.layer)
     visit.tensor("qkv.weight", heads * 3, x[-1])
     visit.tensor("qkv.bias", heads * 3)
-    visit.tensor("relative_position_bias_table", None, (head,))
     weight = visit.tensor("proj.weight", None, heads)
     out = visit.dims.produced(weight[0], f"{visit.layer}.proj")
     visit.tensor("proj.bias", out)
-    visit.step.narrow_class = WindowSelfAttention
     visit.step.attributes.update(
         {
             "num_heads": Size((head,)),
@@ -351,10 +382,57 @@ def window_attention(visit: Visit) -> Value:
     visit.macs(3 * pixels, x[-1], heads)
     visit.macs(2 * pixels * rows * columns, heads)
     visit.macs(pixels, heads, out)
-    return (*x[:-1], out)
+    return head, (*x[:-1], out)
 
 
 # -- functions of tensors ---------------------------------------------------------------
+
+
+def attention(visit: Visit) -> Value:
+    """F.scaled_dot_product_attention on [..., heads, tokens, head size]."""
+    names = ("query", "key", "value")
+    arguments = [visit.argument(position, name) for position, name in enumerate(names)]
+    q, k, v = map(visit.value, arguments)
+    mask = visit.value(visit.argument(3, "attn_mask"))
+    if not len(q) == len(k) == len(v) or visit.argument(7, "enable_gqa", False):
+        return unknown(visit)
+    for place in range(-len(q), -2):
+        if len({length(dims[place]) for dims in (q, k, v)}) > 1:
+            return unknown(visit)
+        visit.unify(q[place], k[place])
+        visit.unify(q[place], v[place])
+    visit.unify(q[-1], k[-1])
+    visit.unify(k[-2], v[-2])
+    for own, dim in zip(reversed(mask or ()), reversed((*q[:-1], k[-2])), strict=False):
+        if length(own) == length(dim):
+            visit.unify(own, dim)
+    factor, elastic = _spread(visit.resolved([*q[:-1], k[-2]]))
+    visit.macs(factor, *elastic, q[-1])
+    visit.macs(factor, *elastic, v[-1])
+    return (*q[:-1], v[-1])
+
+
+def einsum(visit: Visit) -> Value:
+    """Two tensors, one letter for each dimension; what is summed over is multiplied."""
+    equation, *operands = visit.node.args
+    if len(operands) == 1 and isinstance(operands[0], (tuple, list)):
+        operands = list(operands[0])
+    inputs, _, result = str(equation).replace(" ", "").partition("->")
+    letters = inputs.split(",")
+    values = [visit.value(operand) for operand in operands]
+    plain = len(letters) == 2 == len(values) and (inputs + result).replace(",", "").isalpha()
+    summed = (set(letters[0]) & set(letters[-1])) - set(result)
+    if not plain or not summed or any(len(set(part)) < len(part) for part in letters):
+        return unknown(visit)
+    dims: dict[str, Dim] = {}
+    for part, value in zip(letters, values, strict=True):
+        for letter, dim in zip(part, value, strict=True):
+            visit.unify(dims.setdefault(letter, dim), dim)
+    if not set(dims) <= set(result) | summed:  # summed before it is multiplied
+        return unknown(visit)
+    factor, elastic = _spread(visit.resolved(dims.values()))
+    visit.macs(factor, *elastic)
+    return tuple(dims[letter] for letter in result)
 
 
 def elementwise(visit: Visit) -> Value:
@@ -393,10 +471,13 @@ def spatial(visit: Visit) -> Value:
 
 
 def padding(visit: Visit) -> Value:
-    x = visit.value(visit.node.args[0])
-    touched = len(visit.argument(1, "pad")) // 2
-    visit.freeze(tuple(x[-touched:]), reason="padding of an elastic dimension")
-    return (*x[:-touched], *(constant(n) for n in visit.shape[-touched:]))
+    x, pad = visit.value(visit.node.args[0]), visit.argument(1, "pad")
+    out = list(x)
+    for place in range(len(pad) // 2):  # pairs, from the last dimension on
+        if any(amount != 0 for amount in pad[2 * place : 2 * place + 2]):
+            visit.freeze((x[-1 - place],), reason="padding of an elastic dimension")
+            out[-1 - place] = constant(visit.shape[-1 - place])
+    return tuple(out)
 
 
 def along(visit: Visit) -> Value:
@@ -409,7 +490,11 @@ def along(visit: Visit) -> Value:
 
 
 def reduction(visit: Visit) -> Value:
-    x, over = visit.value(visit.node.args[0]), visit.argument(1, "dim")
+    return _reduced(visit, visit.argument(1, "dim"))
+
+
+def _reduced(visit: Visit, over: int | Sequence[int] | None) -> Value:
+    x = visit.value(visit.node.args[0])
     if not isinstance(visit.shape, torch.Size) or over is None:
         visit.freeze(x, reason="reduces over everything")
         return visit.constants()
@@ -420,6 +505,11 @@ def reduction(visit: Visit) -> Value:
         for place, dim in enumerate(x)
         if keep or place not in gone
     )
+
+
+def p_norm(visit: Visit) -> Value:
+    """x.norm(p, dim, keepdim)."""
+    return _reduced(visit, visit.argument(2, "dim"))
 
 
 def functional_linear(visit: Visit) -> Value:
@@ -487,6 +577,51 @@ def chunk(visit: Visit) -> Value:
     return [(*x[:dim], part, *x[dim + 1 :])] * count
 
 
+def split(visit: Visit) -> Value:
+    """Parts of an elastic dimension: of one size, which shrink together, or of several."""
+    x, given = visit.value(visit.node.args[0]), visit.argument(1, "split_size_or_sections")
+    key = visit.key(1, "split_size_or_sections")
+    if given is None:  # the method calls it otherwise
+        given, key = visit.argument(1, "split_size"), "split_size"
+    dim = visit.argument(2, "dim", 0) % len(x)
+    sizes = [part[dim] for part in visit.shape]
+    if visit.dims.is_constant(x[dim]):
+        parts = [constant(size) for size in sizes]
+    elif isinstance(given, (tuple, list)):
+        parts = [visit.dims.fresh(size) for size in sizes]
+        visit.step.arguments[key] = [Size(part) for part in parts]
+    elif len(set(sizes)) > 1:
+        return unknown(visit)
+    else:
+        parts = [visit.dims.fresh(sizes[0])] * len(sizes)
+        visit.step.arguments[key] = Size(parts[0])
+    visit.unify(x[dim], tuple(atom for part in parts for atom in part))
+    return [(*x[:dim], part, *x[dim + 1 :]) for part in parts]
+
+
+def unbind(visit: Visit) -> Value:
+    x, dim = visit.value(visit.node.args[0]), visit.argument(1, "dim", 0)
+    dim %= len(x)
+    visit.freeze((x[dim],), reason="taken apart along an elastic dimension")
+    return [(*x[:dim], *x[dim + 1 :])] * len(visit.shape)
+
+
+def stack(visit: Visit) -> Value:
+    parts = [visit.value(part) for part in visit.argument(0, "tensors")]
+    for part in parts[1:]:
+        for one, other in zip(parts[0], part, strict=True):
+            visit.unify(one, other)
+    dim = visit.argument(1, "dim", 0) % len(visit.shape)
+    return (*parts[0][:dim], constant(len(parts)), *parts[0][dim:])
+
+
+def roll(visit: Visit) -> Value:
+    x, over = visit.value(visit.node.args[0]), visit.argument(2, "dims")
+    over = range(len(x)) if over is None else [over] if isinstance(over, int) else over
+    visit.freeze(tuple(x[place] for place in over), reason="rolls an elastic dimension")
+    return x
+
+
 def merge_patches(visit: Visit) -> Value:
     """Swin's patch merging: the four pixels of a 2 x 2 square side by side."""
     x = visit.value(visit.node.args[0])
@@ -508,7 +643,8 @@ def permute_module(visit: Visit) -> Value:
 
 def transpose(visit: Visit) -> Value:
     x = list(visit.value(visit.node.args[0]))
-    one, other = visit.argument(1, "dim0"), visit.argument(2, "dim1")
+    one = visit.argument(1, "dim0", visit.node.kwargs.get("axis0"))
+    other = visit.argument(2, "dim1", visit.node.kwargs.get("axis1"))
     x[one], x[other] = x[other], x[one]
     return tuple(x)
 
@@ -656,22 +792,34 @@ def index(visit: Visit) -> Value:
     items = list(what) if isinstance(what, tuple) else [what]
     if Ellipsis in items:
         place = items.index(Ellipsis)
-        taken = sum(item is not None for item in items) - 1
-        items[place : place + 1] = [slice(None)] * (len(x) - taken)
+        others = sum(item is not None for item in items) - 1
+        items[place : place + 1] = [slice(None)] * (len(x) - others)
     rest, out = list(x), []
     for item in items:
         if item is None:
             out.append(constant(1))
-        elif item == slice(None):
+        elif isinstance(item, slice) and _takes_all(item, length(rest[0])):
             out.append(rest.pop(0))
         elif isinstance(item, (int, slice)):
             dim = rest.pop(0)
             visit.freeze((dim,), reason="index into an elastic dimension")
             if isinstance(item, slice):
                 out.append(constant(visit.shape[len(out)]))
+        elif isinstance(taken := visit.value(item), tuple) and item is items[-1]:
+            visit.freeze((rest.pop(0),), reason="index into an elastic dimension")
+            out += taken  # rows of a table, by a tensor of their numbers
         else:
             return unknown(visit)
     return (*out, *rest)
+
+
+def _takes_all(part: slice, size: int) -> bool:
+    """Whether a slice leaves nothing out, of `size` elements or of fewer."""
+    return (
+        part.start in (None, 0)
+        and part.step in (None, 1)
+        and (part.stop is None or (isinstance(part.stop, int) and part.stop >= size))
+    )
 
 
 def passive(visit: Visit) -> Value:
@@ -719,7 +867,7 @@ _ELEMENTWISE_NAMES = [
     "hardtanh", "sigmoid", "tanh", "softplus", "dropout", "dropout2d", "clamp", "abs", "exp",
     "log", "sqrt", "rsqrt", "square", "contiguous", "clone", "detach", "float", "double", "half",
     "bfloat16", "type", "type_as", "to", "neg", "add", "sub", "mul", "div", "maximum", "minimum",
-    "pow", "where",
+    "pow", "where", "masked_fill", "addcmul", "lerp",
 ]  # fmt: skip
 
 MODULES: dict[type[nn.Module], Rule] = {
@@ -749,8 +897,13 @@ MODULES: dict[type[nn.Module], Rule] = {
 #: Layers of libraries that `elastic` does not import, by qualified name.
 NAMED_MODULES: dict[str, Rule] = {
     "torchvision.models.swin_transformer.ShiftedWindowAttention": window_attention,
+    "torchvision.models.swin_transformer.ShiftedWindowAttentionV2": window_attention_v2,
     "torchvision.ops.stochastic_depth.StochasticDepth": elementwise,
     "torchvision.ops.misc.Permute": permute_module,
+    "timm.layers.drop.DropPath": elementwise,
+    "timm.layers.norm_act.BatchNormAct2d": batch_norm_and_more,
+    **{f"timm.layers.norm.GroupNorm{one}": group_norm for one in ("", "1")},
+    "timm.layers.norm.LayerNorm": layer_norm,
 }
 
 FUNCTIONS: dict[Any, Rule] = {
@@ -778,6 +931,8 @@ FUNCTIONS: dict[Any, Rule] = {
     torch.matmul: matmul,
     torch.bmm: matmul,
     F.linear: functional_linear,
+    F.scaled_dot_product_attention: attention,
+    torch.einsum: einsum,
     F.layer_norm: functional_layer_norm,
     F.adaptive_avg_pool2d: spatial,
     F.adaptive_max_pool2d: spatial,
@@ -789,6 +944,12 @@ FUNCTIONS: dict[Any, Rule] = {
     torch.softmax: along,
     torch.mean: reduction,
     torch.sum: reduction,
+    torch.amax: reduction,
+    torch.roll: roll,
+    torch.swapaxes: transpose,
+    torch.stack: stack,
+    torch.split: split,
+    torch.unbind: unbind,
     torch.flatten: regroup,
     torch.reshape: reshape,
     torch.permute: permute,
@@ -814,6 +975,12 @@ METHODS: dict[str, Rule] = {
     "flatten": regroup,
     "permute": permute,
     "transpose": transpose,
+    "swapaxes": transpose,
+    "split": split,
+    "unbind": unbind,
+    "roll": roll,
+    "norm": p_norm,
+    "amax": reduction,
     "unsqueeze": unsqueeze,
     "squeeze": squeeze,
     "expand": expand,

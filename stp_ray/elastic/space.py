@@ -9,6 +9,7 @@ import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 
 import numpy as np
 
@@ -82,7 +83,13 @@ class SearchSpace:
             axis.name: frozenset(b.name for b in self.blocks if axis.name in b.axes)
             for axis in self.axes
         }
+        macs = tuple(macs)
         self._table = CostTable(self._axis, (b.name for b in self.blocks), macs, params)
+        self._fixed_macs = sum(
+            term.coefficient * prod(extent.constant for extent in term.extents)
+            for term in macs
+            if not term.gates and not any(extent.parts for extent in term.extents)
+        )
 
     def __repr__(self) -> str:
         full, least = self.cost(self.full), self.cost(self.smallest)
@@ -105,6 +112,12 @@ class SearchSpace:
         )
 
     # -- prices ---------------------------------------------------------------------
+
+    @property
+    def elastic_share(self) -> float:
+        """Share of the main network's MACs that some width or block can change, in [0, 1]."""
+        full = self.cost().macs
+        return 1 - self._fixed_macs / full if full else 0.0
 
     def cost(self, subnet: Subnet | None = None) -> Cost:
         """The price of one subnet (of the main network without one). Touches no tensor."""

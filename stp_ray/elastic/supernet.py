@@ -1,6 +1,7 @@
 """A dense classifier and, in the same weights, every subnet of its search space."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import Any, cast
 
 from torch import Tensor, fx, nn
@@ -8,7 +9,8 @@ from torch import Tensor, fx, nn
 from .cost import Cost, Extent
 from .dims import Frozen
 from .extract import extract
-from .slicing import Layout, Merge, Ranges, narrowed
+from .ranking import rank
+from .slicing import Layout, Merge, Ranges, Segments, narrowed
 from .space import SearchSpace
 from .subnet import Subnet
 from .trace import Traced, trace
@@ -77,6 +79,8 @@ class Supernet(nn.Module):
         *,
         divisor: int | None = None,
         min_ratio: float = 0.125,
+        ignore: Sequence[str] = (),
+        only: Sequence[str] = (),
     ) -> "Supernet":
         """Turn any image classifier into a supernet. The model is copied, its weights are taken
         as they are.
@@ -87,11 +91,15 @@ class Supernet(nn.Module):
             divisor: widths are multiples of it; by default 8, or 1 for networks with no layer
                 of 128 channels or more.
             min_ratio: smallest width of an axis as a share of its full width.
+            ignore: patterns of modules that stay whole, such as "layer4" or "*.conv1".
+            only: patterns of modules outside of which everything stays whole; empty for all.
 
         Raises:
             TraceError: the model cannot be traced; names the operation and the line.
+            ValueError: an option is out of range, or a pattern matches no layer.
         """
-        return cls(trace(model, example_input, divisor=divisor, min_ratio=min_ratio))
+        sizes: dict[str, Any] = {"divisor": divisor, "min_ratio": min_ratio}
+        return cls(trace(model, example_input, **sizes, ignore=ignore, only=only))
 
     def forward(
         self,
@@ -128,6 +136,33 @@ class Supernet(nn.Module):
         """
         self.space.validate(subnet)
         return extract(self.model, self._layouts, self._merges, subnet, stats)
+
+    def rank(self, scores: Mapping[str, Tensor]) -> None:
+        """Put the units of each axis in the order of their scores, the best first, which leaves the
+        output of the main network as it is; see `ranking.importance` for scores.
+
+        Args:
+            scores: axis -> [size]; axes that are not named keep their order.
+
+        Raises:
+            ValueError: an axis is unknown, or a score has another length than its axis.
+        """
+        rank(self, scores)
+
+    @cached_property
+    def segments(self) -> dict[str, tuple[Segments | None, ...]]:
+        """What each dimension of the parameters and buffers that a subnet may cut is made of, by
+        name; a tensor that several layers share is there once."""
+        found: dict[str, tuple[Segments | None, ...]] = {}
+        seen: set[int] = set()
+        for node in self.model.graph.nodes:
+            for name, dims in self._layouts[node.name].tensors.items():
+                full = name if node.op == "get_attr" else f"{node.target}.{name}"
+                tensor = _tensor(self.model, full)
+                if any(dims) and id(tensor) not in seen:
+                    seen.add(id(tensor))
+                    found[full] = dims
+        return found
 
     def slices(self, subnet: Subnet) -> dict[str, dict[int, Ranges]]:
         """The parameters that a subnet cuts: name -> {dimension: kept (start, stop) ranges}."""

@@ -8,10 +8,11 @@ import os
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from math import ceil, gcd
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,7 @@ from ..errors import TraceError
 from . import ops
 from .blocks import find_branches
 from .cost import Extent, Term
-from .dims import Dim, Dims, Frozen, Variable
+from .dims import Atom, Dim, Dims, Frozen, Variable
 from .ops import Size, Step, Value, Visit
 from .slicing import Layout, Merge
 from .space import ResidualBlock, SearchSpace, WidthAxis
@@ -36,6 +37,12 @@ _LINE = "stp_line"
 
 #: Marks a node whose module works in place in the model that was traced.
 _WRITES = "stp_writes"
+
+#: Marks a node whose value the model's control flow depends on.
+_DECIDES = "stp_decides"
+
+#: Under this key a graph names the layers that the model calls while it trains alone.
+_TRAINING_ONLY = "stp_training_only"
 
 _IN_PLACE = {
     operator.iadd: operator.add,
@@ -76,7 +83,13 @@ class Traced:
 
 
 def trace(
-    model: nn.Module, example_input: Tensor, *, divisor: int | None = None, min_ratio: float = 0.125
+    model: nn.Module,
+    example_input: Tensor,
+    *,
+    divisor: int | None = None,
+    min_ratio: float = 0.125,
+    ignore: Sequence[str] = (),
+    only: Sequence[str] = (),
 ) -> Traced:
     """Discover the elastic structure of a classifier.
 
@@ -86,19 +99,23 @@ def trace(
         divisor: widths are multiples of it; by default 8, or 1 for networks with no layer of
             128 channels or more.
         min_ratio: smallest width of an axis as a share of its full width.
+        ignore: patterns of modules that stay whole, such as "layer4" or "*.conv1".
+        only: patterns of modules outside of which everything stays whole; empty for all.
 
     Raises:
         TraceError: the model cannot be traced; the message names the operation and the line.
+        ValueError: an option is out of range, or a pattern matches no layer.
     """
     if divisor is not None and divisor < 1:
         raise ValueError(f"divisor is {divisor}; expected a positive integer")
     if not 0 < min_ratio <= 1:
         raise ValueError(f"min_ratio is {min_ratio}; expected a share in (0, 1]")
-    graph = symbolic_graph(model)
+    graph = symbolic_graph(model, example_input)
     shapes, opaque = _shapes(graph, example_input)
     _write_nothing(graph, shapes)
     analysis = _Analysis(graph, shapes, opaque)
     analysis.walk()
+    analysis.keep_whole(ignore, only)
     return analysis.conclude(divisor, min_ratio)
 
 
@@ -116,8 +133,17 @@ def _in_place(operation: Any) -> Any:
     return record
 
 
+def _decided(name: str) -> Any:
+    def decide(self: _Proxy) -> Any:
+        return getattr(cast("_Tracer", self.tracer).decide(self), name)()
+
+    return decide
+
+
 for _operation in _IN_PLACE:
     setattr(_Proxy, f"__{_operation.__name__}__", _in_place(_operation))
+for _name in ("__index__", "__int__", "__float__", "__ceil__", "__floor__", "__round__"):
+    setattr(_Proxy, _name, _decided(_name))
 
 
 class _Tracer(fx.Tracer):
@@ -125,9 +151,12 @@ class _Tracer(fx.Tracer):
     of the user's model that each node comes from (fx's own record of stacks imports half of
     torch first)."""
 
-    def __init__(self) -> None:
+    def __init__(self, example: Tensor) -> None:
         super().__init__()
         self.path: list[str] = []
+        self._example = example
+        self._abstract: nn.Module | None = None
+        self._evaluating = False
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
@@ -149,19 +178,58 @@ class _Tracer(fx.Tracer):
         node.meta[_LINE] = (frame.f_code.co_filename, frame.f_lineno)
         return node
 
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        return bool(self.decide(obj))
+
+    def decide(self, proxy: fx.Proxy) -> Any:
+        """The value that control flow depends on, where the size of the images determines it:
+        where it is a number that comes out the same for batches of different sizes."""
+        try:
+            found = [self._evaluate(proxy.node, batch) for batch in (_BATCH, 2)]
+        except Exception:  # the value of a tensor, which has none here
+            found = []
+        if len(found) != 2 or found[0] != found[1] or not isinstance(found[0], (bool, int, float)):
+            return super().to_bool(proxy)  # raises
+        proxy.node.meta[_DECIDES] = True
+        return found[0]
+
+    def _evaluate(self, node: fx.Node, batch: int) -> Any:
+        """The value of a node of the unfinished graph, computed without arithmetic."""
+        if self._abstract is None:
+            self._abstract = _without_data(self.root)
+        needed, stack = {node}, [node]
+        while stack:
+            new = set(stack.pop().all_input_nodes) - needed
+            needed |= new
+            stack += new
+        graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
+        for other in self.graph.nodes:
+            if other in needed:
+                copies[other] = graph.node_copy(other, copies.__getitem__)
+        graph.output(copies[node])
+        images = self._example.new_empty((batch, *self._example.shape[1:]), device="meta")
+        self._evaluating = True
+        try:
+            with torch.no_grad():
+                return fx.Interpreter(fx.GraphModule(self._abstract, graph)).run(images)
+        finally:
+            self._evaluating = False
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if ops.module_rule(m) is not None:
             return True
         return super().is_leaf_module(m, module_qualified_name)
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        if self._evaluating:
+            return forward(*args, **kwargs)
         self.path.append(self.path_of_module(m))
         out = super().call_module(m, forward, args, kwargs)
         self.path.pop()
         return out
 
 
-def symbolic_graph(model: nn.Module) -> fx.GraphModule:
+def symbolic_graph(model: nn.Module, example: Tensor) -> fx.GraphModule:
     """The model as a graph whose layers follow `train()` and `eval()`."""
     try:
         model = copy.deepcopy(model)
@@ -175,13 +243,14 @@ def symbolic_graph(model: nn.Module) -> fx.GraphModule:
     for module in writing:
         module.inplace = False  # type: ignore[assignment]
     known = set(vars(model))
-    training = _trace_once(model.train())
+    training = _trace_once(model.train(), example)
     for constant in set(vars(model)) - known:  # so that the second trace gives the same names
         delattr(model, constant)
-    graph = _trace_once(model.eval())
-    _follow_mode(training, graph)
+    graph = _trace_once(model.eval(), example)
+    training_only = _follow_mode(training, graph)
     graph.lint()
     traced = fx.GraphModule(model, graph, class_name=type(model).__name__)
+    traced.meta[_TRAINING_ONLY] = training_only
     for node in traced.graph.nodes:
         if node.op == "call_module":
             module = traced.get_submodule(node.target)
@@ -212,7 +281,8 @@ def _write_nothing(graph: fx.GraphModule, shapes: dict[fx.Node, ops.Shape]) -> N
         for user in list(source.users):
             if order[user] > order[node]:
                 user.replace_input_with(source, node)
-    graph.graph.eliminate_dead_code()  # an unused second output would look like a way out
+    # An unused second output would look like a way out; what decided something is looked at once.
+    graph.graph.eliminate_dead_code(lambda node: node.is_impure() or _DECIDES in node.meta)
     graph.recompile()
 
 
@@ -273,8 +343,8 @@ def _aliases(node: fx.Node, graph: fx.GraphModule) -> set[fx.Node]:
     return found
 
 
-def _trace_once(model: nn.Module) -> fx.Graph:
-    tracer = _Tracer()
+def _trace_once(model: nn.Module, example: Tensor) -> fx.Graph:
+    tracer = _Tracer(example)
     try:
         return tracer.trace(model)
     except Exception as error:  # the user's forward ran on proxies and may raise anything
@@ -291,34 +361,85 @@ def _trace_once(model: nn.Module) -> fx.Graph:
         ) from error
 
 
-def _follow_mode(training: fx.Graph, graph: fx.Graph) -> None:
-    """Replace flags that were baked in when `self.training` was read: the arguments that differ
-    between a trace in training mode and one in evaluation mode."""
-    ours, theirs = list(graph.nodes), list(training.nodes)
-    for node, other in zip(ours, theirs, strict=False):
-        if (node.op, str(node.target)) != (other.op, str(other.target)):
-            break
-    else:
-        if len(ours) == len(theirs):
-            for node, other in zip(ours, theirs, strict=True):
-                _follow_mode_of(graph, node, other)
-            return
-        node = ours[min(len(ours), len(theirs)) - 1]
-    raise TraceError(
-        f"the model computes different operations in training and evaluation mode, first at "
-        f"{_source(node)}; expected one forward for both; move the difference into a module"
+def _follow_mode(training: fx.Graph, graph: fx.Graph) -> list[str]:
+    """Make the graph of evaluation mode follow `train()` too: where both traces do the same to the
+    same, an argument that was a flag in one of them is read anew in every call.
+
+    Returns the names of layers that only training calls, such as auxiliary heads.
+    """
+    offered: dict[tuple[str, str], list[fx.Node]] = {}
+    for other in training.nodes:
+        offered.setdefault((other.op, str(other.target)), []).append(other)
+    twins: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        same = offered.get((node.op, str(node.target)), [])
+        twin = next((other for other in same if _agree(node, other, twins)), None)
+        if twin is None:
+            raise TraceError(
+                f"the model computes different operations in training and evaluation mode, first "
+                f"at {_source(node)}; expected one forward for both; move the difference into a "
+                "module"
+            )
+        same.remove(twin)
+        twins[node] = twin
+    for node, twin in twins.items():
+        if node.op != "output":
+            node.args = _following(graph, node, node.args, twin.args)
+            node.kwargs = _following(graph, node, node.kwargs, twin.kwargs)
+    alone = set(training.nodes) - set(twins.values())
+    return [str(n.target) for n in training.nodes if n in alone and n.op == "call_module"]
+
+
+def _agree(node: fx.Node, other: fx.Node, twins: dict[fx.Node, fx.Node]) -> bool:
+    """Whether two nodes do the same to the same values, up to what the mode decides."""
+    if node.op == "output":  # auxiliary outputs follow the logits
+        theirs = other.args[0]
+        if isinstance(theirs, fx.Node) and isinstance(theirs.target, type):  # a named tuple
+            theirs = (*theirs.args, *theirs.kwargs.values())
+        first = theirs[0] if isinstance(theirs, (tuple, list)) and theirs else theirs
+        return any(_same(node.args[0], value, twins) for value in (theirs, first))
+    return _same(node.args, other.args, twins) and _same(node.kwargs, other.kwargs, twins)
+
+
+def _same(ours: Any, theirs: Any, twins: dict[fx.Node, fx.Node]) -> bool:
+    if isinstance(ours, fx.Node):
+        return twins.get(ours) is theirs
+    if isinstance(ours, (tuple, list)):
+        return (
+            isinstance(theirs, (tuple, list))
+            and len(ours) == len(theirs)
+            and all(_same(a, b, twins) for a, b in zip(ours, theirs, strict=True))
+        )
+    if isinstance(ours, dict):
+        return (
+            isinstance(theirs, dict)
+            and ours.keys() == theirs.keys()
+            and all(_same(value, theirs[key], twins) for key, value in ours.items())
+        )
+    if isinstance(ours, slice) and isinstance(theirs, slice):
+        parts = ("start", "stop", "step")
+        return all(_same(getattr(ours, p), getattr(theirs, p), twins) for p in parts)
+    return _is_flag(ours, theirs) or bool(ours == theirs)
+
+
+def _is_flag(ours: Any, theirs: Any) -> bool:
+    """`self.training`, or a rate that holds while it is true."""
+    return (ours is False and theirs is True) or (
+        type(ours) in (int, float) and ours == 0 and type(theirs) is float and theirs > 0
     )
 
 
-def _follow_mode_of(graph: fx.Graph, node: fx.Node, other: fx.Node) -> None:
-    def merged(ours: Any, theirs: Any) -> Any:
-        if ours is False and theirs is True:
-            with graph.inserting_before(node):
-                return graph.get_attr("training")
+def _following(graph: fx.Graph, node: fx.Node, ours: Any, theirs: Any) -> Any:
+    if isinstance(ours, (tuple, list)):
+        pairs = zip(ours, theirs, strict=True)
+        return type(ours)(_following(graph, node, a, b) for a, b in pairs)
+    if isinstance(ours, dict):
+        return {key: _following(graph, node, ours[key], theirs[key]) for key in ours}
+    if isinstance(ours, (fx.Node, slice)) or not _is_flag(ours, theirs):
         return ours
-
-    node.args = tuple(merged(a, b) for a, b in zip(node.args, other.args, strict=True))
-    node.kwargs = {key: merged(value, other.kwargs[key]) for key, value in node.kwargs.items()}
+    with graph.inserting_before(node):
+        flag = graph.get_attr("training")
+        return flag if theirs is True else graph.call_function(operator.mul, (flag, theirs))
 
 
 def _is_ours(filename: str) -> bool:
@@ -367,6 +488,14 @@ def _shape(value: Any) -> ops.Shape:
     return None
 
 
+def _without_data(model: nn.Module) -> Any:
+    """A copy in evaluation mode whose tensors have shapes alone."""
+    memo: dict[int, Any] = {
+        id(p): nn.Parameter(p.to("meta"), requires_grad=False) for p in model.parameters()
+    }
+    return copy.deepcopy(model, memo).to("meta").eval()
+
+
 @torch.no_grad()
 def _shapes(
     graph: fx.GraphModule, example: Tensor
@@ -376,11 +505,8 @@ def _shapes(
             f"the example input has shape {list(example.shape)}; expected images [B, C, H, W]"
         )
     size = (_BATCH, *example.shape[1:])
-    memo: dict[int, Any] = {
-        id(p): nn.Parameter(p.to("meta"), requires_grad=False) for p in graph.parameters()
-    }
     try:  # shapes alone: no arithmetic
-        run = _ShapePass(copy.deepcopy(graph, memo).to("meta").eval())
+        run = _ShapePass(_without_data(graph))
         run.run(torch.empty(size, dtype=example.dtype, device="meta"))
     except Exception:
         shadow = copy.deepcopy(graph).eval()
@@ -416,6 +542,7 @@ class _Analysis:
         self.steps: dict[fx.Node, Step] = {}
         self.values: dict[fx.Node, Value] = {}
         self._tensor_dims: dict[int, tuple[Dim, ...]] = {}
+        self._whole: set[str] = set()
 
     def walk(self) -> None:
         for node in self.graph.graph.nodes:
@@ -433,17 +560,31 @@ class _Analysis:
                         self.dims.freeze(tensor, "network output", report=False)
             else:
                 self.values[node] = self._visit(node, step)
+        self._forget_decisions()
+
+    def _forget_decisions(self) -> None:
+        """What control flow depends on must not shrink; after that nobody needs it."""
+        for node in self.graph.graph.nodes:
+            if node.meta.pop(_DECIDES, False):
+                visit = self._look(node, self.steps[node])
+                visit.freeze(tuple(visit.origins(node)), reason="decides what the model computes")
+        self.graph.graph.eliminate_dead_code()
+        self.graph.recompile()
+        self.steps = {node: self.steps[node] for node in self.graph.graph.nodes}
 
     def _visit(self, node: fx.Node, step: Step) -> Value:
-        module = self.graph.get_submodule(str(node.target)) if node.op == "call_module" else None
-        visit = Visit(
-            node, module, step, self.dims, self.values, self.shapes, _BATCH, self._declare,
-            _source(node),
-        )  # fmt: skip
-        value = (ops.rule_for(node, module) or ops.unknown)(visit)
+        visit = self._look(node, step)
+        value = (ops.rule_for(node, visit.maybe_module) or ops.unknown)(visit)
         if node in self.opaque:
             step.macs.append((self.opaque[node], ()))
         return value
+
+    def _look(self, node: fx.Node, step: Step) -> Visit:
+        module = self.graph.get_submodule(str(node.target)) if node.op == "call_module" else None
+        return Visit(
+            node, module, step, self.dims, self.values, self.shapes, _BATCH, self._declare,
+            _source(node),
+        )  # fmt: skip
 
     def _declare(self, name: str) -> tuple[Dim, ...]:
         """Dimensions of a parameter or buffer; one that is used twice has them once."""
@@ -452,8 +593,41 @@ class _Analysis:
             self._tensor_dims[id(tensor)] = tuple(self.dims.fresh(n) for n in tensor.shape)
         return self._tensor_dims[id(tensor)]
 
+    def keep_whole(self, ignore: Sequence[str], only: Sequence[str]) -> None:
+        """Freeze the widths of the layers that the user wants whole; their blocks stay too."""
+        layers = [str(n.target) for n in self.graph.graph.nodes if n.op == "call_module"]
+        for pattern in (*ignore, *only):
+            if not any(_matches(layer, pattern) for layer in layers):
+                raise ValueError(
+                    f"pattern {pattern!r} matches no layer; expected a module such as "
+                    f"{layers[0]!r}, or one that holds layers"
+                )
+        for layer in layers:
+            inside = not only or any(_matches(layer, pattern) for pattern in only)
+            if not inside or any(_matches(layer, pattern) for pattern in ignore):
+                self._whole.add(layer)
+        for variable in self._variables():
+            if not self._whole.isdisjoint(variable.producers):
+                self.dims.freeze([(Atom(variable.size, variable),)], "kept whole as asked")
+
+    def _variables(self) -> dict[Variable, int]:
+        """The free variables that some layer produces, and the least factor that each has."""
+        found: dict[Variable, int] = {}
+        for step in self.steps.values():
+            for dims in step.tensors.values():
+                for dim in dims:
+                    for atom in self.dims.resolve(dim):
+                        if atom.variable is not None and atom.variable.producers:
+                            least = found.get(atom.variable, atom.factor)
+                            found[atom.variable] = min(least, atom.factor)
+        return found
+
     def conclude(self, divisor: int | None, min_ratio: float) -> Traced:
-        branches = find_branches(self.graph, self.shapes)
+        branches = {
+            name: branch
+            for name, branch in find_branches(self.graph, self.shapes).items()
+            if self._whole.isdisjoint(str(node.target) for node in branch.nodes)
+        }
         gates: dict[fx.Node, frozenset[str]] = {
             node: frozenset(name for name, branch in branches.items() if node in branch.nodes)
             for node in self.graph.graph.nodes
@@ -491,18 +665,15 @@ class _Analysis:
             branch.addition.name: Merge(name, branch.addition.args.index(branch.shortcut))
             for name, branch in branches.items()
         }
-        return Traced(self.graph, layouts, merges, space, tuple(self.dims.frozen))
+        left_out = [
+            Frozen(name, 0, "only training calls it; left out")
+            for name in _outermost(self.graph.meta[_TRAINING_ONLY], self.graph.graph)
+        ]
+        return Traced(self.graph, layouts, merges, space, (*self.dims.frozen, *left_out))
 
     def _axes(self, divisor: int | None, min_ratio: float) -> dict[Variable, tuple[str, WidthAxis]]:
         """The free variables that some layer produces, as axes."""
-        found: dict[Variable, int] = {}
-        for step in self.steps.values():
-            for dims in step.tensors.values():
-                for dim in dims:
-                    for atom in self.dims.resolve(dim):
-                        if atom.variable is not None and atom.variable.producers:
-                            least = found.get(atom.variable, atom.factor)
-                            found[atom.variable] = min(least, atom.factor)
+        found = self._variables()
         if divisor is None:
             widest = max((v.size * factor for v, factor in found.items()), default=0)
             divisor = 8 if widest >= 128 else 1
@@ -543,9 +714,11 @@ class _Analysis:
     ) -> tuple[list[Term], list[Term]]:
         macs, params = [], []
         counted: set[int] = set()
+        fed = _fed(self.graph.graph)
         for node, step in self.steps.items():
             for coefficient, dims in step.macs:
-                per_sample, rest = divmod(coefficient, _BATCH)
+                # What parameters alone determine is computed once, however many samples there are.
+                per_sample, rest = divmod(coefficient, _BATCH if node in fed else 1)
                 if rest:
                     raise TraceError(
                         f"the cost of {_source(node)} does not grow with the batch; expected an "
@@ -575,6 +748,31 @@ class _Analysis:
                             name = axes[atom.variable][0]
                             homes[name] = homes.get(name, gates[node]) & gates[node]
         return homes
+
+
+def _matches(layer: str, pattern: str) -> bool:
+    """Whether a pattern names a layer or a module that holds it."""
+    return fnmatchcase(layer, pattern) or fnmatchcase(layer, f"{pattern}.*")
+
+
+def _outermost(layers: Iterable[str], graph: fx.Graph) -> list[str]:
+    """The modules that hold these layers and none that the graph calls."""
+    called = [str(node.target) for node in graph.nodes if node.op == "call_module"]
+    found: dict[str, None] = {}
+    for layer in layers:
+        parts = layer.split(".")
+        names = [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
+        found[next(n for n in names if not any(f"{c}.".startswith(f"{n}.") for c in called))] = None
+    return list(found)
+
+
+def _fed(graph: fx.Graph) -> set[fx.Node]:
+    """Nodes whose value depends on the images."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op == "placeholder" or not found.isdisjoint(node.all_input_nodes):
+            found.add(node)
+    return found
 
 
 def _attribute(root: nn.Module, name: str) -> Any:

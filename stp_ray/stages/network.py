@@ -6,7 +6,7 @@ from torch import nn
 
 from ..config import RunConfig
 from ..data import DataSummary
-from ..elastic import Supernet
+from ..elastic import Supernet, importance
 from ..errors import ConfigError, DataError, StorageError
 from ..models import build_model
 
@@ -30,9 +30,16 @@ def build_supernet(config: RunConfig, summary: DataSummary) -> Supernet:
     if config.model.weights:
         load_weights(model, config.model.weights)
     example = torch.zeros(1, 3, size, size)
-    net = Supernet.trace(
-        model, example, divisor=config.space.divisor, min_ratio=config.space.min_ratio
-    )
+    space = config.space
+    try:
+        net = Supernet.trace(
+            model, example, divisor=space.divisor, min_ratio=space.min_ratio,
+            ignore=space.ignore, only=space.only,
+        )  # fmt: skip
+    except ValueError as error:  # a pattern; the rest is checked with the configuration
+        raise ConfigError(f"space.ignore and space.only: {error}") from error
+    if config.model.weights and config.model.ranking:
+        net.rank(importance(net, config.model.ranking))
     classes = _logits(net, example)
     if classes != summary.num_classes:
         raise DataError(

@@ -47,3 +47,23 @@ def assert_exact(
         assert float((net(images, subnet) - out).abs().max()) <= 1e-10 * float(out.abs().max())
         cost = net.cost(subnet)
         assert (macs, sum(p.numel() for p in small.parameters())) == (cost.macs, cost.params)
+
+
+def assert_gradients_agree(net: Supernet, small: nn.Module, subnet: Subnet) -> None:
+    """What the slice kept has the extraction's gradient, what it dropped has none."""
+    theirs = {name: p.grad for name, p in small.named_parameters()}
+    cuts = net.slices(subnet)
+    for name, parameter in net.model.named_parameters():
+        if theirs.get(name) is None:  # in a dropped block
+            assert parameter.grad is None or not parameter.grad.any(), name
+            continue
+        grad, dropped = parameter.grad, parameter.grad.clone()
+        places = [torch.arange(size) for size in grad.shape]
+        for dim, ranges in cuts.get(name, {}).items():
+            places[dim] = torch.cat([torch.arange(*bounds) for bounds in ranges])
+        kept = grad[torch.meshgrid(*places, indexing="ij")]
+        dropped[torch.meshgrid(*places, indexing="ij")] = 0
+        assert kept.shape == theirs[name].shape, name
+        largest = max(float(theirs[name].abs().max()), 1e-8)
+        assert float((kept - theirs[name]).abs().max()) <= 1e-9 * largest, name
+        assert float(dropped.abs().max()) <= 1e-8, name

@@ -16,7 +16,7 @@ from stp_ray.method import calibrate
 from stp_ray.models import build_model
 
 from .networks import Own, Tokens, pixels, randomised
-from .same import counted_macs
+from .same import assert_gradients_agree, counted_macs
 
 #: Small ones, of full depth: builder, image size.
 FAMILIES: dict[str, tuple[Callable[[], nn.Module], int]] = {
@@ -167,26 +167,6 @@ def test_training_a_slice_is_training_its_extraction(family):
         assert_gradients_agree(net, small, subnet)
         net.zero_grad()
     net.eval()
-
-
-def assert_gradients_agree(net: Supernet, small: nn.Module, subnet: Subnet) -> None:
-    """What the slice kept has the extraction's gradient, what it dropped has none."""
-    theirs = {name: p.grad for name, p in small.named_parameters()}
-    cuts = net.slices(subnet)
-    for name, parameter in net.model.named_parameters():
-        if theirs.get(name) is None:  # in a dropped block
-            assert parameter.grad is None or not parameter.grad.any(), name
-            continue
-        grad, dropped = parameter.grad, parameter.grad.clone()
-        places = [torch.arange(size) for size in grad.shape]
-        for dim, ranges in cuts.get(name, {}).items():
-            places[dim] = torch.cat([torch.arange(*bounds) for bounds in ranges])
-        kept = grad[torch.meshgrid(*places, indexing="ij")]
-        dropped[torch.meshgrid(*places, indexing="ij")] = 0
-        assert kept.shape == theirs[name].shape, name
-        largest = max(float(theirs[name].abs().max()), 1e-8)
-        assert float((kept - theirs[name]).abs().max()) <= 1e-9 * largest, name
-        assert float(dropped.abs().max()) <= 1e-8, name
 
 
 def test_the_main_network_is_the_original_to_the_bit(family):

@@ -1,16 +1,18 @@
 """What tracing takes, what it freezes, and what it refuses."""
 
+import math
 import re
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torchvision.models import mobilenet_v2, swin_t
 
 from stp_ray.elastic import Supernet
 from stp_ray.errors import TraceError
+from stp_ray.models import build_model
 
 from .networks import Own, Written, pixels, randomised, supernet
 from .same import assert_exact
@@ -339,3 +341,101 @@ def test_an_extracted_network_can_be_traced_again():
     assert again.cost() == net.cost(net.space.uniform(0.5))
     assert len(again.space.axes) == len(net.space.axes)
     assert_exact(again, model=small)
+
+
+def test_ignored_layers_stay_whole_with_their_blocks():
+    model, images = build_model("resnet20", num_classes=4), torch.zeros(1, 3, 8, 8)
+    free = Supernet.trace(model, images)
+    kept = Supernet.trace(model, images, ignore=["layer3", "*.0.conv1"])
+    gone = {layer for axis in free.space.axes for layer in axis.layers} - {
+        layer for axis in kept.space.axes for layer in axis.layers
+    }
+    assert {"layer3.1.conv1", "layer3.0.conv1", "layer1.0.conv1"} <= gone
+    assert "layer2.1.conv1" not in gone
+    assert not [block.name for block in kept.space.blocks if block.name.startswith("layer3")]
+    assert {f.reason for f in kept.frozen} == {"kept whole as asked"}
+    small = kept.extract(kept.space.smallest)
+    for name, module in small.named_modules():
+        if name.startswith("layer3") and isinstance(module, nn.Conv2d):
+            assert module.out_channels == 64
+
+
+def test_only_these_layers_are_elastic():
+    model, images = build_model("resnet20", num_classes=4), torch.zeros(1, 3, 8, 8)
+    net = Supernet.trace(model, images, only=["layer2.*"])
+    assert net.space.axes and net.space.blocks
+    for axis in net.space.axes:
+        assert all(layer.startswith("layer2.") for layer in axis.layers)
+    assert all(block.name.startswith("layer2.") for block in net.space.blocks)
+    assert 0 < net.space.elastic_share < 1
+
+
+def test_a_pattern_that_matches_nothing_is_named():
+    model = build_model("resnet20", num_classes=4)
+    with pytest.raises(ValueError, match=r"pattern 'layer9' matches no layer.*'conv1'"):
+        Supernet.trace(model, torch.zeros(1, 3, 8, 8), ignore=["layer9"])
+
+
+class SizeDecides(nn.Module):
+    """Control flow that depends on the size of the images, on the batch, or on a width."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.what = what
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.mix = nn.Conv2d(8, 6, 1)
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        if x.shape[{"height": 2, "batch": 0, "width": 1}[self.what]] > 4:
+            x = x.relu()
+        return self.head(self.mix(x)[:, :, : math.ceil(x.shape[3] / 2)].mean((2, 3)))
+
+
+def test_control_flow_may_depend_on_the_size_of_the_images():
+    net = supernet(SizeDecides("height"))
+    assert net.frozen == ()
+    assert_exact(net)
+
+
+def test_a_width_that_decides_does_not_shrink():
+    net = supernet(SizeDecides("width"))
+    assert [(f.name, f.reason.split(":")[0]) for f in net.frozen] == [
+        ("stem", "decides what the model computes")
+    ]
+    assert_exact(net)
+
+
+def test_control_flow_on_the_batch_is_refused():
+    with pytest.raises(TraceError, match=r"control flow"):
+        supernet(SizeDecides("batch"))
+
+
+class Auxiliary(nn.Module):
+    """A head that only training calls, and a rate that only training applies."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.aux = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        x = self.stem(x)
+        aux = self.aux(x) if self.training else None
+        x = F.dropout(x.mean((2, 3)), 0.5 if self.training else 0.0)
+        return (self.head(x), aux) if self.training else self.head(x)
+
+
+def test_auxiliary_heads_are_left_out_and_named():
+    net = supernet(Auxiliary())
+    assert [(f.name, f.reason) for f in net.frozen] == [("aux", "only training calls it; left out")]
+    assert_exact(net)
+    images = pixels(2)
+    net.train()
+    torch.manual_seed(0)
+    one = net(images)
+    assert not torch.equal(one, net(images))  # dropout draws anew
+    net.eval()
+    assert torch.equal(net(images), net(images))

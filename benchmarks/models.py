@@ -1,0 +1,159 @@
+"""What can be pruned in other people's classifiers, at their own size.
+
+    python benchmarks/models.py            # writes docs/models.md
+    python benchmarks/models.py resnet50   # prints the row of one model
+
+Tracing needs shapes alone, so no weights are made. Seconds are those of one tracing on one thread.
+"""
+
+import argparse
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torchvision import models
+
+from stp_ray.elastic import Supernet
+from stp_ray.errors import TraceError
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+
+TIMM = [
+    "cait_xxs24_224", "coat_lite_tiny", "convnext_atto", "convnextv2_atto", "crossvit_tiny_240",
+    "cspresnet50", "deit_small_patch16_224", "deit_tiny_patch16_224", "densenet121", "dla34",
+    "edgenext_xx_small", "efficientformer_l1", "efficientnet_b0", "fastvit_t8", "ghostnet_100",
+    "gmlp_s16_224", "hrnet_w18_small", "inception_v4", "lcnet_050", "levit_128s", "mixer_s32_224",
+    "mobilenetv3_small_100", "mobilenetv4_conv_small", "mobilevit_xxs", "nfnet_f0", "pit_ti_224",
+    "poolformer_s12", "regnety_004", "repvgg_a0", "res2net50_26w_4s", "resnest14d",
+    "resnext50_32x4d", "rexnet_100", "seresnet50", "skresnet18", "swin_tiny_patch4_window7_224",
+    "tinynet_e", "vgg11_bn", "vit_tiny_patch16_224", "xception41", "xcit_nano_12_p16_224",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model: what was found, or why it could not be traced."""
+
+    name: str
+    macs: int = 0
+    axes: int = 0
+    blocks: int = 0
+    share: float = 0.0
+    least: float = 0.0
+    seconds: float = 0.0
+    frozen: tuple[tuple[str, int], ...] = ()
+    error: str = ""
+
+
+def look(library: str, name: str) -> Row:
+    """Trace a model of torchvision or timm at its own image size."""
+    # Some constructors compute with tensors, which has to be possible.
+    device = torch.device("cpu" if name.startswith("regnet") else "meta")
+    with device:
+        if library == "timm":
+            import timm
+
+            model = timm.create_model(name)
+            size = model.default_cfg["input_size"][-1]
+        else:
+            options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+            model = models.get_model(name, **options)
+            size = _image_size(name)
+        started = time.perf_counter()
+        try:
+            net = Supernet.trace(model.eval(), torch.empty(1, 3, size, size))
+        except TraceError as error:
+            return Row(name, error=str(error).partition("; expected")[0])
+    full, least = net.cost(), net.cost(net.space.smallest)
+    reasons: dict[str, int] = {}
+    for frozen in net.frozen:
+        reason = frozen.reason
+        if reason.startswith("no width below"):
+            reason = "too few units for a smaller width"
+        reasons[reason] = reasons.get(reason, 0) + 1
+    return Row(
+        name,
+        full.macs,
+        len(net.space.axes),
+        len(net.space.blocks),
+        net.space.elastic_share,
+        least.macs / full.macs,
+        time.perf_counter() - started,
+        tuple(reasons.items()),
+    )
+
+
+def _image_size(name: str) -> int:
+    weights = models.get_model_weights(name)
+    (crop,) = (weights.DEFAULT.transforms.keywords["crop_size"],)
+    return crop[0] if isinstance(crop, list) else crop
+
+
+def page(tables: dict[str, list[Row]]) -> str:
+    """docs/models.md."""
+    lines = [
+        "# Models",
+        "",
+        "Written by `python benchmarks/models.py`: classifiers of torchvision and timm, traced as "
+        "they are at their own image size. *Elastic* is the share of the MACs that some width or "
+        "block can change, *least* what the smallest subnet costs of the whole (widths at an "
+        "eighth, as far as the divisor allows, and all droppable blocks gone), *seconds* the time "
+        f"to trace on one CPU thread, torch {torch.__version__.partition('+')[0]}. `make "
+        "test-models` checks models of each family: sliced run against extraction, prices against "
+        "PyTorch's counter, gradients.",
+    ]
+    for library, rows in tables.items():
+        failed = [row for row in rows if row.error]
+        lines += [
+            "",
+            f"## {library}",
+            "",
+            f"{len(rows) - len(failed)} of {len(rows)} are traced.",
+            "",
+            "| model | MACs | elastic % | least % | axes | blocks | seconds |",
+            "| --- | --- | --- | --- | --- | --- | --- |",
+        ]
+        lines += [
+            f"| {r.name} | {r.macs / 1e6:,.0f} M | {100 * r.share:.1f} | {100 * r.least:.2f} "
+            f"| {r.axes} | {r.blocks} | {r.seconds:.1f} |"
+            for r in rows
+            if not r.error
+        ]
+        lines += ["", f"### What stays whole, {library}", ""]
+        for row in rows:
+            for reason, count in row.frozen[:3]:
+                lines.append(f"- {row.name}, {count} layer{'s' * (count > 1)}: {_quoted(reason)}")
+            if len(row.frozen) > 3:
+                rest = sum(count for _, count in row.frozen[3:])
+                lines.append(f"- {row.name}, {rest} more layers, for reasons of the same kind")
+        if failed:
+            lines += ["", f"### What cannot be traced, {library}", ""]
+            lines += [f"- {row.name}: {_quoted(row.error)}" for row in failed]
+    return "\n".join(lines) + "\n"
+
+
+def _quoted(text: str) -> str:
+    """A reason without the user's line of code, which is not ours to repeat."""
+    parts = text.split("`")
+    return " ".join("".join(parts[::2]).split()).rstrip(": ")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("names", nargs="*", help="models to print; none writes the page")
+    names = parser.parse_args().names
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    if names:
+        for name in names:
+            print(look("timm" if name in TIMM else "torchvision", name))
+        return
+    zoos = {"torchvision": models.list_models(module=models), "timm": TIMM}
+    tables = {library: [look(library, name) for name in zoo] for library, zoo in zoos.items()}
+    (DOCS / "models.md").write_text(page(tables))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""Ranking moves units, never the output; slices after it keep the units with the best scores."""
+
+import random
+
+import pytest
+import torch
+from torch import nn
+from torchvision.models import swin_v2_t
+
+from stp_ray.elastic import Supernet, importance
+from stp_ray.models import build_model
+
+from .networks import Own, Tokens, pixels, randomised, supernet
+
+NETWORKS = {
+    "own": (Own, 8),
+    "tokens": (Tokens, 8),
+    "resnet20": (lambda: build_model("resnet20", num_classes=5), 8),
+    "swin_v2_t": (lambda: swin_v2_t(num_classes=5), 64),
+}
+
+
+def random_scores(net, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return {axis.name: torch.rand(axis.size, generator=generator) for axis in net.space.axes}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@torch.no_grad()
+def test_any_order_leaves_the_output(name):
+    build, size = NETWORKS[name]
+    model = randomised(build().double(), pixels(8, size))
+    images = pixels(2, size)
+    net = Supernet.trace(model, images, divisor=1).eval()
+    before = net(images)
+    weights = {key: value.clone() for key, value in net.state_dict().items()}
+    net.rank(random_scores(net))
+    assert any(not torch.equal(value, weights[key]) for key, value in net.state_dict().items())
+    assert float((net(images) - before).abs().max()) <= 1e-10 * float(before.abs().max())
+    subnet = net.space.sample(random.Random(0))
+    small = net.extract(subnet)
+    assert float((net(images, subnet) - small(images)).abs().max()) <= 1e-10
+
+
+@torch.no_grad()
+def test_a_prefix_holds_the_units_with_the_best_scores():
+    net = supernet(build_model("resnet20", num_classes=5))
+    axis = next(axis for axis in net.space.axes if len(axis.layers) == 1)
+    weight = net.model.get_submodule(axis.name).weight
+    before = weight.clone()
+    scores = torch.randperm(axis.size).double()
+    net.rank({axis.name: scores})
+    assert torch.equal(weight, before[scores.argsort(descending=True)])
+
+
+@pytest.mark.parametrize("kind", ["l1", "l2", "norm", "taylor"])
+def test_dead_units_score_lowest(kind):
+    net = supernet(build_model("resnet20", num_classes=5))
+    if kind == "taylor":
+        net(pixels(4)).square().sum().backward()
+    axis = next(axis for axis in net.space.axes if len(axis.layers) == 1)
+    dead = [0, axis.size // 2]
+    with torch.no_grad():
+        for name, dims in net.segments.items():
+            tensor = dict(net.model.named_parameters()).get(name)
+            for dim, segments in enumerate(dims):
+                if tensor is not None and segments and segments[0][2] == axis.name:
+                    tensor.index_fill_(dim, torch.tensor(dead), 0)
+    scores = importance(net, kind)
+    assert set(scores) == {axis.name for axis in net.space.axes}
+    assert set(scores[axis.name].argsort()[: len(dead)].tolist()) == set(dead)
+    assert all(len(scores[a.name]) == a.size for a in net.space.axes)
+
+
+def test_ranked_slices_of_given_weights_lose_less():
+    """Half of the units are worth nothing, at random places: ranked, a half-width slice is the
+    whole network."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(8, 4),
+    ).double()  # fmt: skip
+    with torch.no_grad():
+        dead = torch.randperm(16)[:8]
+        model[0].weight[dead] = 0
+        model[0].bias[dead] = 0
+    images = pixels(4)
+    net = Supernet.trace(model, images, divisor=1)
+    half = net.space.full
+    half = type(half)({**half.widths, "0": 8})
+    with torch.no_grad():
+        whole = net(images)
+        assert not torch.allclose(net(images, half), whole)
+        net.rank(importance(net, "l2"))
+        assert torch.allclose(net(images, half), whole)
+
+
+def test_mistakes_are_named():
+    net = supernet(build_model("resnet20", num_classes=5))
+    with pytest.raises(ValueError, match="axis 'nowhere'"):
+        net.rank({"nowhere": torch.ones(3)})
+    axis = net.space.axes[0]
+    with pytest.raises(ValueError, match=f"have length 3; expected {axis.size}"):
+        net.rank({axis.name: torch.ones(3)})
+    with pytest.raises(ValueError, match="expected l1, l2, norm or taylor"):
+        importance(net, "magic")
+    with pytest.raises(ValueError, match=r"no gradient.*backward"):
+        importance(net, "taylor")
