@@ -44,7 +44,7 @@ test: lint
 	$(BIN)/pytest --cov --cov-report=term
 
 test-models: setup
-	$(BIN)/pytest -m models tests/elastic/test_zoo.py
+	$(BIN)/pytest -m models tests/elastic
 
 format: setup
 	$(BIN)/ruff check --fix .

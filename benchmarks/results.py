@@ -29,7 +29,9 @@ RECIPES = {
     "cifar10_resnet20_cpu": (
         "CIFAR-10 (JPEG) resized to 16 px, ResNet-20, 10,000 test images; a reduced protocol for "
         "two CPU cores. The control is the pruned shape trained from scratch for as many epochs "
-        "as supernet and ladder have together, on the same images and with the baseline's options."
+        "as supernet and ladder have together, on the same images and with the baseline's options. "
+        "The learning rate falls once over supernet and ladder, so main, which is measured between "
+        "them, is that of a network in the middle of its training."
     ),
 }
 
@@ -85,6 +87,7 @@ def render() -> None:
     ]
     for recipe in sorted(runs, key=lambda name: list(RECIPES).index(name)):
         parts += _section(recipe, runs[recipe])
+    parts += _calibration()
     parts += [
         "## What was not measured",
         "",
@@ -99,6 +102,28 @@ def render() -> None:
             picture = accuracy_against_macs(runs[recipe][0]["summary"], "svg")
             (DOCS / "accuracy.svg").write_bytes(picture)
             break
+
+
+def _calibration() -> list[str]:
+    """How much the images matter that BatchNorm statistics are measured on."""
+    found = [json.loads(path.read_text()) for path in sorted(KEPT.glob("calibration/*.json"))]
+    if not found:
+        return []
+    lines = [
+        "## Calibration",
+        "",
+        "Top-1 of the same pruned weights with BatchNorm statistics of plain training images and "
+        "of augmented ones, which is what the pipeline does (`python benchmarks/calibration.py "
+        "RUN`).",
+        "",
+        _row(["run", "seed", "budget", "images", "plain", "augmented"]),
+        _row(["---"] * 6),
+    ]
+    for run in found:
+        for label, top1 in run["top1"].items():
+            figures = [_pct(top1["plain"]), _pct(top1["augmented"])]
+            lines.append(_row([run["recipe"], run["seed"], label, run["images"], *figures]))
+    return [*lines, ""]
 
 
 def _section(recipe: str, runs: list[dict[str, Any]]) -> list[str]:

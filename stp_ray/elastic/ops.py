@@ -824,14 +824,15 @@ def _takes_all(part: slice, size: int) -> bool:
 
 def passive(visit: Visit) -> Value:
     """Yields no tensor (a shape, a size, an assertion) or integers computed from one."""
-    if isinstance(visit.shape, (torch.Size, list)) and _tensors_in(visit.shape):
+    if isinstance(visit.shape, (torch.Size, list)) and tensors_in(visit.shape):
         return unknown(visit)
     return None
 
 
-def _tensors_in(shape: Shape) -> bool:
+def tensors_in(shape: Shape) -> bool:
+    """Whether a node yields a tensor, alone or among others."""
     return isinstance(shape, torch.Size) or (
-        isinstance(shape, list) and any(_tensors_in(item) for item in shape)
+        isinstance(shape, list) and any(tensors_in(item) for item in shape)
     )
 
 

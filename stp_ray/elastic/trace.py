@@ -714,12 +714,14 @@ class _Analysis:
     ) -> tuple[list[Term], list[Term]]:
         macs, params = [], []
         counted: set[int] = set()
-        fed = _fed(self.graph.graph)
+        by_images, by_sizes = self._fed(tensors=True), self._fed(tensors=False)
         for node, step in self.steps.items():
             for coefficient, dims in step.macs:
-                # What parameters alone determine is computed once, however many samples there are.
-                per_sample, rest = divmod(coefficient, _BATCH if node in fed else 1)
-                if rest:
+                per_sample, rest = divmod(coefficient, _BATCH)
+                if node not in by_images and (rest or node not in by_sizes):
+                    # Parameters alone determine it: it is computed once for all samples.
+                    per_sample = coefficient
+                elif rest:
                     raise TraceError(
                         f"the cost of {_source(node)} does not grow with the batch; expected an "
                         "operation that treats every sample alike"
@@ -734,6 +736,17 @@ class _Analysis:
                     extents = tuple(_extent(self.dims.resolve(dim), axes) for dim in dims)
                     params.append(Term(1, extents, gates[node]))
         return macs, params
+
+    def _fed(self, *, tensors: bool) -> set[fx.Node]:
+        """Nodes whose value depends on the images: through tensors, or also through sizes."""
+        found: set[fx.Node] = set()
+        for node in self.graph.graph.nodes:
+            sources = found.intersection(node.all_input_nodes)
+            if tensors:
+                sources = {s for s in sources if ops.tensors_in(self.shapes[s])}
+            if node.op == "placeholder" or sources:
+                found.add(node)
+        return found
 
     def _homes(
         self, axes: dict[Variable, tuple[str, WidthAxis]], gates: dict[fx.Node, frozenset[str]]
@@ -764,15 +777,6 @@ def _outermost(layers: Iterable[str], graph: fx.Graph) -> list[str]:
         names = [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
         found[next(n for n in names if not any(f"{c}.".startswith(f"{n}.") for c in called))] = None
     return list(found)
-
-
-def _fed(graph: fx.Graph) -> set[fx.Node]:
-    """Nodes whose value depends on the images."""
-    found: set[fx.Node] = set()
-    for node in graph.nodes:
-        if node.op == "placeholder" or not found.isdisjoint(node.all_input_nodes):
-            found.add(node)
-    return found
 
 
 def _attribute(root: nn.Module, name: str) -> Any:

@@ -94,8 +94,8 @@ class Images:
 
     def calibration(self, seed: int, count: int, device: torch.device) -> Iterator[Tensor]:
         """Batches of training images [B, 3, H, W] to measure BatchNorm statistics on, augmented
-        as in training: a network trained on padded crops has other statistics on plain images,
-        which cost 3.4 points of top-1 where it was measured (docs/results.md)."""
+        as in training: a network trained on padded crops has other statistics on plain images
+        (docs/results.md shows what that costs)."""
         if self.data is None:
             split = load_split(self.options, "train", count)
         else:
