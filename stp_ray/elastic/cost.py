@@ -148,13 +148,25 @@ class CostTable:
 
         Args:
             widths: int64 [N, axes].
-            dropped: 0 or 1, int64 [N, blocks].
+            dropped: 0 or 1, int64 [N, blocks], or [1, blocks] for all rows.
 
         Returns:
             Two int64 arrays [N]: MACs of one sample, parameters.
         """
         extents = widths @ self._matrix + self._constant
         return self._sum(extents, dropped, self._macs), self._sum(extents, dropped, self._params)
+
+    def fits(
+        self, widths: np.ndarray, dropped: np.ndarray, limits: tuple[float, float]
+    ) -> np.ndarray:
+        """Which of N subnets keep limits of MACs and parameters; bool [N]. Arguments as for
+        `price`; what is not limited is not priced."""
+        extents = widths @ self._matrix + self._constant
+        within = np.ones(len(widths), dtype=bool)
+        for terms, most in zip((self._macs, self._params), limits, strict=True):
+            if most != float("inf"):
+                within &= self._sum(extents, dropped, terms) <= most
+        return within
 
     @staticmethod
     def _sum(

@@ -56,6 +56,10 @@ class ResidualBlock:
     layers: tuple[str, ...] = ()
 
 
+#: Places of the exponents that are tried at once when a draw is fitted to a budget.
+_GRID = np.linspace(0, 1, 16)
+
+
 class SearchSpace:
     """All subnets of one supernet, with their prices. Immutable.
 
@@ -121,7 +125,15 @@ class SearchSpace:
 
     def cost(self, subnet: Subnet | None = None) -> Cost:
         """The price of one subnet (of the main network without one). Touches no tensor."""
-        return self.costs([subnet or self.full])[0]
+        return self._full_cost if subnet is None else self.costs([subnet])[0]
+
+    @cached_property
+    def _full_cost(self) -> Cost:
+        return self.costs([self.full])[0]
+
+    @cached_property
+    def _least_cost(self) -> Cost:
+        return self.costs([self.smallest])[0]
 
     def costs(self, subnets: Sequence[Subnet]) -> list[Cost]:
         """The prices of many subnets at once."""
@@ -140,7 +152,7 @@ class SearchSpace:
 
     def require(self, budget: Budget) -> None:
         """Raise BudgetError if not even the smallest subnet keeps the budget."""
-        least, full = self.cost(self.smallest), self.cost()
+        least, full = self._least_cost, self._full_cost
         if not budget.admits(least, of=full):
             raise BudgetError(
                 f"no subnet keeps the budget {budget.label}: the cheapest one costs {least.macs:,} "
@@ -200,25 +212,31 @@ class SearchSpace:
         if budget is None:
             return self._at(places, dropped)
         self.require(budget)
+        limits = budget.limits(self._full_cost)
+        floor, full = self._ends
         kept = [block.name for block in self.blocks if block.name not in dropped]
         rng.shuffle(kept)
-        while not self.admits(Subnet(self.smallest.widths, dropped), budget):
+        while not self._table.fits(floor, self._flags(dropped), limits)[0]:
             dropped.append(kept.pop())
         rng.shuffle(dropped)
         while (
             dropped
-            and self.admits(Subnet(self.full.widths, dropped), budget)
-            and self.admits(Subnet(self.smallest.widths, dropped[:-1]), budget)
+            and self._table.fits(full, self._flags(dropped), limits)[0]
+            and self._table.fits(floor, self._flags(dropped[:-1]), limits)[0]
         ):
             dropped.pop()  # even the full widths of the other blocks would leave budget unused
         low, high = 1e-3, 1e3
+        drawn, flags = floor[0], self._flags(dropped)
         for _ in range(3):  # a grid, refined twice: about 1 % of the exponent
-            exponents = np.geomspace(low, high, 16)
-            fits = self._fits(places[None, :] ** exponents[:, None], dropped, budget)
-            first = int(np.argmax(fits)) if fits.any() else len(exponents) - 1
+            exponents = low * (high / low) ** _GRID
+            widths = self._widths_at(places ** exponents[:, None])
+            fits = self._table.fits(widths, flags, limits)
+            if not fits.any():
+                break
+            first = int(np.argmax(fits))
+            drawn = widths[first]
             low, high = exponents[max(first - 1, 0)], exponents[first]
-        drawn = self._at(places**high, dropped)
-        return drawn if self.admits(drawn, budget) else self._at(np.zeros_like(places), dropped)
+        return self._subnet(drawn, dropped)
 
     def mutate(
         self, subnet: Subnet, rng: random.Random, p: float, budget: Budget | None = None
@@ -286,31 +304,41 @@ class SearchSpace:
 
     # -- internals ------------------------------------------------------------------
 
+    @cached_property
+    def _choices(self) -> tuple[np.ndarray, np.ndarray]:
+        """Widths to choose from, [axes, most], and how many there are, [axes]."""
+        counts = np.array([len(axis.choices) for axis in self.axes], dtype=np.int64)
+        table = np.zeros((len(self.axes), int(counts.max(initial=1))), dtype=np.int64)
+        for row, axis in zip(table, self.axes, strict=True):
+            row[: len(axis.choices)] = axis.choices
+        return table, counts
+
     def _widths_at(self, places: np.ndarray) -> np.ndarray:
         """Widths [..., axes] for places in [0, 1] [..., axes] among each axis's choices."""
-        columns = []
-        for i, axis in enumerate(self.axes):
-            last = len(axis.choices) - 1
-            index = np.minimum((places[..., i] * (last + 1)).astype(np.int64), last)
-            columns.append(np.asarray(axis.choices, dtype=np.int64)[index])
-        return np.stack(columns, axis=-1) if columns else np.zeros(places.shape, dtype=np.int64)
+        table, counts = self._choices
+        index = np.minimum((places * counts).astype(np.int64), counts - 1)
+        return table[np.arange(len(counts)), index]
 
     def _at(self, places: np.ndarray, dropped: Iterable[str]) -> Subnet:
-        widths = self._widths_at(places).tolist()
+        return self._subnet(self._widths_at(places), dropped)
+
+    def _subnet(self, widths: np.ndarray, dropped: Iterable[str]) -> Subnet:
         named: Mapping[str, int] = {
-            a.name: width for a, width in zip(self.axes, widths, strict=True)
+            a.name: width for a, width in zip(self.axes, widths.tolist(), strict=True)
         }
         return self.canonical(Subnet(named, dropped))
 
-    def _fits(self, places: np.ndarray, dropped: Iterable[str], budget: Budget) -> np.ndarray:
-        """Which rows of places [N, axes] keep the budget; bool [N]."""
+    @cached_property
+    def _ends(self) -> tuple[np.ndarray, np.ndarray]:
+        """The smallest and the full widths, each [1, axes]."""
+        ends = [[axis.choices[0] for axis in self.axes], [axis.size for axis in self.axes]]
+        smallest, full = (np.array([widths], dtype=np.int64) for widths in ends)
+        return smallest, full
+
+    def _flags(self, dropped: Iterable[str]) -> np.ndarray:
+        """1 for each block that is dropped; int64 [1, blocks]."""
         gone = set(dropped)
-        flags = np.array([[block.name in gone for block in self.blocks]], dtype=np.int64)
-        macs, params = self._table.price(
-            self._widths_at(places), np.repeat(flags.reshape(1, -1), len(places), axis=0)
-        )
-        most_macs, most_params = budget.limits(self.cost())
-        return (macs <= most_macs) & (params <= most_params)
+        return np.array([[block.name in gone for block in self.blocks]], dtype=np.int64)
 
     def _settle(
         self,
