@@ -106,7 +106,7 @@ class ModelOptions(_Section):
     kwargs: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of the model's function."""
     weights: str | None = None
-    """URI of a state dict to start from (safetensors, or torch.save read without pickle); null:
+    """URI of a state dict to start from (safetensors, or torch.save read with weights_only); null:
     random weights."""
     ranking: Literal["l1", "l2", "norm"] | None = "l2"
     """How the units of given weights are put in order, so that narrow subnets keep the best ones;

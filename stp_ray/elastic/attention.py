@@ -28,7 +28,15 @@ class MultiheadSelfAttention(nn.Module):
     out_proj: nn.Linear
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, need_weights: bool = False
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: None = None,
+        need_weights: bool = False,
+        attn_mask: None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
     ) -> tuple[Tensor, None]:
         x_ble = query if self.batch_first else query.transpose(0, 1)
         batch, tokens, _ = x_ble.shape

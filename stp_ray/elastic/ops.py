@@ -46,6 +46,7 @@ class Step:
         narrow_class: the class that a narrowed module takes, where it is not its own.
         norm: whether the module keeps running statistics of its batches.
         scratch: buffers that a module without a rule may write while it trains.
+        opaque: whether only PyTorch's counter knows what it costs.
     """
 
     tensors: dict[str, tuple[Dim, ...]] = field(default_factory=dict)
@@ -55,6 +56,11 @@ class Step:
     narrow_class: type[nn.Module] | None = None
     norm: bool = False
     scratch: tuple[str, ...] = ()
+    opaque: bool = False
+
+
+#: What a tensor tells that no width changes.
+_NO_SIZE = frozenset(["dim", "ndimension", "ndim", "dtype", "device", "get_device"])
 
 
 class Visit:
@@ -99,7 +105,21 @@ class Visit:
         """An argument of the call by position (the receiver of a method is 0) or keyword."""
         if len(self.node.args) > position:
             return self.node.args[position]
-        return self.node.kwargs.get(name, default)
+        names = (name, "axis") if name == "dim" else (name,)
+        return next((self.node.kwargs[n] for n in names if n in self.node.kwargs), default)
+
+    @property
+    def x(self) -> Value:
+        """The dimensions of the first input."""
+        kwargs = self.node.kwargs
+        return self.value(self.node.args[0] if self.node.args else kwargs.get("input"))
+
+    def parts(self) -> list[Value]:
+        """The dimensions of each of several tensors given as one argument."""
+        given = self.argument(0, "tensors")
+        if isinstance(given, fx.Node):
+            return list(self.value(given))
+        return [self.value(part) for part in given]
 
     def key(self, position: int, name: str) -> int | str:
         """How `Step.arguments` names that argument."""
@@ -114,7 +134,9 @@ class Visit:
 
     def origins(self, value: Any) -> list[Dim]:
         """The elastic dimensions whose lengths an integer was computed from."""
-        if not isinstance(value, fx.Node) or isinstance(self._shapes[value], torch.Size):
+        if not isinstance(value, fx.Node) or tensors_in(self._shapes[value]):
+            return []
+        if _NO_SIZE.intersection((str(value.target), *map(str, value.args[1:2]))):
             return []
         source, place = value, None
         if value.target is operator.getitem and isinstance(value.args[0], fx.Node):
@@ -204,7 +226,7 @@ Rule = Callable[[Visit], Value]
 
 
 def linear(visit: Visit) -> Value:
-    x = visit.value(visit.node.args[0])
+    x = visit.x
     module = visit.module
     weight = visit.tensor("weight", None, x[-1])
     out = visit.dims.produced(weight[0], visit.layer)
@@ -217,9 +239,10 @@ def linear(visit: Visit) -> Value:
 
 
 def convolution(visit: Visit) -> Value:
-    x, module = visit.value(visit.node.args[0]), visit.module
+    x, module = visit.x, visit.module
     if len(x) != module.weight.dim():
         visit.freeze(x, reason="convolution of an input without a batch dimension")
+        visit.step.opaque = True
         return visit.constants()
     channels, groups = x[1], module.groups
     area = prod(visit.shape[2:]) * prod(module.kernel_size) * visit.shape[0]
@@ -244,7 +267,7 @@ def convolution(visit: Visit) -> Value:
 
 
 def batch_norm(visit: Visit) -> Value:
-    x = visit.value(visit.node.args[0])
+    x = visit.x
     for name in ("weight", "bias", "running_mean", "running_var"):
         visit.tensor(name, x[1])
     visit.step.attributes["num_features"] = Size(x[1])
@@ -261,7 +284,7 @@ def batch_norm_and_more(visit: Visit) -> Value:
 
 
 def layer_norm(visit: Visit) -> Value:
-    x = visit.value(visit.node.args[0])
+    x = visit.x
     normalised = x[-len(visit.module.normalized_shape) :]
     for name in ("weight", "bias"):
         visit.tensor(name, *normalised)
@@ -270,7 +293,7 @@ def layer_norm(visit: Visit) -> Value:
 
 
 def group_norm(visit: Visit) -> Value:
-    x, module = visit.value(visit.node.args[0]), visit.module
+    x, module = visit.x, visit.module
     per_group = module.num_channels // module.num_groups
     visit.dims.coarsen(x[1], per_group, visit.source)
     for name in ("weight", "bias"):
@@ -303,6 +326,7 @@ def multihead_attention(visit: Visit) -> Value:
         )
         for name, _ in module.named_parameters():
             visit.tensor(name)
+        visit.step.opaque = True
         return visit.constants()
     heads = visit.dims.fresh(module.num_heads, factor=module.head_dim, unit="heads")
     visit.dims.produced(heads, visit.layer)
@@ -354,7 +378,7 @@ def window_attention_v2(visit: Visit) -> Value:
 
 def _window_attention(visit: Visit) -> tuple[Atom, Value]:
     """The heads, and the output, of attention inside windows."""
-    x, module = visit.value(visit.node.args[0]), visit.module
+    x, module = visit.x, visit.module
     count = module.num_heads
     head_dim = module.qkv.out_features // 3 // count
     (head,) = visit.dims.fresh(count, unit="heads")
@@ -403,6 +427,7 @@ def attention(visit: Visit) -> Value:
         visit.unify(q[place], v[place])
     visit.unify(q[-1], k[-1])
     visit.unify(k[-2], v[-2])
+    visit.freeze((q[-2], k[-2]), reason="attends over an elastic dimension")
     for own, dim in zip(reversed(mask or ()), reversed((*q[:-1], k[-2])), strict=False):
         if length(own) == length(dim):
             visit.unify(own, dim)
@@ -427,7 +452,11 @@ def einsum(visit: Visit) -> Value:
     dims: dict[str, Dim] = {}
     for part, value in zip(letters, values, strict=True):
         for letter, dim in zip(part, value, strict=True):
-            visit.unify(dims.setdefault(letter, dim), dim)
+            if length(dims.setdefault(letter, dim)) != length(dim):
+                return unknown(visit)  # broadcast
+            visit.unify(dims[letter], dim)
+    # A sum over one element would not be a product of matrices any more.
+    visit.freeze(tuple(dims[letter] for letter in summed), reason="sums over an elastic dimension")
     if not set(dims) <= set(result) | summed:  # summed before it is multiplied
         return unknown(visit)
     factor, elastic = _spread(visit.resolved(dims.values()))
@@ -444,8 +473,6 @@ def elementwise(visit: Visit) -> Value:
     ]
     if not isinstance(visit.shape, torch.Size):
         return visit.constants()
-    for node in visit.node.all_input_nodes:
-        visit.freeze(tuple(visit.origins(node)), reason="computes with the size of a dimension")
     out: list[Dim] = []
     for place, size in enumerate(reversed(visit.shape), start=1):
         aligned = [x[-place] for x in inputs if len(x) >= place and length(x[-place]) == size]
@@ -457,7 +484,7 @@ def elementwise(visit: Visit) -> Value:
 
 def spatial(visit: Visit) -> Value:
     """Works on the trailing dimensions, leaves [N, C] alone: pooling, interpolation."""
-    x = visit.value(visit.node.args[0])
+    x = visit.x
     changed = [
         place for place, size in enumerate(visit.shape) if length(x[place]) != size or place > 1
     ]
@@ -471,7 +498,7 @@ def spatial(visit: Visit) -> Value:
 
 
 def padding(visit: Visit) -> Value:
-    x, pad = visit.value(visit.node.args[0]), visit.argument(1, "pad")
+    x, pad = visit.x, visit.argument(1, "pad")
     out = list(x)
     for place in range(len(pad) // 2):  # pairs, from the last dimension on
         if any(amount != 0 for amount in pad[2 * place : 2 * place + 2]):
@@ -482,7 +509,7 @@ def padding(visit: Visit) -> Value:
 
 def along(visit: Visit) -> Value:
     """Softmax and its like: couples the elements of one dimension, keeps the shape."""
-    x = visit.value(visit.node.args[0])
+    x = visit.x
     dim = getattr(visit.module, "dim", None) if visit.maybe_module else visit.argument(1, "dim")
     if dim is None or not visit.dims.is_constant(x[dim]):
         visit.freeze(x, reason="normalises over an elastic dimension")
@@ -494,7 +521,7 @@ def reduction(visit: Visit) -> Value:
 
 
 def _reduced(visit: Visit, over: int | Sequence[int] | None) -> Value:
-    x = visit.value(visit.node.args[0])
+    x = visit.x
     if not isinstance(visit.shape, torch.Size) or over is None:
         visit.freeze(x, reason="reduces over everything")
         return visit.constants()
@@ -527,7 +554,7 @@ def functional_linear(visit: Visit) -> Value:
 
 
 def functional_layer_norm(visit: Visit) -> Value:
-    x, shape = visit.value(visit.node.args[0]), visit.argument(1, "normalized_shape")
+    x, shape = visit.x, visit.argument(1, "normalized_shape")
     normalised = x[-len(shape) :]
     for position, name in ((2, "weight"), (3, "bias")):
         value = visit.value(visit.argument(position, name))
@@ -553,7 +580,7 @@ def matmul(visit: Visit) -> Value:
 
 
 def concatenate(visit: Visit) -> Value:
-    parts = [visit.value(part) for part in visit.argument(0, "tensors")]
+    parts = visit.parts()
     dim = visit.argument(1, "dim", 0) % len(visit.shape)
     first = parts[0]
     for part in parts[1:]:
@@ -566,7 +593,7 @@ def concatenate(visit: Visit) -> Value:
 
 def chunk(visit: Visit) -> Value:
     """Equal parts of an elastic dimension shrink together."""
-    x, count = visit.value(visit.node.args[0]), visit.argument(1, "chunks")
+    x, count = visit.x, visit.argument(1, "chunks")
     dim = visit.argument(2, "dim", 0) % len(x)
     if visit.dims.is_constant(x[dim]):
         return [(*x[:dim], constant(part[dim]), *x[dim + 1 :]) for part in visit.shape]
@@ -579,7 +606,7 @@ def chunk(visit: Visit) -> Value:
 
 def split(visit: Visit) -> Value:
     """Parts of an elastic dimension: of one size, which shrink together, or of several."""
-    x, given = visit.value(visit.node.args[0]), visit.argument(1, "split_size_or_sections")
+    x, given = visit.x, visit.argument(1, "split_size_or_sections")
     key = visit.key(1, "split_size_or_sections")
     if given is None:  # the method calls it otherwise
         given, key = visit.argument(1, "split_size"), "split_size"
@@ -600,14 +627,14 @@ def split(visit: Visit) -> Value:
 
 
 def unbind(visit: Visit) -> Value:
-    x, dim = visit.value(visit.node.args[0]), visit.argument(1, "dim", 0)
+    x, dim = visit.x, visit.argument(1, "dim", 0)
     dim %= len(x)
     visit.freeze((x[dim],), reason="taken apart along an elastic dimension")
     return [(*x[:dim], *x[dim + 1 :])] * len(visit.shape)
 
 
 def stack(visit: Visit) -> Value:
-    parts = [visit.value(part) for part in visit.argument(0, "tensors")]
+    parts = visit.parts()
     for part in parts[1:]:
         for one, other in zip(parts[0], part, strict=True):
             visit.unify(one, other)
@@ -616,7 +643,7 @@ def stack(visit: Visit) -> Value:
 
 
 def roll(visit: Visit) -> Value:
-    x, over = visit.value(visit.node.args[0]), visit.argument(2, "dims")
+    x, over = visit.x, visit.argument(2, "dims")
     over = range(len(x)) if over is None else [over] if isinstance(over, int) else over
     visit.freeze(tuple(x[place] for place in over), reason="rolls an elastic dimension")
     return x
@@ -624,12 +651,12 @@ def roll(visit: Visit) -> Value:
 
 def merge_patches(visit: Visit) -> Value:
     """Swin's patch merging: the four pixels of a 2 x 2 square side by side."""
-    x = visit.value(visit.node.args[0])
+    x = visit.x
     return (*(constant(n) for n in visit.shape[:-1]), x[-1] * 4)
 
 
 def permute(visit: Visit) -> Value:
-    x = visit.value(visit.node.args[0])
+    x = visit.x
     order: Any = visit.node.args[1:] or visit.node.kwargs["dims"]
     if isinstance(order[0], (tuple, list)):
         (order,) = order
@@ -637,12 +664,12 @@ def permute(visit: Visit) -> Value:
 
 
 def permute_module(visit: Visit) -> Value:
-    x = visit.value(visit.node.args[0])
+    x = visit.x
     return tuple(x[place] for place in visit.module.dims)
 
 
 def transpose(visit: Visit) -> Value:
-    x = list(visit.value(visit.node.args[0]))
+    x = list(visit.x)
     one = visit.argument(1, "dim0", visit.node.kwargs.get("axis0"))
     other = visit.argument(2, "dim1", visit.node.kwargs.get("axis1"))
     x[one], x[other] = x[other], x[one]
@@ -650,20 +677,23 @@ def transpose(visit: Visit) -> Value:
 
 
 def unsqueeze(visit: Visit) -> Value:
-    x, dim = list(visit.value(visit.node.args[0])), visit.argument(1, "dim")
+    x, dim = list(visit.x), visit.argument(1, "dim")
     x.insert(dim if dim >= 0 else dim + len(x) + 1, constant(1))
     return tuple(x)
 
 
 def squeeze(visit: Visit) -> Value:
-    x = visit.value(visit.node.args[0])
+    x = visit.x
     over = visit.argument(1, "dim")
-    gone = {d % len(x) for d in ([over] if isinstance(over, int) else over or range(len(x)))}
-    return tuple(d for place, d in enumerate(x) if place not in gone or length(d) > 1)
+    asked = {d % len(x) for d in ([over] if isinstance(over, int) else over or range(len(x)))}
+    gone = tuple(place for place in sorted(asked) if length(x[place]) == 1)
+    if len(gone) < len(asked):  # a width of one stays a dimension
+        visit.step.arguments[visit.key(1, "dim")] = gone
+    return tuple(dim for place, dim in enumerate(x) if place not in gone)
 
 
 def expand(visit: Visit) -> Value:
-    x = visit.value(visit.node.args[0])
+    x = visit.x
     sizes, key = _sizes(visit)
     lead = len(visit.shape) - len(x)
     out = tuple(
@@ -685,7 +715,7 @@ def reshape(visit: Visit) -> Value:
 def regroup(visit: Visit) -> Value:
     """Row-major regrouping. Input and output dimensions are cut into the smallest runs of equal
     product; in a run, one elastic dimension may absorb constants around it or give them up."""
-    x = visit.value(visit.node.args[0])
+    x = visit.x
     if x is None:
         return unknown(visit)
     out: list[Dim] = []
@@ -785,8 +815,8 @@ def index(visit: Visit) -> Value:
     """x[...] of a tensor, a tuple or a shape."""
     of, what = visit.node.args
     x = visit.value(of)
-    if isinstance(x, list) and isinstance(what, int):
-        return x[what]
+    if isinstance(x, list):
+        return x[what] if isinstance(what, (int, slice)) else unknown(visit)
     if not isinstance(x, tuple):
         return visit.constants()
     items = list(what) if isinstance(what, tuple) else [what]
@@ -843,6 +873,7 @@ def arithmetic(visit: Visit) -> Value:
 
 def unknown(visit: Visit) -> Value:
     """Freeze everything that reaches the operation, and say so."""
+    visit.step.opaque = True
     inputs = visit.node.all_input_nodes
     name = type(visit.module).__name__ if visit.maybe_module is not None else visit.node.target
     name = getattr(name, "__name__", name)

@@ -24,8 +24,8 @@ def importance(net: "Supernet", kind: Importance = "l2") -> dict[str, Tensor]:
 
     Args:
         net: the supernet; its main network is looked at.
-        kind: "l1" or "l2", the norm of all weights that a unit owns (Li et al., ICLR 2017;
-            over coupled layers as in DepGraph, CVPR 2023); "norm", the scale of the
+        kind: "l1" or "l2", the sum of the absolute or squared weights that a unit owns (Li et
+            al., ICLR 2017; over coupled layers as in DepGraph, CVPR 2023); "norm", the scale of the
             normalisation that follows (Liu et al., ICCV 2017), by l2 on axes without one;
             "taylor", the sum of |weight * gradient| (Molchanov et al., CVPR 2019), for which
             gradients have to be there.

@@ -23,7 +23,7 @@ from ..errors import TraceError
 from . import ops
 from .blocks import find_branches
 from .cost import Extent, Term
-from .dims import Atom, Dim, Dims, Frozen, Variable
+from .dims import Dim, Dims, Frozen, Variable, length
 from .ops import Size, Step, Value, Visit
 from .slicing import Layout, Merge
 from .space import ResidualBlock, SearchSpace, WidthAxis
@@ -111,9 +111,9 @@ def trace(
     if not 0 < min_ratio <= 1:
         raise ValueError(f"min_ratio is {min_ratio}; expected a share in (0, 1]")
     graph = symbolic_graph(model, example_input)
-    shapes, opaque = _shapes(graph, example_input)
+    shapes, counted = _shapes(graph, example_input)
     _write_nothing(graph, shapes)
-    analysis = _Analysis(graph, shapes, opaque)
+    analysis = _Analysis(graph, shapes, counted)
     analysis.walk()
     analysis.keep_whole(ignore, only)
     return analysis.conclude(divisor, min_ratio)
@@ -184,6 +184,8 @@ class _Tracer(fx.Tracer):
     def decide(self, proxy: fx.Proxy) -> Any:
         """The value that control flow depends on, where the size of the images determines it:
         where it is a number that comes out the same for batches of different sizes."""
+        if not _about_sizes(proxy.node):
+            return super().to_bool(proxy)  # raises
         try:
             found = [self._evaluate(proxy.node, batch) for batch in (_BATCH, 2)]
         except Exception:  # the value of a tensor, which has none here
@@ -229,6 +231,18 @@ class _Tracer(fx.Tracer):
         return out
 
 
+def _about_sizes(node: fx.Node) -> bool:
+    """Whether a value is made of nothing but the shapes, ranks and types of tensors."""
+    target: Any = node.target
+    if target is getattr:
+        return node.args[1] in ("shape", "ndim", "dtype")
+    if node.op == "call_method":
+        return target in ("size", "dim", "ndimension", "numel")
+    if node.op == "call_function" and target.__module__ in ("_operator", "math", "builtins"):
+        return all(map(_about_sizes, node.all_input_nodes))
+    return False
+
+
 def symbolic_graph(model: nn.Module, example: Tensor) -> fx.GraphModule:
     """The model as a graph whose layers follow `train()` and `eval()`."""
     try:
@@ -244,10 +258,15 @@ def symbolic_graph(model: nn.Module, example: Tensor) -> fx.GraphModule:
         module.inplace = False  # type: ignore[assignment]
     known = set(vars(model))
     training = _trace_once(model.train(), example)
-    for constant in set(vars(model)) - known:  # so that the second trace gives the same names
-        delattr(model, constant)
+    constants = {name: getattr(model, name) for name in set(vars(model)) - known}
+    for name in constants:  # so that the second trace gives the same names
+        delattr(model, name)
     graph = _trace_once(model.eval(), example)
-    training_only = _follow_mode(training, graph)
+    differing = {
+        name for name, value in constants.items() if not _equal(value, getattr(model, name, None))
+    }
+    in_place = {name for name, module in model.named_modules() if module in writing}
+    training_only = _follow_mode(training, graph, differing, in_place)
     graph.lint()
     traced = fx.GraphModule(model, graph, class_name=type(model).__name__)
     traced.meta[_TRAINING_ONLY] = training_only
@@ -361,9 +380,22 @@ def _trace_once(model: nn.Module, example: Tensor) -> fx.Graph:
         ) from error
 
 
-def _follow_mode(training: fx.Graph, graph: fx.Graph) -> list[str]:
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return torch.equal(one, other)
+    return bool(one == other)
+
+
+def _follow_mode(
+    training: fx.Graph, graph: fx.Graph, differing: set[str], in_place: set[str]
+) -> list[str]:
     """Make the graph of evaluation mode follow `train()` too: where both traces do the same to the
     same, an argument that was a flag in one of them is read anew in every call.
+
+    Args:
+        training, graph: the traces; `graph` is changed.
+        differing: constants whose values differ between the two.
+        in_place: modules that work in place.
 
     Returns the names of layers that only training calls, such as auxiliary heads.
     """
@@ -373,6 +405,8 @@ def _follow_mode(training: fx.Graph, graph: fx.Graph) -> list[str]:
     twins: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
         same = offered.get((node.op, str(node.target)), [])
+        if node.op == "get_attr" and node.target in differing:
+            same = []
         twin = next((other for other in same if _agree(node, other, twins)), None)
         if twin is None:
             raise TraceError(
@@ -387,7 +421,25 @@ def _follow_mode(training: fx.Graph, graph: fx.Graph) -> list[str]:
             node.args = _following(graph, node, node.args, twin.args)
             node.kwargs = _following(graph, node, node.kwargs, twin.kwargs)
     alone = set(training.nodes) - set(twins.values())
+    for node in training.nodes:
+        written = node.args[0] if node.args else None
+        shared = isinstance(written, fx.Node) and (written not in alone or written.op == "get_attr")
+        if node in alone and shared and _works_in_place(node, in_place):
+            raise TraceError(
+                f"{_source(node)} works in place while training alone; expected one forward for "
+                "both modes; move the difference into a module"
+            )
     return [str(n.target) for n in training.nodes if n in alone and n.op == "call_module"]
+
+
+def _works_in_place(node: fx.Node, modules: set[str]) -> bool:
+    name = str(getattr(node.target, "__name__", node.target))
+    return (
+        node.target in _IN_PLACE
+        or (node.op == "call_module" and node.target in modules)
+        or (node.op != "call_module" and name.endswith("_") and not name.endswith("__"))
+        or node.kwargs.get("inplace") is True
+    )
 
 
 def _agree(node: fx.Node, other: fx.Node, twins: dict[fx.Node, fx.Node]) -> bool:
@@ -460,22 +512,17 @@ def _source(node: fx.Node) -> str:
 
 
 class _ShapePass(fx.Interpreter):
-    """Records the shape of every node, and the MACs of operations that have no rule."""
+    """Records the shape and the MACs of every node."""
 
     def __init__(self, graph: fx.GraphModule) -> None:
         super().__init__(graph)
         self.shapes: dict[str, ops.Shape] = {}
-        self.opaque: dict[str, int] = {}
+        self.counted: dict[str, int] = {}
 
     def run_node(self, n: fx.Node) -> Any:
-        module = self.fetch_attr(str(n.target)) if n.op == "call_module" else None
-        known = n.op in ("placeholder", "get_attr", "output") or ops.rule_for(n, module)
-        if known:
+        with FlopCounterMode(display=False) as counter:
             value = super().run_node(n)
-        else:
-            with FlopCounterMode(display=False) as counter:
-                value = super().run_node(n)
-            self.opaque[n.name] = counter.get_total_flops() // 2
+        self.counted[n.name] = counter.get_total_flops() // 2
         self.shapes[n.name] = _shape(value)
         return value
 
@@ -521,7 +568,7 @@ def _shapes(
     nodes = {node.name: node for node in graph.graph.nodes}
     return (
         {nodes[name]: shape for name, shape in run.shapes.items()},
-        {nodes[name]: macs for name, macs in run.opaque.items()},
+        {nodes[name]: macs for name, macs in run.counted.items()},
     )
 
 
@@ -535,9 +582,9 @@ class _Analysis:
         self,
         graph: fx.GraphModule,
         shapes: dict[fx.Node, ops.Shape],
-        opaque: dict[fx.Node, int],
+        counted: dict[fx.Node, int],
     ) -> None:
-        self.graph, self.shapes, self.opaque = graph, shapes, opaque
+        self.graph, self.shapes, self.counted = graph, shapes, counted
         self.dims = Dims()
         self.steps: dict[fx.Node, Step] = {}
         self.values: dict[fx.Node, Value] = {}
@@ -574,10 +621,33 @@ class _Analysis:
 
     def _visit(self, node: fx.Node, step: Step) -> Value:
         visit = self._look(node, step)
-        value = (ops.rule_for(node, visit.maybe_module) or ops.unknown)(visit)
-        if node in self.opaque:
-            step.macs.append((self.opaque[node], ()))
+        rule = ops.rule_for(node, visit.maybe_module) or ops.unknown
+        try:
+            value = rule(visit)
+            self._freeze_sizes(visit)
+            understood = _fits(value, self.shapes[node])
+        except (ValueError, IndexError, TypeError, KeyError):  # a way to call it that no rule knows
+            understood = False
+        if not understood:
+            visit.step = self.steps[node] = step = Step()
+            value = ops.unknown(visit)
+        if step.opaque:
+            step.macs = [(self.counted[node], ())]
         return value
+
+    def _freeze_sizes(self, visit: Visit) -> None:
+        """What an operation on tensors takes as a number, and no rule rewrites, stays as it is."""
+        node = visit.node
+        if not ops.tensors_in(self.shapes[node]):
+            return
+        for key, argument in (*enumerate(node.args), *node.kwargs.items()):
+            if key not in visit.step.arguments:
+                fx.node.map_arg(
+                    argument,
+                    lambda other: visit.freeze(
+                        tuple(visit.origins(other)), reason="computes with the size of a dimension"
+                    ),
+                )
 
     def _look(self, node: fx.Node, step: Step) -> Visit:
         module = self.graph.get_submodule(str(node.target)) if node.op == "call_module" else None
@@ -594,21 +664,29 @@ class _Analysis:
         return self._tensor_dims[id(tensor)]
 
     def keep_whole(self, ignore: Sequence[str], only: Sequence[str]) -> None:
-        """Freeze the widths of the layers that the user wants whole; their blocks stay too."""
-        layers = [str(n.target) for n in self.graph.graph.nodes if n.op == "call_module"]
+        """Freeze every dimension of the layers that the user wants whole; their blocks stay too."""
+        homes = {
+            node: {name: self._full_name(node, name).rpartition(".")[0] for name in step.tensors}
+            for node, step in self.steps.items()
+        }
+        layers = sorted({layer for names in homes.values() for layer in names.values()})
         for pattern in (*ignore, *only):
             if not any(_matches(layer, pattern) for layer in layers):
                 raise ValueError(
                     f"pattern {pattern!r} matches no layer; expected a module such as "
-                    f"{layers[0]!r}, or one that holds layers"
+                    f"{layers[-1]!r}, or one that holds layers"
                 )
         for layer in layers:
             inside = not only or any(_matches(layer, pattern) for pattern in only)
             if not inside or any(_matches(layer, pattern) for pattern in ignore):
                 self._whole.add(layer)
-        for variable in self._variables():
-            if not self._whole.isdisjoint(variable.producers):
-                self.dims.freeze([(Atom(variable.size, variable),)], "kept whole as asked")
+        for node, names in homes.items():
+            for name, layer in names.items():
+                if layer in self._whole:
+                    self.dims.freeze(self.steps[node].tensors[name], "kept whole as asked")
+
+    def _full_name(self, node: fx.Node, tensor: str) -> str:
+        return tensor if node.op == "get_attr" else f"{node.target}.{tensor}"
 
     def _variables(self) -> dict[Variable, int]:
         """The free variables that some layer produces, and the least factor that each has."""
@@ -626,7 +704,11 @@ class _Analysis:
         branches = {
             name: branch
             for name, branch in find_branches(self.graph, self.shapes).items()
-            if self._whole.isdisjoint(str(node.target) for node in branch.nodes)
+            if not any(
+                self._full_name(node, tensor).rpartition(".")[0] in self._whole
+                for node in branch.nodes
+                for tensor in self.steps[node].tensors
+            )
         }
         gates: dict[fx.Node, frozenset[str]] = {
             node: frozenset(name for name, branch in branches.items() if node in branch.nodes)
@@ -729,8 +811,7 @@ class _Analysis:
                 extents = tuple(_extent(self.dims.resolve(dim), axes) for dim in dims)
                 macs.append(Term(per_sample, extents, gates[node]))
             for name, dims in step.tensors.items():
-                full = name if node.op == "get_attr" else f"{node.target}.{name}"
-                tensor = _attribute(self.graph, full)
+                tensor = _attribute(self.graph, self._full_name(node, name))
                 if isinstance(tensor, nn.Parameter) and id(tensor) not in counted:
                     counted.add(id(tensor))
                     extents = tuple(_extent(self.dims.resolve(dim), axes) for dim in dims)
@@ -763,6 +844,15 @@ class _Analysis:
         return homes
 
 
+def _fits(value: Value, shape: ops.Shape) -> bool:
+    """Whether the lengths that a rule found are those that the shape pass saw."""
+    if isinstance(shape, torch.Size):
+        return isinstance(value, tuple) and tuple(map(length, value)) == tuple(shape)
+    if isinstance(shape, list) and isinstance(value, list):
+        return len(shape) == len(value) and all(map(_fits, value, shape))
+    return value is None or not ops.tensors_in(shape)
+
+
 def _matches(layer: str, pattern: str) -> bool:
     """Whether a pattern names a layer or a module that holds it."""
     return fnmatchcase(layer, pattern) or fnmatchcase(layer, f"{pattern}.*")
@@ -775,7 +865,9 @@ def _outermost(layers: Iterable[str], graph: fx.Graph) -> list[str]:
     for layer in layers:
         parts = layer.split(".")
         names = [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
-        found[next(n for n in names if not any(f"{c}.".startswith(f"{n}.") for c in called))] = None
+        free = (n for n in names if not any(f"{c}.".startswith(f"{n}.") for c in called))
+        if outermost := next(free, None):
+            found[outermost] = None
     return list(found)
 
 

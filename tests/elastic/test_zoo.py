@@ -19,10 +19,11 @@ from .zoo import TIMM, TORCHVISION, build
 QUICK = {"googlenet", "mobilenet_v3_small", "swin_v2_t", "regnety_004", "deit_tiny_patch16_224"}
 
 NAMES = [
-    pytest.param(library, name, id=f"{library}-{name}", marks=[] if name in QUICK else mark)
+    pytest.param(
+        library, name, id=f"{library}-{name}", marks=[] if name in QUICK else pytest.mark.models
+    )
     for library, zoo in (("torchvision", TORCHVISION), ("timm", TIMM))
     for name in zoo
-    if (mark := pytest.mark.models)
 ]
 
 

@@ -69,6 +69,7 @@ def told(capsys, recipe, *overrides):
         ("model.name=mobilnet_v2", ["unknown model", "mobilenet_v2"]),
         (f"model.name='{__name__}:three_classes'", ["3 logits", "10 classes"]),
         (f"model.name='{__name__}:untraceable'", ["test_bad_input.py", "if x.sum() > 0"]),
+        ("space={ignore: [layer9]}", ["space.ignore", "layer9", "matches no layer"]),
         ("supernet.optimisation.batch_size=4096", ["4096", "batch_size"]),
         ("cluster={in_process: false, num_workers: 64}", ["64 workers", "64 CPU", "num_workers"]),
     ],
