@@ -52,9 +52,11 @@ def look(library: str, name: str) -> Row:
             model = timm.create_model(name)
             size = model.default_cfg["input_size"][-1]
         else:
-            options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
-            model = models.get_model(name, **options)
             size = _image_size(name)
+            options: dict[str, object] = {"image_size": size} if name.startswith("vit") else {}
+            if name in ("googlenet", "inception_v3"):
+                options = {"init_weights": False}
+            model = models.get_model(name, **options)
         started = time.perf_counter()
         try:
             net = Supernet.trace(model.eval(), torch.empty(1, 3, size, size))

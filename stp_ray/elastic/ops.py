@@ -173,7 +173,7 @@ class Visit:
         return own
 
     def unify(self, one: Dim, other: Dim) -> Dim:
-        return self.dims.unify(one, other, self.source)
+        return self.dims.unify(one, other, f"widths that do not match meet: {self.source}")
 
     def freeze(self, *values: Value, reason: str = "") -> None:
         for value in values:

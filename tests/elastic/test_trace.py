@@ -372,9 +372,7 @@ def test_only_these_layers_are_elastic():
 
 def test_a_pattern_that_matches_nothing_is_named():
     model = build_model("resnet20", num_classes=4)
-    with pytest.raises(
-        ValueError, match=r"pattern 'layer9' matches no layer; expected"
-    ):
+    with pytest.raises(ValueError, match=r"pattern 'layer9' matches no layer; expected"):
         Supernet.trace(model, torch.zeros(1, 3, 8, 8), ignore=["layer9"])
 
 
