@@ -202,7 +202,7 @@ def assert_sound(network: nn.Module, seed: int) -> Supernet:
 #: Graphs of the two tests below: with every `make test`, and with `make test-models`.
 COUNTS = [
     pytest.param(40, 20, id="some"),
-    pytest.param(300, 100, id="many", marks=pytest.mark.models),
+    pytest.param(150, 50, id="many", marks=pytest.mark.models),
 ]
 
 SEEDS = st.integers(0, 2**16)

@@ -95,7 +95,6 @@ TIMM: dict[str, tuple[int, dict[str, object]]] = {
     "skresnet18": (64, {}),
     "swin_tiny_patch4_window7_224": (224, {}),
     "tinynet_e": (64, {}),
-    "vgg11_bn": (32, {}),
     "vit_tiny_patch16_224": (64, {"img_size": 64}),
     "xception41": (64, {}),
     "xcit_nano_12_p16_224": (64, {"img_size": 64}),
