@@ -136,7 +136,8 @@ class Visit:
         """The elastic dimensions whose lengths an integer was computed from."""
         if not isinstance(value, fx.Node) or tensors_in(self._shapes[value]):
             return []
-        if _NO_SIZE.intersection((str(value.target), *map(str, value.args[1:2]))):
+        told = value.args[1] if value.target is getattr else value.target
+        if told in _NO_SIZE:
             return []
         source, place = value, None
         if value.target is operator.getitem and isinstance(value.args[0], fx.Node):

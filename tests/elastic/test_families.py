@@ -1,7 +1,7 @@
 """Every model family: run as a slice, extracted and priced, a subnet is one and the same."""
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,6 +17,8 @@ from stp_ray.models import build_model
 
 from .networks import Own, Tokens, pixels, randomised
 from .same import assert_gradients_agree, counted_macs
+
+pytestmark = pytest.mark.usefixtures("one_way_to_compute")
 
 #: Small ones, of full depth: builder, image size.
 FAMILIES: dict[str, tuple[Callable[[], nn.Module], int]] = {
@@ -47,17 +49,6 @@ FULL = [
     ("vit_b_16", 224, 25, 24),
     ("swin_t", 224, 28, 24),
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_way_to_compute() -> Iterator[None]:
-    """The counter does not see into the fast path of attention."""
-    enabled, threads = torch.backends.mha.get_fastpath_enabled(), torch.get_num_threads()
-    torch.backends.mha.set_fastpath_enabled(False)
-    torch.set_num_threads(1)
-    yield
-    torch.backends.mha.set_fastpath_enabled(enabled)
-    torch.set_num_threads(threads)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,8 @@ from .networks import pixels, randomised
 from .same import assert_gradients_agree, counted_macs
 from .zoo import TIMM, TORCHVISION, build
 
+pytestmark = pytest.mark.usefixtures("one_way_to_compute")
+
 #: What every `make test` runs.
 QUICK = {"googlenet", "mobilenet_v3_small", "swin_v2_t", "regnety_004", "deit_tiny_patch16_224"}
 
@@ -25,17 +27,6 @@ NAMES = [
     for library, zoo in (("torchvision", TORCHVISION), ("timm", TIMM))
     for name in zoo
 ]
-
-
-@pytest.fixture(autouse=True)
-def one_way_to_compute():
-    """The counter does not see into the fast path of attention."""
-    enabled, threads = torch.backends.mha.get_fastpath_enabled(), torch.get_num_threads()
-    torch.backends.mha.set_fastpath_enabled(False)
-    torch.set_num_threads(1)
-    yield
-    torch.backends.mha.set_fastpath_enabled(enabled)
-    torch.set_num_threads(threads)
 
 
 def drawn(net, count):
