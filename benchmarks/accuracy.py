@@ -1,0 +1,185 @@
+"""STP against everything else at equal cost: equal epochs, and equal MACs of training.
+
+    python benchmarks/accuracy.py cifar10_resnet20_cpu --data FOLDER
+    python benchmarks/accuracy.py --smoke
+
+Each trained network is one line of `benchmarks/results/accuracy/PROTOCOL.jsonl`; what is there
+already is not trained again. `benchmarks/results.py render` makes the tables.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from bench import Bench, Images, Protocol, macs_of
+from contenders import GIVEN_SHAPE, OWN_SHAPE, Limit, Trained
+
+from stp_ray.data.options import DataOptions
+from stp_ray.elastic import Subnet
+from stp_ray.method import Exploration
+
+HERE = Path(__file__).resolve().parent
+KEPT = HERE / "results" / "accuracy"
+
+CIFAR10 = DataOptions(
+    name="parquet", holdout=512, crop_padding=4, flip=True,
+    mean=(0.491, 0.482, 0.447), std=(0.247, 0.243, 0.262),
+)  # fmt: skip
+PROTOCOLS = {
+    # reduced, for two cores: a quarter of the images, at half their size
+    "cifar10_resnet20_cpu": Protocol(
+        model="resnet20", data=replace(CIFAR10, image_size=16, crop_padding=2, limit=8_512),
+        epochs=8, batch_size=64, lr=0.1, calibration_images=1024,
+        exploration=Exploration(
+            generations=6, population=32, parents=16, calibration_images=512, scoring_images=256
+        ),
+    ),
+    "cifar10_resnet56": Protocol(
+        model="resnet56", data=CIFAR10, epochs=100, lr=0.2, precision="bf16", warmup_epochs=5,
+        budgets=(0.5, 0.3, 0.15, 0.05),
+    ),
+    "smoke": Protocol(
+        model="resnet20", data=DataOptions(name="digits", holdout=64, limit=320), epochs=4,
+        batch_size=64, calibration_images=64, seeds=(0,), budgets=(0.3,),
+        exploration=Exploration(
+            generations=2, population=4, parents=2, calibration_images=64, scoring_images=32
+        ),
+    ),
+}  # fmt: skip
+
+
+def cells(protocol: Protocol, methods: list[str], accounting: list[str]) -> list[dict[str, Any]]:
+    """Everything to train for one seed, in an order in which nothing waits for what follows."""
+    found = []
+    for count in accounting:
+        for method in [*OWN_SHAPE, *GIVEN_SHAPE]:
+            ours = method.startswith("stp")
+            if method not in methods or (ours and count == "macs"):
+                continue  # STP's own expense is what equal MACs means
+            budgets = (1.0,) if method == "dense" and count == "epochs" else protocol.budgets
+            found += [{"method": method, "budget": b, "equal": count} for b in budgets]
+    return found
+
+
+def train(bench: Bench, cell: dict[str, Any], done: list[dict[str, Any]]) -> dict[str, Any]:
+    """One line of the results: the cell, and what came out of it."""
+    protocol, method, budget = bench.protocol, cell["method"], cell["budget"]
+    ours = next((d for d in done if d["method"] == "stp" and d["budget"] == budget), None)
+    limit = Limit(protocol.epochs, ours["training_macs"] if cell["equal"] == "macs" else None)
+    started = time.perf_counter()
+    if method in GIVEN_SHAPE:
+        trained = GIVEN_SHAPE[method](bench, Subnet.from_json(ours["subnet"]), limit)
+    else:
+        trained = OWN_SHAPE[method](bench, budget, limit)
+    return {
+        **cell,
+        "seed": bench.seed,
+        **figures(bench, trained),
+        "seconds": round(time.perf_counter() - started, 1),
+        **surroundings(bench),
+    }
+
+
+def figures(bench: Bench, trained: Trained) -> dict[str, Any]:
+    network = trained.network.eval()
+    return {
+        "top1": bench.top1(network),
+        "macs": macs_of(network, bench.example),
+        "full_macs": bench.full_macs,
+        "params": sum(p.numel() for p in network.parameters()),
+        "epochs": trained.epochs,
+        "training_macs": trained.spent,
+        "subnet": trained.subnet.to_json() if trained.subnet else None,
+        **trained.notes,
+    }
+
+
+def surroundings(bench: Bench) -> dict[str, Any]:
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(HERE), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+    device = bench.images.device
+    cuda = device.type == "cuda"
+    return {
+        "revision": git("rev-parse", "--short", "HEAD")
+        + ("+" if git("status", "--porcelain", "-uno") else ""),
+        "device": torch.cuda.get_device_name(device) if cuda else platform.machine(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("protocol", nargs="?", choices=[p for p in PROTOCOLS if p != "smoke"])
+    parser.add_argument(
+        "--data",
+        default=os.environ.get("STP_DATA"),
+        help="folder or URI with train.parquet and test.parquet; default: $STP_DATA",
+    )
+    parser.add_argument("--seed", type=int, nargs="*", help="default: those of the protocol")
+    parser.add_argument(
+        "--method", nargs="*", choices=[*OWN_SHAPE, *GIVEN_SHAPE], help="default: all"
+    )
+    parser.add_argument(
+        "--equal", nargs="*", choices=["epochs", "macs"], default=["epochs", "macs"]
+    )
+    parser.add_argument(
+        "--work",
+        type=Path,
+        help="where weights are kept that several methods need; default: a temporary folder",
+    )
+    parser.add_argument("--out", type=Path, help="the file of results")
+    parser.add_argument("--smoke", action="store_true", help="every method for a few steps")
+    chosen = parser.parse_args()
+    if chosen.smoke == (chosen.protocol is not None):
+        parser.error("expected a protocol or --smoke")
+    protocol = PROTOCOLS["smoke" if chosen.smoke else chosen.protocol]
+    if not chosen.smoke:
+        if chosen.data is None:
+            parser.error(
+                "expected --data or STP_DATA, the folder of train.parquet and test.parquet"
+            )
+        protocol = replace(protocol, data=replace(protocol.data, uri=chosen.data))
+    methods = chosen.method or [*OWN_SHAPE, *GIVEN_SHAPE]
+    with tempfile.TemporaryDirectory() as scratch:
+        work = chosen.work or Path(scratch)
+        out = chosen.out or (
+            Path(scratch) / "smoke.jsonl" if chosen.smoke else KEPT / f"{chosen.protocol}.jsonl"
+        )
+        out.parent.mkdir(parents=True, exist_ok=True)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        images = Images(protocol.data, device)
+        for seed in chosen.seed or protocol.seeds:
+            bench = Bench(protocol, images, seed, work)
+            for cell in cells(protocol, methods, chosen.equal):
+                done = [d for d in read(out) if d["seed"] == seed]
+                if any(all(d[key] == cell[key] for key in cell) for d in done):
+                    continue
+                line = train(bench, cell, done)
+                with out.open("a") as file:
+                    file.write(json.dumps(line) + "\n")
+                print(
+                    f"seed {seed}  {cell['method']:30} {cell['budget']:<5} equal {cell['equal']:6} "
+                    f"top-1 {line['top1']:6.2f}  {line['epochs']:4} epochs  "
+                    f"{line['training_macs'] / 1e9:9.1f} GMACs  {line['seconds']:7.1f} s",
+                    flush=True,
+                )
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The lines of a file of results, if there is one."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,337 @@
+"""The methods that `accuracy.py` compares: ours, ours with a part taken out, and everyone else's.
+
+Each takes the bench, the budget and what it may spend, and returns a trained network."""
+
+import copy
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from bench import STEP, Bench, macs_of
+from torch import Tensor, nn
+
+from stp_ray.elastic import Budget, Subnet, Supernet
+from stp_ray.method import (
+    DenseObjective,
+    Expansion,
+    ExpansionObjective,
+    Explorer,
+    Stimulation,
+    StimulativeObjective,
+    calibrate,
+    cross_entropy,
+    kl_divergence,
+    ladder,
+    reference_logits,
+    relative_sparsity,
+    sampler,
+    score,
+)
+
+
+@dataclass(frozen=True)
+class Limit:
+    """What a method may spend: epochs, or MACs of training where `macs` is given."""
+
+    epochs: int
+    macs: int | None = None
+
+    def left(self, per_epoch: int, *, epochs: int = 0, macs: int = 0) -> int:
+        """Epochs at this price, after so many epochs and MACs; at least one."""
+        if self.macs is None:
+            return max(1, self.epochs - epochs)
+        return max(1, (self.macs - macs) // per_epoch)
+
+
+@dataclass
+class Trained:
+    """A network at the end of its training."""
+
+    network: nn.Module
+    spent: int
+    """MACs of training, forward and backward, over everything that led to it."""
+    epochs: int
+    subnet: Subnet | None = None
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
+class Distilled(nn.Module):
+    """(1 - weight) * CE + weight * KL from a fixed teacher; half and half [ours]."""
+
+    def __init__(self, model: nn.Module, teacher: nn.Module, weight: float = 0.5) -> None:
+        super().__init__()
+        self.model, self.weight = model, weight
+        # not a submodule: it is neither trained nor put into training mode
+        self._teacher = [teacher.eval().requires_grad_(False)]
+
+    def forward(self, images: Tensor, labels: Tensor, subnets: object = ()) -> dict[str, Tensor]:
+        logits = self.model(images)
+        with torch.no_grad():
+            wanted = self._teacher[0](images)
+        ce, kd = cross_entropy(logits, labels), kl_divergence(wanted, logits)
+        return {"loss": (1 - self.weight) * ce + self.weight * kd}
+
+
+# -- dense and from scratch -----------------------------------------------------------
+
+
+def dense(bench: Bench, budget: float, limit: Limit) -> Trained:
+    """The dense network."""
+    epochs = limit.left(_epoch(bench, STEP * bench.full_macs))
+    model, spent = _dense(bench, epochs)
+    return Trained(model, spent, epochs)
+
+
+def _dense(bench: Bench, epochs: int) -> tuple[nn.Module, int]:
+    """The dense network after a whole schedule of so many epochs, and its price."""
+
+    def make() -> dict[str, Any]:
+        model = bench.fresh()
+        spent = bench.train(DenseObjective(model), epochs, macs=STEP * bench.full_macs)
+        return {"weights": model.state_dict(), "spent": spent}
+
+    found = bench.kept(f"dense-{epochs}", make)
+    model = bench.ready(bench.fresh())
+    model.load_state_dict(found["weights"])
+    return model, found["spent"]
+
+
+def scratch(bench: Bench, shape: Subnet, limit: Limit) -> Trained:
+    """A shape from scratch ("Scratch-E" at equal epochs, "Scratch-B" at equal MACs, Liu et al.
+    2019)."""
+    model = _renewed(bench, shape)
+    cost = STEP * macs_of(model, bench.example)
+    epochs = limit.left(_epoch(bench, cost))
+    return Trained(model, bench.train(DenseObjective(model), epochs, macs=cost), epochs, shape)
+
+
+def scratch_distilled(bench: Bench, shape: Subnet, limit: Limit) -> Trained:
+    """A shape from scratch, with the dense network as its teacher. At equal epochs the teacher's
+    training is a gift; at equal MACs it is paid for."""
+    model = _renewed(bench, shape)
+    teacher, paid = _dense(bench, bench.protocol.epochs)
+    cost = STEP * macs_of(model, bench.example) + bench.full_macs
+    epochs = limit.left(_epoch(bench, cost), macs=paid)
+    spent = bench.train(Distilled(model, teacher), epochs, macs=cost)
+    return Trained(model, paid + spent, epochs, shape)
+
+
+def _renewed(bench: Bench, shape: Subnet) -> nn.Module:
+    """A shape with weights drawn for its own widths, as the dense model's are for its."""
+    model = bench.supernet().extract(shape)
+    torch.manual_seed(bench.seed)
+    for layer in model.modules():
+        if isinstance(layer, nn.Conv2d) and bench.protocol.model.startswith("resnet"):
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+        elif hasattr(layer, "reset_parameters"):
+            layer.reset_parameters()
+    return model
+
+
+def _epoch(bench: Bench, macs: int) -> int:
+    """MACs of an epoch at so many for one image."""
+    batch = bench.protocol.batch_size
+    return bench.images.count("train") // batch * batch * macs
+
+
+# -- Torch-Pruning ----------------------------------------------------------------------
+
+
+def torch_pruning(bench: Bench, budget: float, limit: Limit, *, sparse: bool = False) -> Trained:
+    """Dense training for half of the epochs, group-norm pruning (DepGraph), fine-tuning with
+    distillation for the other half. `sparse`: the last half of the dense training is under the
+    pruner's group sparsity."""
+    import torch_pruning as tp
+
+    whole = bench.protocol.epochs
+    before = whole // 2
+    if sparse:
+        model, paid = _made_sparse(bench, before)
+    else:
+        model, paid = _dense(bench, before)
+    # at equal epochs the teacher is the finished dense network, a gift; at equal MACs its own past
+    teacher = _dense(bench, whole)[0] if limit.macs is None else copy.deepcopy(model)
+    pruner = tp.pruner.GroupNormPruner(
+        model, bench.example.to(bench.images.device),
+        importance=tp.importance.GroupMagnitudeImportance(p=2), global_pruning=True,
+        pruning_ratio=1.0, max_pruning_ratio=0.95, iterative_steps=200,
+        ignored_layers=[layer for layer in model.modules() if isinstance(layer, nn.Linear)],
+    )  # fmt: skip
+    while macs_of(model, bench.example) > budget * bench.full_macs:
+        if pruner.current_step >= pruner.iterative_steps:
+            raise RuntimeError(f"Torch-Pruning cannot reach {budget} of the MACs")
+        pruner.step()
+    for parameter in model.parameters():
+        parameter.grad = None
+    model.train().requires_grad_(True)
+    cost = STEP * macs_of(model, bench.example) + bench.full_macs
+    epochs = limit.left(_epoch(bench, cost), epochs=before, macs=paid)
+    spent = bench.train(Distilled(model, teacher), epochs, macs=cost)
+    return Trained(model, paid + spent, before + epochs)
+
+
+def torch_pruning_sparse(bench: Bench, budget: float, limit: Limit) -> Trained:
+    """Torch-Pruning with its sparse learning."""
+    return torch_pruning(bench, budget, limit, sparse=True)
+
+
+def _made_sparse(bench: Bench, epochs: int) -> tuple[nn.Module, int]:
+    import torch_pruning as tp
+
+    plain = epochs // 2
+    model, paid = _dense(bench, plain)
+    pruner = tp.pruner.GroupNormPruner(
+        model, bench.example.to(bench.images.device), reg=5e-4, global_pruning=True,
+        importance=tp.importance.GroupMagnitudeImportance(p=2),
+        ignored_layers=[layer for layer in model.modules() if isinstance(layer, nn.Linear)],
+    )  # fmt: skip
+    pruner.update_regularizer()
+    spent = bench.train(
+        DenseObjective(model), epochs - plain, macs=STEP * bench.full_macs,
+        before_step=lambda: pruner.regularize(model), warm=False, lr=(0.5, 0.0),
+    )  # fmt: skip
+    return model, paid + spent
+
+
+# -- STP --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stp:
+    """STP and its options; the defaults are what is called STP in the results."""
+
+    share: float = 0.5
+    """Share of the epochs that goes to stimulative training."""
+    stimulation: Stimulation = field(default_factory=lambda: Stimulation(sampler="narrowing"))
+    target: Literal["explored", "uniform", "random"] = "explored"
+    expansion: Expansion = field(default_factory=Expansion)
+    turn: float = 0.5
+    """The learning rate between the phases, as a share of the protocol's: one fall over both."""
+
+    def __call__(self, bench: Bench, budget: float, limit: Limit) -> Trained:
+        first = max(1, round(self.share * bench.protocol.epochs))
+        net, paid, weights = self._stimulated(bench, first)
+        target, searched = self._target(bench, net, budget)
+        cost = net.cost(target).macs
+        rest = bench.protocol.epochs - first
+        full = bench.full_macs if self.expansion.main == "train" else 0
+        objective = ExpansionObjective(net, target, self.expansion)
+        sparsity = [sparsity_of(net, kept, target) for kept in weights]
+        spent = bench.train(
+            objective, rest, macs=STEP * (full + cost),
+            draw=ladder(net.space, target, self.expansion),
+            price=lambda subnet: STEP * net.space.cost(subnet).macs,
+            lr=(self.turn, 0.0), warm=False,
+            at_epoch=lambda _: sparsity.append(relative_sparsity(net, target)),
+        )  # fmt: skip
+        count = bench.protocol.calibration_images
+        small = net.extract(
+            target, calibrate(net, target, bench.images.calibration(bench.seed, count))
+        )
+        net.eval()
+        main = bench.top1(net) if full else None
+        return Trained(
+            small, paid + searched + spent + count * cost, first + rest, target,
+            {"main_top1": main, "sparsity": sparsity},
+        )  # fmt: skip
+
+    def _stimulated(
+        self, bench: Bench, epochs: int
+    ) -> tuple[Supernet, int, list[dict[str, Tensor]]]:
+        """The supernet after its training, the price, and its weights after each epoch."""
+        net = bench.supernet()
+        budgets = [Budget(macs=budget) for budget in bench.protocol.budgets]
+
+        def make() -> dict[str, Any]:
+            epochs_seen: list[dict[str, Tensor]] = []
+
+            def keep(_: int) -> None:
+                epochs_seen.append({k: v.clone() for k, v in net.model.state_dict().items()})
+
+            keep(0)
+            spent = bench.train(
+                StimulativeObjective(net, self.stimulation), epochs, macs=STEP * bench.full_macs,
+                draw=sampler(self.stimulation, net.space, budgets),
+                price=lambda subnet: STEP * net.space.cost(subnet).macs,
+                lr=(1.0, self.turn), at_epoch=keep,
+            )  # fmt: skip
+            return {"weights": epochs_seen, "spent": spent}
+
+        found = bench.kept(f"supernet-{self._name(epochs)}", make)
+        net.model.load_state_dict(found["weights"][-1])
+        return net, found["spent"], found["weights"]
+
+    def _name(self, epochs: int) -> str:
+        s = self.stimulation
+        return f"{epochs}-{self.turn}-{s.sampler}-{s.subnets}-{s.kd_weight}-{s.temperature}"
+
+    def _target(self, bench: Bench, net: Supernet, budget: float) -> tuple[Subnet, int]:
+        """The shape to prune to, and what finding it cost, all budgets in one search."""
+        space, wanted = net.space, Budget(macs=budget)
+        if self.target == "uniform":
+            return space.uniform_within(wanted), 0
+        if self.target == "random":
+            return space.sample(random.Random(bench.seed), wanted), 0
+
+        def make() -> dict[str, Any]:
+            options, images = bench.protocol.exploration, bench.images
+            budgets = [Budget(macs=each) for each in bench.protocol.budgets]
+            held = images.count("holdout")
+            explorer = Explorer(space, budgets, options, bench.seed, held_out=held)
+            logits = reference_logits(net, (x for x, _ in images.plain("holdout")))
+            spent = held * bench.full_macs
+            while candidates := explorer.ask():
+                scores = {}
+                for candidate in candidates:
+                    count = candidate.images or held
+                    scores[candidate.key] = score(
+                        net, candidate.subnet,
+                        images.calibration(bench.seed, options.calibration_images),
+                        (x for x, _ in images.plain("holdout", count)), logits[:count],
+                    )  # fmt: skip
+                    spent += (count + options.calibration_images) * space.cost(
+                        candidate.subnet
+                    ).macs
+                explorer.tell(scores)
+            found = {str(each): explorer.best(Budget(macs=each)) for each in bench.protocol.budgets}
+            return {
+                "targets": {label: scored.subnet.to_json() for label, scored in found.items()},
+                "scores": {label: scored.score for label, scored in found.items()},
+                "spent": spent,
+            }
+
+        first = max(1, round(self.share * bench.protocol.epochs))
+        found = bench.kept(f"explored-{self._name(first)}", make)
+        return Subnet.from_json(found["targets"][str(budget)]), found["spent"]
+
+
+def sparsity_of(net: Supernet, weights: dict[str, Tensor], target: Subnet) -> dict[str, float]:
+    """The relative sparsity of other weights than the network's own, which it gets back."""
+    own = {name: tensor.clone() for name, tensor in net.model.state_dict().items()}
+    net.model.load_state_dict(weights)
+    found = relative_sparsity(net, target)
+    net.model.load_state_dict(own)
+    return found
+
+
+STP = Stp()
+DIRECT = replace(STP.expansion, rungs=0)
+
+#: Methods with a shape of their own.
+OWN_SHAPE: dict[str, Callable[[Bench, float, Limit], Trained]] = {
+    "dense": dense,
+    "stp": STP,
+    "stp, uniform widths": replace(STP, target="uniform"),
+    "stp, random subnet": replace(STP, target="random"),
+    "stp, no expansion": replace(STP, expansion=DIRECT),
+    "torch-pruning": torch_pruning,
+    "torch-pruning, sparse learning": torch_pruning_sparse,
+}
+
+#: Methods that train the shape that STP found.
+GIVEN_SHAPE: dict[str, Callable[[Bench, Subnet, Limit], Trained]] = {
+    "scratch": scratch,
+    "scratch + distillation": scratch_distilled,
+}

@@ -1,0 +1,53 @@
+"""Every method of the comparison runs, keeps its budget and spends no more than ours."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+BUDGET = 0.3
+
+
+@pytest.fixture(scope="module")
+def lines(tmp_path_factory):
+    out = tmp_path_factory.mktemp("accuracy") / "smoke.jsonl"
+    command = [sys.executable, "benchmarks/accuracy.py", "--smoke", "--out", str(out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in out.read_text().splitlines()]
+
+
+@pytest.mark.timeout(300)
+def test_every_method_runs_under_both_accounts(lines):
+    equal = {account: {line["method"] for line in lines if line["equal"] == account}
+             for account in ("epochs", "macs")}  # fmt: skip
+    ours = {method for method in equal["epochs"] if method.startswith("stp")}
+    assert {"stp", "stp, uniform widths", "stp, random subnet", "stp, no expansion"} <= ours
+    assert equal["macs"] == equal["epochs"] - ours
+    assert {"dense", "scratch", "scratch + distillation", "torch-pruning"} <= equal["macs"]
+
+
+def test_a_pruned_network_keeps_its_budget(lines):
+    for line in lines:
+        if line["method"] != "dense":
+            assert 0 < line["macs"] <= BUDGET * line["full_macs"], line["method"]
+
+
+def test_nobody_has_more_epochs_or_more_macs_than_its_account_allows(lines):
+    (ours,) = [line for line in lines if line["method"] == "stp"]
+    for line in lines:
+        if line["equal"] == "epochs":
+            assert line["epochs"] == 4, line["method"]
+        else:
+            assert line["training_macs"] <= ours["training_macs"], line["method"]
+
+
+def test_networks_learn(lines):
+    """Ten classes: a guess is right one time in ten."""
+    best = {line["method"]: 0.0 for line in lines}
+    for line in lines:
+        best[line["method"]] = max(best[line["method"]], line["top1"])
+    assert min(best.values()) > 25, best
