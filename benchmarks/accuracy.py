@@ -34,7 +34,7 @@ CIFAR10 = DataOptions(
     mean=(0.491, 0.482, 0.447), std=(0.247, 0.243, 0.262),
 )  # fmt: skip
 PROTOCOLS = {
-    # reduced, for two cores: a quarter of the images, at half their size
+    # reduced, for two cores: 8,000 images at half their size, few epochs
     "cifar10_resnet20_cpu": Protocol(
         model="resnet20", data=replace(CIFAR10, image_size=16, crop_padding=2, limit=8_512),
         epochs=8, batch_size=64, lr=0.1, calibration_images=1024,
@@ -84,7 +84,6 @@ def train(bench: Bench, cell: dict[str, Any], done: list[dict[str, Any]]) -> dic
         "seed": bench.seed,
         **figures(bench, trained),
         "seconds": round(time.perf_counter() - started, 1),
-        **surroundings(bench),
     }
 
 
@@ -102,16 +101,17 @@ def figures(bench: Bench, trained: Trained) -> dict[str, Any]:
     }
 
 
-def surroundings(bench: Bench) -> dict[str, Any]:
+def surroundings(device: torch.device) -> dict[str, Any]:
+    """The code, the machine and the versions, as they are when the program starts."""
+
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(HERE), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
-    device = bench.images.device
+    changed = "+" if git("status", "--porcelain", "--untracked-files=no") else ""
     cuda = device.type == "cuda"
     return {
-        "revision": git("rev-parse", "--short", "HEAD")
-        + ("+" if git("status", "--porcelain", "-uno") else ""),
+        "revision": git("rev-parse", "--short", "HEAD") + changed,
         "device": torch.cuda.get_device_name(device) if cuda else platform.machine(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -158,14 +158,14 @@ def main() -> None:
         )
         out.parent.mkdir(parents=True, exist_ok=True)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        images = Images(protocol.data, device)
+        images, around = Images(protocol.data, device), surroundings(device)
         for seed in chosen.seed or protocol.seeds:
             bench = Bench(protocol, images, seed, work)
             for cell in cells(protocol, methods, chosen.equal):
                 done = [d for d in read(out) if d["seed"] == seed]
                 if any(all(d[key] == cell[key] for key in cell) for d in done):
                     continue
-                line = train(bench, cell, done)
+                line = {**train(bench, cell, done), **around}
                 with out.open("a") as file:
                     file.write(json.dumps(line) + "\n")
                 print(
