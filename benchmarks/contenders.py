@@ -12,7 +12,7 @@ import torch
 from bench import STEP, Bench, macs_of
 from torch import Tensor, nn
 
-from stp_ray.elastic import Budget, Subnet, Supernet
+from stp_ray.elastic import Budget, Subnet, Supernet, importance
 from stp_ray.method import (
     DenseObjective,
     Expansion,
@@ -195,6 +195,83 @@ def _made_sparse(bench: Bench, epochs: int) -> tuple[nn.Module, int]:
     return model, paid + spent
 
 
+# -- suppressed sparsification ------------------------------------------------------------
+
+
+def group_lasso(bench: Bench, budget: float, limit: Limit, *, strength: float = 1e-2) -> Trained:
+    """Dense training under a group lasso on the axes of our space for half of the epochs, pruning
+    of the units with the smallest norms, fine-tuning with distillation for the other half."""
+    whole, net = bench.protocol.epochs, bench.supernet()
+    before = whole // 2
+
+    def make() -> dict[str, Any]:
+        weights: list[dict[str, Tensor]] = []
+
+        def keep(_: int) -> None:
+            weights.append({k: v.clone() for k, v in net.model.state_dict().items()})
+
+        keep(0)
+        spent = bench.train(
+            DenseObjective(net), before, macs=STEP * bench.full_macs, at_epoch=keep,
+            before_step=lambda: suppress(net, strength),
+        )  # fmt: skip
+        return {"weights": weights, "spent": spent}
+
+    found = bench.kept(f"group-lasso-{before}-{strength}", make)
+    net.model.load_state_dict(found["weights"][-1])
+    net.eval()
+    top1 = bench.top1(net)
+    teacher = _dense(bench, whole)[0] if limit.macs is None else copy.deepcopy(net)
+    scores = importance(net)
+    target = by_magnitude(net, scores, budget)
+    sparsity = []
+    for weights in found["weights"]:
+        net.model.load_state_dict(weights)
+        net.rank(scores)
+        sparsity.append(relative_sparsity(net, target))
+    small = net.extract(target)
+    cost = STEP * net.cost(target).macs + bench.full_macs
+    epochs = limit.left(_epoch(bench, cost), epochs=before, macs=found["spent"])
+    spent = bench.train(Distilled(small, teacher), epochs, macs=cost)
+    return Trained(
+        small, found["spent"] + spent, before + epochs, target,
+        {"before_pruning_top1": top1, "sparsity": sparsity},
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def suppress(net: Supernet, strength: float) -> None:
+    """Add the gradient of strength * (sum over the units of all axes of their L2 norms)."""
+    push = {axis: strength / s.sqrt().clamp_min(1e-8) for axis, s in importance(net).items()}
+    parameters = dict(net.model.named_parameters())
+    for name, dims in net.segments.items():
+        weight = parameters.get(name)
+        if weight is None or weight.grad is None:
+            continue
+        for dim, segments in enumerate(dims):
+            for start, length, axis, factor in segments or ():
+                if axis is not None:
+                    place = [slice(None)] * dim + [slice(start, start + length)]
+                    scale = push[axis].repeat_interleave(factor)
+                    scale = scale.view(-1, *[1] * (weight.dim() - dim - 1))
+                    weight.grad[tuple(place)].add_(weight[tuple(place)] * scale)
+
+
+def by_magnitude(net: Supernet, scores: dict[str, Tensor], budget: float) -> Subnet:
+    """Each axis keeps its units above one threshold, relative to the axis's own mean."""
+    relative = {axis: score.sqrt() / score.sqrt().mean() for axis, score in scores.items()}
+    limit, full = Budget(macs=budget), net.cost()
+    for threshold in sorted({float(v) for values in relative.values() for v in values}):
+        widths = {
+            axis.name: axis.nearest(int((relative[axis.name] >= threshold).sum()))
+            for axis in net.space.axes
+        }
+        subnet = net.space.canonical(Subnet(widths))
+        if limit.admits(net.cost(subnet), of=full):
+            return subnet
+    return net.space.uniform_within(limit)
+
+
 # -- STP --------------------------------------------------------------------------------
 
 
@@ -326,6 +403,7 @@ OWN_SHAPE: dict[str, Callable[[Bench, float, Limit], Trained]] = {
     "stp, uniform widths": replace(STP, target="uniform"),
     "stp, random subnet": replace(STP, target="random"),
     "stp, no expansion": replace(STP, expansion=DIRECT),
+    "group lasso": group_lasso,
     "torch-pruning": torch_pruning,
     "torch-pruning, sparse learning": torch_pruning_sparse,
 }

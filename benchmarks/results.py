@@ -16,6 +16,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from accuracy_tables import section as comparison
+
 from stp_ray.artifacts import Store
 from stp_ray.report import accuracy_against_macs
 
@@ -87,6 +89,7 @@ def render() -> None:
     ]
     for recipe in sorted(runs, key=lambda name: list(RECIPES).index(name)):
         parts += _section(recipe, runs[recipe])
+    parts += comparison(KEPT / "accuracy", DOCS)
     parts += _calibration()
     parts += [
         "## What was not measured",

@@ -1,0 +1,223 @@
+"""What the recorded comparisons say: tables, paired differences and plots for docs/results.md."""
+
+import json
+import statistics
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+Line = dict[str, Any]
+
+PROTOCOLS = {
+    "cifar10_resnet56": "CIFAR-10 (JPEG), ResNet-56, on a GPU.",
+    "cifar10_resnet20_cpu": (
+        "**A reduced protocol for two CPU cores**: ResNet-20, 16,000 CIFAR-10 (JPEG) images at "
+        "12 px, 12 epochs of 250 steps; 10,000 test images. So short a training is far from "
+        "where any of these methods levels off: the figures compare methods with each other, and "
+        "say nothing of what each can reach."
+    ),
+}
+OURS = "stp"
+
+
+def section(kept: Path, docs: Path) -> list[str]:
+    """The part of docs/results.md that compares methods; writes its plots beside it."""
+    found = [(name, kept / f"{name}.jsonl") for name in PROTOCOLS]
+    found = [(name, path) for name, path in found if path.exists()]
+    lines = ["## Against other methods at equal cost", "", EXPLANATION, ""] if found else []
+    for name, path in found:
+        results = [json.loads(line) for line in path.read_text().splitlines()]
+        lines += _protocol(name, results)
+        _accuracy_plot(results, docs / f"{name}-methods.svg")
+        lines += [f"![Top-1 of every method at equal epochs]({name}-methods.svg)", ""]
+        if any("sparsity" in line for line in results):
+            _sparsity_plot(results, docs / f"{name}-sparsity.svg")
+            lines += [
+                "Mean L2 norm of a kept channel over that of a dropped one, and of both, by epoch "
+                "(mean over seeds; the slice is the one that is pruned to in the end):",
+                "",
+                f"![Relative sparsity]({name}-sparsity.svg)",
+                "",
+            ]
+    return lines
+
+
+EXPLANATION = (
+    "`python benchmarks/accuracy.py PROTOCOL --data FOLDER`. *Equal epochs*: every method passes "
+    "over the images equally often; one that trains, prunes and tunes splits them. Teachers are a "
+    "gift: distillation from the finished dense network does not count its training. *Equal MACs*: "
+    "every multiplication of training counts, forward and backward (a backward pass as two forward "
+    "ones), teachers and exploration too; the others train until they have spent what STP spent. "
+    "Scratch trains the shape that STP found. Mean ± standard deviation over seeds."
+)
+
+
+def _protocol(name: str, lines: list[Line]) -> list[str]:
+    first = lines[0]
+    seeds = sorted({line["seed"] for line in lines})
+    out = [
+        f"### {name}",
+        "",
+        PROTOCOLS[name],
+        "",
+        f"{first['device']}, {first['threads']} thread(s), torch {first['torch']}, revision "
+        f"{', '.join(sorted({line['revision'] for line in lines}))}, seeds {seeds}.",
+        "",
+    ]
+    budgets = sorted({line["budget"] for line in lines} - {1.0}, reverse=True)
+    for account, title in (("epochs", "Equal epochs"), ("macs", "Equal MACs of training")):
+        rows = [line for line in lines if _counts(line, account)]
+        methods = list(dict.fromkeys(line["method"] for line in rows))
+        out += [f"{title}, top-1:", "", _row(["method", *map(str, budgets)]), _rule(budgets)]
+        for method in methods:
+            cells = [
+                _spread(line["top1"] for line in _at(rows, method, budget)) for budget in budgets
+            ]
+            out.append(_row([method, *cells]))
+        out.append("")
+    out += [*_claims(lines, budgets), "Training cost over that of the dense network's epochs:", ""]
+    out += [_row(["method", *map(str, budgets)]), _rule(budgets)]
+    base = {line["seed"]: line["training_macs"] for line in lines if line["budget"] == 1.0}
+    epochs = [line for line in lines if _counts(line, "epochs")]
+    for method in dict.fromkeys(line["method"] for line in epochs):
+        cells = [
+            _spread(line["training_macs"] / base[line["seed"]] for line in _at(epochs, method, b))
+            for b in budgets
+        ]
+        out.append(_row([method, *cells]))
+    return [*out, ""]
+
+
+def _counts(line: Line, account: str) -> bool:
+    """STP's line stands in both tables: it is what equal MACs are equal to."""
+    return line["equal"] == account or line["method"] == OURS
+
+
+def _at(lines: Iterable[Line], method: str, budget: float) -> list[Line]:
+    """The dense network at equal epochs is one for all budgets."""
+    return [line for line in lines if line["method"] == method and line["budget"] in (budget, 1.0)]
+
+
+def _claims(lines: list[Line], budgets: list[float]) -> list[str]:
+    """Differences within a seed, so that what a seed is lucky in cancels out."""
+    epochs = [line for line in lines if line["equal"] == "epochs"]
+    macs = [line for line in lines if line["equal"] == "macs"]
+    questions: list[tuple[str, Callable[[float], list[float]]]] = [
+        (
+            "retention, % of the dense network's top-1",
+            lambda b: _paired(epochs, OURS, epochs, "dense", b, ratio=True),
+        ),
+        (
+            "main network at the end, less the dense network",
+            lambda b: _paired(epochs, OURS, epochs, "dense", b, key="main_top1"),
+        ),
+    ]
+    others = [
+        m for m in dict.fromkeys(line["method"] for line in lines) if m not in (OURS, "dense")
+    ]
+    questions += [
+        (f"STP less {other}, equal epochs", lambda b, o=other: _paired(epochs, OURS, epochs, o, b))
+        for other in others
+    ]
+    questions += [
+        (f"STP less {other}, equal MACs", lambda b, o=other: _paired(epochs, OURS, macs, o, b))
+        for other in others
+        if any(line["method"] == other for line in macs)
+    ]
+    out = ["Differences, each within a seed:", "", _row(["", *map(str, budgets)]), _rule(budgets)]
+    out += [_row([text, *(_spread(ask(b), sign=True) for b in budgets)]) for text, ask in questions]
+    return [*out, ""]
+
+
+def _paired(
+    these: list[Line],
+    method: str,
+    those: list[Line],
+    other: str,
+    budget: float,
+    *,
+    key: str = "top1",
+    ratio: bool = False,
+) -> list[float]:
+    against = {line["seed"]: line["top1"] for line in _at(those, other, budget)}
+    pairs = [
+        (line[key], against[line["seed"]])
+        for line in _at(these, method, budget)
+        if line["seed"] in against
+    ]
+    return [100 * a / b if ratio else a - b for a, b in pairs]
+
+
+def _spread(values: Iterable[float], sign: bool = False) -> str:
+    found = list(values)
+    if not found:
+        return "–"
+    mean = statistics.mean(found)
+    text = f"{mean:+.2f}" if sign and mean < 50 else f"{mean:.2f}"
+    return f"{text} ± {statistics.stdev(found):.2f}" if len(found) > 1 else f"{text} (one seed)"
+
+
+def _row(cells: list[Any]) -> str:
+    return "| " + " | ".join(str(cell) for cell in cells) + " |"
+
+
+def _rule(budgets: list[float]) -> str:
+    return _row(["---"] * (len(budgets) + 1))
+
+
+def _accuracy_plot(lines: list[Line], path: Path) -> None:
+    figure = Figure(figsize=(7.5, 4), layout="constrained")
+    axes = figure.add_subplot()
+    rows = [line for line in lines if line["equal"] == "epochs" and line["budget"] != 1.0]
+    budgets = sorted({line["budget"] for line in rows})
+    methods = list(dict.fromkeys(line["method"] for line in rows))
+    width = 0.8 / len(methods)
+    for place, method in enumerate(methods):
+        tops = [[line["top1"] for line in _at(rows, method, b)] for b in budgets]
+        axes.bar(
+            [i + (place - (len(methods) - 1) / 2) * width for i in range(len(budgets))],
+            [statistics.mean(top) if top else 0 for top in tops],
+            yerr=[statistics.stdev(top) if len(top) > 1 else 0 for top in tops],
+            width=0.95 * width, label=method, capsize=2,
+        )  # fmt: skip
+    dense = [line["top1"] for line in lines if line["budget"] == 1.0]
+    if dense:
+        axes.axhline(statistics.mean(dense), color="gray", linestyle=":", label="dense")
+    lowest = min(line["top1"] for line in rows)
+    axes.set_ylim(max(0.0, lowest - 5), None)
+    axes.set_xticks(range(len(budgets)), [f"{b:g} of the MACs" for b in budgets])
+    axes.set_ylabel("top-1, %")
+    figure.legend(loc="outside right upper", frameon=False, fontsize="small")
+    _save(figure, path)
+
+
+def _sparsity_plot(lines: list[Line], path: Path) -> None:
+    rows = [line for line in lines if line.get("sparsity") and line["equal"] == "epochs"]
+    budget = min(line["budget"] for line in rows)
+    figure = Figure(figsize=(7.5, 3.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for method in dict.fromkeys(line["method"] for line in rows):
+        if method not in (OURS, "group lasso"):
+            continue
+        runs = [line["sparsity"] for line in _at(rows, method, budget)]
+        steps = range(min(map(len, runs)))
+
+        def mean(key: str, runs: list[Any] = runs, steps: range = steps) -> list[float]:
+            return [statistics.mean(run[step][key] for run in runs) for step in steps]
+
+        left.plot(steps, mean("ratio"), marker=".", label=method)
+        right.plot(steps, mean("kept_norm"), marker=".", label=f"{method}, kept")
+        right.plot(
+            steps, mean("dropped_norm"), marker=".", linestyle="--", label=f"{method}, dropped"
+        )
+    for axes, title in ((left, "kept / dropped"), (right, "mean L2 norm of a channel")):
+        axes.set_title(f"{title}, budget {budget:g}", fontsize="medium")
+        axes.set_xlabel("epoch")
+        axes.legend(frameon=False, fontsize="small")
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    figure.savefig(path, metadata={"Date": None})
