@@ -14,7 +14,7 @@ import os
 import re
 import sys
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypedDict
@@ -113,6 +113,30 @@ class Store:
             else:
                 _replace_file(Path(path), data)
         return hashlib.sha256(data).hexdigest()
+
+    def create_bytes(self, name: str, data: bytes) -> bool:
+        """Write a file that must not be there yet: of all that try at once, one succeeds.
+
+        Args:
+            name: the file.
+            data: what nobody else would write, so that a request that was answered and whose
+                answer was lost is recognised when it is tried again.
+
+        Returns:
+            Whether the file is this caller's; False if another one wrote it before.
+        """
+        path = self._at(name)
+        with self._explained("create", name):
+            try:
+                if self.local_path is None:
+                    self._fs.pipe_file(path, data, mode="create")
+                else:
+                    _create_file(Path(path), data)
+            except OSError:  # each back-end has its own for a condition that does not hold
+                if not self._fs.exists(path):
+                    raise
+                return bool(self._fs.cat_file(path) == data)
+        return True
 
     def read_bytes(self, name: str) -> bytes:
         """The content of a file."""
@@ -281,6 +305,18 @@ def _checked(name: str) -> str:
 
 
 def _replace_file(path: Path, data: bytes) -> None:
+    with _written_beside(path, data) as temporary:
+        os.replace(temporary, path)
+
+
+def _create_file(path: Path, data: bytes) -> None:
+    with _written_beside(path, data) as temporary:
+        os.link(temporary, path)  # fails where a rename would replace
+
+
+@contextlib.contextmanager
+def _written_beside(path: Path, data: bytes) -> Iterator[Path]:
+    """A temporary file of this content, safe on the disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}.tmp"
     try:
@@ -288,7 +324,7 @@ def _replace_file(path: Path, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        yield temporary
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -445,12 +481,14 @@ class Manifest:
 
     Args:
         store: the run's folder.
+        guard: called before a stage is recorded; raises if this process may not write any more.
     """
 
     _NAME = "manifest.json"
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, guard: Callable[[], object] = lambda: None) -> None:
         self.store = store
+        self._guard = guard
 
     def stages(self) -> dict[str, Record]:
         """The records of all finished stages, in the order in which they finished."""
@@ -509,5 +547,6 @@ class Manifest:
             finished=datetime.now(UTC).isoformat(timespec="seconds"),
         )
         stages[stage] = record
+        self._guard()
         self.store.write_json(self._NAME, {"stages": stages})
         return record

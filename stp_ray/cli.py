@@ -79,6 +79,45 @@ def run(
 
 
 @app.command()
+def status(
+    uri: Annotated[str, typer.Argument(help="A run's folder or URI.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show where a run stands: what is done, what is under way, and who drives it."""
+    from .status import status as look
+
+    found = look(_folder(uri))
+    if as_json:
+        print(json.dumps({**dataclasses.asdict(found), "state": found.state}, indent=2))
+        return
+    print(f"{found.run}: {found.state}")
+    table = Table()
+    for heading in ("stage", "state", "seconds", "top-1 %"):
+        table.add_column(heading, justify="left" if heading in ("stage", "state") else "right")
+    for stage in found.stages:
+        if stage.record is not None:
+            top1 = stage.record["metrics"].get("top1")
+            seconds = f"{stage.record['seconds']:,.0f}"
+            table.add_row(stage.name, "done", seconds, _cell(top1, ".2f"))
+        elif stage.total_steps is not None:
+            table.add_row(stage.name, f"step {stage.step or 0:,} of {stage.total_steps:,}", "", "")
+        else:
+            table.add_row(stage.name, "to do", "", "")
+    Console(width=None if sys.stdout.isatty() else 120, highlight=False).print(table)
+
+
+@app.command()
+def resume(uri: Annotated[str, typer.Argument(help="A run's folder or URI.")]) -> None:
+    """Go on with a run from its folder alone, whoever started it."""
+    _see_current_folder()
+    from .stages import pipeline
+    from .status import configuration
+
+    run = _folder(uri)
+    print_summary(pipeline.run(configuration(run)), f"{run.uri}/report.html")
+
+
+@app.command()
 def report(
     uri: Annotated[str, typer.Argument(help="A run's folder or URI.")],
 ) -> None:
@@ -268,11 +307,18 @@ def _see_current_folder() -> None:
         sys.path.insert(0, folder)
 
 
-def _run_store(uri: str) -> Any:
+def _folder(uri: str) -> Any:
+    """A run's folder; `runs/latest` stands for the one that it links to."""
     from .artifacts import Store
-    from .errors import StorageError
 
     store = Store(uri)
+    return store if store.local_path is None else Store(store.local_path.resolve())
+
+
+def _run_store(uri: str) -> Any:
+    from .errors import StorageError
+
+    store = _folder(uri)
     if not store.exists("summary.json"):
         raise StorageError(
             f"{store.uri} has no summary.json; expected the folder of a finished run, "

@@ -5,7 +5,7 @@ import os
 import pickle
 import subprocess
 import sys
-import uuid
+from concurrent.futures import ThreadPoolExecutor
 
 import pyarrow as pa
 import pytest
@@ -17,36 +17,21 @@ from stp_ray.errors import StorageError
 pytestmark = pytest.mark.timeout(120)
 
 
-@pytest.fixture(scope="module")
-def s3():
-    """A bucket on a moto server; fake keys, in the environment of these tests only."""
-    server_module = pytest.importorskip("moto.server")
-    boto3 = pytest.importorskip("boto3")
-    pytest.importorskip("s3fs")
-    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        patch.setenv("AWS_ACCESS_KEY_ID", "testing")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-        client = boto3.client("s3", endpoint_url=f"http://{host}:{port}")
-        client.create_bucket(Bucket="artifacts")
-        try:
-            yield "s3://artifacts"
-        finally:
-            server.stop()
+def test_a_file_is_created_once(store):
+    assert store.create_bytes("a.json", b"first")
+    assert not store.create_bytes("a.json", b"second")
+    assert store.read_bytes("a.json") == b"first"
+    assert store.create_bytes("a.json", b"first"), "a request tried again is its own"
 
 
-@pytest.fixture(params=["local", "memory", "s3"])
-def store(request, tmp_path):
-    if request.param == "local":
-        return Store(tmp_path / "run")
-    if request.param == "memory":
-        return Store(f"memory://{uuid.uuid4().hex}/run")
-    return Store(f"{request.getfixturevalue('s3')}/{uuid.uuid4().hex}")
+def test_of_many_that_create_a_file_one_succeeds(store):
+    def create(place):
+        return store.create_bytes("lease.json", f"owner {place}".encode())
+
+    with ThreadPoolExecutor(8) as pool:
+        won = list(pool.map(create, range(8)))
+    assert won.count(True) == 1
+    assert store.read_bytes("lease.json") == f"owner {won.index(True)}".encode()
 
 
 def test_bytes_come_back(store):

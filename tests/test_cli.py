@@ -12,7 +12,9 @@ import yaml
 from typer.testing import CliRunner
 
 import stp_ray.stages
+from stp_ray.artifacts import Store
 from stp_ray.cli import app, one_line_errors, print_summary
+from stp_ray.config import dump_config, load_config, run_id
 from stp_ray.errors import DataError, RunError, StpError
 
 pytestmark = pytest.mark.timeout(180)
@@ -311,3 +313,31 @@ def test_scripts_refuse_bad_input_like_the_command(name):
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr == "error: unknown key sed; did you mean seed?\n"
+
+
+@pytest.fixture
+def begun(tmp_path):
+    """The folder of a run that was begun."""
+    config = load_config({"name": "trial", "storage": str(tmp_path)})
+    run = Store(tmp_path / run_id(config))
+    run.write_json("config.json", dump_config(config))
+    return tmp_path / run_id(config)
+
+
+def test_status_shows_every_stage(begun):
+    (begun.parent / "latest").symlink_to(begun.name)
+    shown = CliRunner().invoke(app, ["status", str(begun.parent / "latest")])
+    assert shown.exit_code == 0, shown.output
+    assert f"{begun.name}: stopped" in shown.output
+    for stage in ("supernet", "explore", "finalize/", "report"):
+        assert stage in shown.output
+    told = CliRunner().invoke(app, ["status", str(begun), "--json"])
+    assert json.loads(told.output)["stages"][0]["name"] == "supernet"
+
+
+def test_resume_goes_on_with_the_settings_of_the_folder(begun, pipeline):
+    done = CliRunner().invoke(app, ["resume", str(begun)])
+    assert done.exit_code == 0, done.output
+    (config,) = pipeline.configs
+    assert run_id(config) == begun.name
+    assert Store(config.storage).uri == Store(begun.parent).uri

@@ -16,6 +16,7 @@ from ..artifacts import Manifest, Record, Store
 from ..config import RunConfig, dump_config, load_config, run_id
 from ..data import DataSummary, describe, steps_per_epoch
 from ..elastic import Supernet
+from ..lease import held
 from ..method import Optimisation
 from ..models import find_factory
 from ..report import with_space, write_report
@@ -60,9 +61,13 @@ def run(
     images_summary, net = preflight(config)
     store = Store(config.storage).child(run_id(config))
     store.probe()
-    pipeline = _Pipeline(config, store, images_summary, net)
-    with pipeline.session():
-        return pipeline.walk(until)
+    if finished(Manifest(store)):
+        return store.read_json(SUMMARY)
+    with held(store) as lease:
+        manifest = Manifest(store, guard=lease.require)
+        pipeline = _Pipeline(config, store, images_summary, net, manifest)
+        with pipeline.session():
+            return pipeline.walk(until)
 
 
 def preflight(config: RunConfig) -> tuple[DataSummary, Supernet]:
@@ -83,6 +88,12 @@ def preflight(config: RunConfig) -> tuple[DataSummary, Supernet]:
     return summary, net
 
 
+def finished(manifest: Manifest) -> bool:
+    """Whether a run is at its end and all of its artifacts are there, undamaged."""
+    stages = manifest.stages()
+    return "report" in stages and all(manifest.done(stage) for stage in stages)
+
+
 def _trainings(config: RunConfig) -> list[Optimisation]:
     options = [config.supernet.optimisation, config.finalize.optimisation]
     return [*options, config.baseline] if config.baseline else options
@@ -90,18 +101,22 @@ def _trainings(config: RunConfig) -> list[Optimisation]:
 
 class _Pipeline:
     def __init__(
-        self, config: RunConfig, store: Store, summary: DataSummary, net: Supernet
+        self,
+        config: RunConfig,
+        store: Store,
+        summary: DataSummary,
+        net: Supernet,
+        manifest: Manifest,
     ) -> None:
         self.config, self.store, self.images_summary, self.net = config, store, summary, net
-        self.manifest = Manifest(store)
+        self.manifest = manifest
         self._images: Images | SharedImages | None = None
 
     @contextlib.contextmanager
     def session(self) -> Iterator[None]:
-        """A Ray session that can place the workers, unless everything runs in this process or
-        nothing is left to do."""
+        """A Ray session that can place the workers, unless everything runs in this process."""
         options = self.config.cluster
-        if options.in_process or self._finished():
+        if options.in_process:
             yield
             return
         with cluster.connected(options):
@@ -110,8 +125,6 @@ class _Pipeline:
             yield
 
     def walk(self, until: str | None) -> dict[str, Any]:
-        if self._finished():
-            return self.store.read_json(SUMMARY)
         _describe(self.config, self.store)
         if self.config.baseline is not None:
             self._training("baseline", self.config.baseline)
@@ -123,10 +136,6 @@ class _Pipeline:
             return {stage: record["metrics"] for stage, record in self.manifest.stages().items()}
         self._finalize()
         return self._report()
-
-    def _finished(self) -> bool:
-        stages = self.manifest.stages()
-        return "report" in stages and all(self._done(stage) for stage in stages)
 
     def _done(self, stage: str) -> bool:
         return self.manifest.done(stage) is not None

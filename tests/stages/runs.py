@@ -133,8 +133,13 @@ def times(folder: Path, names: Iterable[str] | None = None) -> dict[str, int]:
 
 
 def kept(names: Iterable[str]) -> set[str]:
-    """Artifacts and bookkeeping among names, without checkpoints and part files."""
-    return {n for n in names if "/checkpoint-" not in n and not n.startswith("explore/parts/")}
+    """Artifacts and bookkeeping among names, without checkpoints, part files and the one file that
+    a released lease leaves."""
+    found = set(names)
+    leases = {n for n in found if n.startswith("lease/")}
+    assert len(leases) <= 1, leases
+    passing = {n for n in found if "/checkpoint-" in n or n.startswith("explore/parts/")}
+    return found - passing - leases
 
 
 def environment(**changes: str) -> dict[str, str]:

@@ -17,6 +17,7 @@ from stp_ray.config import load_config, run_id
 from stp_ray.data import describe, eval_batches, load
 from stp_ray.elastic import Budget, Subnet
 from stp_ray.errors import RunError
+from stp_ray.lease import held
 from stp_ray.method import evaluate, training
 from stp_ray.stages import explore as exploring
 from stp_ray.stages import pipeline
@@ -237,6 +238,19 @@ def test_the_control_is_the_same_shape_from_scratch_for_as_long(tmp_path):
     pruned = home.load_tensors("model.safetensors")
     assert {n: t.shape for n, t in control.items()} == {n: t.shape for n, t in pruned.items()}
     assert home.read_table("control/metrics.parquet").column("epoch").to_pylist() == [1, 2]
+
+
+# -- two drivers -------------------------------------------------------------------------
+
+
+def test_a_second_driver_is_refused_while_the_first_lives(tmp_path):
+    run = Run(tmp_path, minimal())
+    with (
+        held(Store(run.folder), duration=2.0),
+        pytest.raises(RunError, match=r"is being driven by process \d+ on .* the same command"),
+    ):
+        run()
+    assert set(Store(run.folder).names()) == {"lease"}, "nothing was begun"
 
 
 # -- a loss that is not finite ------------------------------------------------------------

@@ -1,0 +1,37 @@
+import uuid
+
+import pytest
+
+from stp_ray.artifacts import Store
+
+
+@pytest.fixture(scope="session")
+def s3():
+    """A bucket on a moto server; fake keys, in the environment of these tests only."""
+    server_module = pytest.importorskip("moto.server")
+    boto3 = pytest.importorskip("boto3")
+    pytest.importorskip("s3fs")
+    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        patch.setenv("AWS_ACCESS_KEY_ID", "testing")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        client = boto3.client("s3", endpoint_url=f"http://{host}:{port}")
+        client.create_bucket(Bucket="artifacts")
+        try:
+            yield "s3://artifacts"
+        finally:
+            server.stop()
+
+
+@pytest.fixture(params=["local", "memory", "s3"])
+def store(request, tmp_path):
+    if request.param == "local":
+        return Store(tmp_path / "run")
+    if request.param == "memory":
+        return Store(f"memory://{uuid.uuid4().hex}/run")
+    return Store(f"{request.getfixturevalue('s3')}/{uuid.uuid4().hex}")

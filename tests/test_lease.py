@@ -1,0 +1,133 @@
+"""Two drivers on one run: the living one keeps it, a dead one's is taken over after a while."""
+
+import json
+import logging
+import multiprocessing
+import os
+import signal
+import threading
+import time
+
+import pytest
+
+from stp_ray.artifacts import Store
+from stp_ray.errors import RunError, StorageError
+from stp_ray.lease import Lease, held, holder
+
+pytestmark = pytest.mark.timeout(120)
+
+SHORT = 0.8
+
+
+def test_nobody_holds_a_new_run_and_a_finished_one_is_released(store):
+    assert holder(store) is None
+    with held(store, SHORT):
+        now = holder(store)
+        assert (now.pid, now.released) == (os.getpid(), False)
+        assert now.host in now.name
+    assert holder(store).released
+    started = time.monotonic()
+    with held(store, duration=60):
+        pass
+    assert time.monotonic() - started < 20, "a released lease is not waited for"
+
+
+def test_a_lease_is_renewed_and_leaves_no_row_of_files(store):
+    with held(store, SHORT) as lease:
+        first = holder(store).number
+        time.sleep(3 * SHORT)
+        lease.require()
+        assert holder(store).number > first + 2
+        assert len(store.child("lease").names()) <= 2
+    assert len(store.child("lease").names()) == 1
+
+
+def test_a_living_driver_is_not_pushed_aside(store):
+    with held(store, SHORT) as lease:
+        with pytest.raises(RunError, match=f"driven by process {os.getpid()} on") as refused:
+            Lease(store, duration=3 * SHORT).acquire()
+        assert refused.value.exit_code == 1
+        lease.require()
+
+
+def hold_for_ever(uri, ready):
+    with held(Store(uri), SHORT):
+        ready.set()
+        time.sleep(600)
+
+
+@pytest.fixture
+def other(tmp_path):
+    """A driver in another process."""
+    context = multiprocessing.get_context("spawn")
+    ready = context.Event()
+    process = context.Process(target=hold_for_ever, args=(str(tmp_path), ready))
+    process.start()
+    assert ready.wait(90)
+    yield process
+    process.kill()
+    process.join()
+
+
+def test_the_lease_of_a_dead_driver_lapses(other, tmp_path, caplog):
+    other.kill()
+    other.join()
+    started = time.monotonic()
+    with caplog.at_level(logging.WARNING), held(Store(tmp_path), SHORT):
+        assert SHORT <= time.monotonic() - started < SHORT + 20
+        assert holder(Store(tmp_path)).pid == os.getpid()
+    assert f"process {other.pid}" in caplog.text
+
+
+def test_a_driver_that_stood_still_finds_that_it_was_replaced(tmp_path):
+    store = Store(tmp_path)
+    still = Lease(store, SHORT)
+    still._renew()  # holds it, and then renews it no more, as if it were stopped
+    with held(store, SHORT) as lease:
+        with pytest.raises(RunError, match=f"process {os.getpid()} on .* took over"):
+            still.require()
+        lease.require()
+        still.release()
+        lease.require()
+
+
+def test_the_block_is_interrupted_when_another_driver_takes_over(tmp_path):
+    store = Store(tmp_path)
+
+    def take_over():
+        time.sleep(SHORT)
+        number = holder(store).number
+        content = {"owner": "x", "host": "elsewhere", "pid": 7, "renewed": "", "released": False}
+        for place in range(number + 1, number + 9):
+            store.child("lease").create_bytes(
+                f"lease-{place:08d}.json", json.dumps(content).encode()
+            )
+
+    thread = threading.Thread(target=take_over)
+    started = time.monotonic()
+    with pytest.raises(RunError, match="process 7 on elsewhere took over"), held(store, SHORT):
+        thread.start()
+        time.sleep(60)
+    thread.join()
+    assert time.monotonic() - started < 30
+
+
+def test_an_interruption_by_the_user_stays_one(tmp_path):
+    with pytest.raises(KeyboardInterrupt), held(Store(tmp_path), SHORT):
+        signal.raise_signal(signal.SIGINT)
+    assert holder(Store(tmp_path)).released
+
+
+def test_storage_that_is_away_for_a_moment_loses_no_lease(tmp_path, monkeypatch):
+    store = Store(tmp_path)
+    with held(store, duration=2.0) as lease:
+        real = Store.create_bytes
+
+        def away(self, name, data):
+            raise StorageError("the storage is away")
+
+        monkeypatch.setattr(Store, "create_bytes", away)
+        time.sleep(1.0)
+        monkeypatch.setattr(Store, "create_bytes", real)
+        time.sleep(1.0)
+        lease.require()

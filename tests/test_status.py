@@ -1,0 +1,87 @@
+"""Where a run stands, from its folder alone."""
+
+import json
+
+import pytest
+
+from stp_ray.artifacts import Manifest
+from stp_ray.config import dump_config, load_config, run_id
+from stp_ray.errors import StorageError
+from stp_ray.lease import Lease, held
+from stp_ray.status import configuration, status
+
+CONFIG = load_config({"name": "trial", "budgets": [0.5, 0.15]})
+
+
+@pytest.fixture
+def run(store):
+    folder = store.child(run_id(CONFIG))
+    folder.write_json("config.json", dump_config(CONFIG))
+    return folder
+
+
+def finish(run, *stages):
+    for stage in stages:
+        Manifest(run).finish(
+            stage, inputs={}, outputs={}, seconds=3.0, device_seconds=6.0, metrics={"top1": 50.0}
+        )
+
+
+def test_a_run_that_has_just_begun(run):
+    found = status(run)
+    assert found.run == run_id(CONFIG)
+    assert [stage.name for stage in found.stages] == [
+        "supernet", "explore", "finalize/0.5", "finalize/0.15", "report",
+    ]  # fmt: skip
+    assert not found.finished
+    assert found.state == "stopped; `stp resume` goes on"
+
+
+def test_the_stage_under_way_tells_its_step(run):
+    finish(run, "supernet")
+    lines = [
+        {"event": "start", "config": {"total_steps": 100}},
+        {"event": "log", "step": 40, "metrics": {}},
+        {"event": "start", "config": {"total_steps": 100}},
+        {"event": "log", "step": 20, "metrics": {}},
+    ]
+    text = "\n".join(map(json.dumps, lines)) + '\n{"event": "lo'
+    run.write_bytes("logs/explore.jsonl", text.encode())
+    supernet, explore, *others = status(run).stages
+    assert supernet.record["metrics"] == {"top1": 50.0}
+    assert (explore.record, explore.step, explore.total_steps) == (None, 20, 100)
+    assert all(stage.total_steps is None for stage in others)
+
+
+def test_it_tells_who_drives(run):
+    with held(run):
+        assert status(run).state.startswith("driven by process ")
+    assert status(run).state.startswith("stopped")
+
+
+def test_a_driver_that_died_is_told(run, monkeypatch):
+    Lease(run, duration=1.0)._renew()
+    monkeypatch.setattr("stp_ray.status.DURATION", -1.0)
+    assert "died" in status(run).state and "stp resume" in status(run).state
+
+
+def test_a_finished_run(run):
+    finish(run, "supernet", "explore", "finalize/0.5", "finalize/0.15", "report")
+    assert (status(run).finished, status(run).state) == (True, "finished")
+
+
+def test_the_configuration_comes_back_with_the_storage_that_the_run_lies_in(run):
+    found = configuration(run)
+    assert run_id(found) == run_id(CONFIG)
+    assert f"{found.storage}/{run_id(found)}" == run.uri
+
+
+def test_a_folder_that_is_no_run_is_told(store, run):
+    with pytest.raises(StorageError, match=r"has no config\.json; expected the folder of a run"):
+        status(store)
+    run.write_json("config.json", {**dump_config(CONFIG), "seed": 7})
+    with pytest.raises(StorageError, match="was renamed, or begun by another version"):
+        configuration(run)
+    run.write_json("config.json", {"nonsense": 1})
+    with pytest.raises(StorageError, match="cannot be used"):
+        configuration(run)
