@@ -13,6 +13,7 @@ import math
 import os
 import re
 import sys
+import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
@@ -31,6 +32,11 @@ from .errors import StorageError
 from .uris import refuse_credentials
 
 log = logging.getLogger(__name__)
+
+#: Seconds between tries of remote storage that does not answer.
+PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
+#: Seconds after which no further try begins.
+PATIENCE = 60.0
 
 _SEGMENT = re.compile(r"[A-Za-z0-9_=-][A-Za-z0-9._=-]*")
 _EXTRAS = {
@@ -75,6 +81,7 @@ class Store:
             raise StorageError("the storage is empty; expected a folder or a URI")
         self._fs, path = _open_filesystem(text)
         self._path = path.rstrip("/")
+        self._pauses = () if isinstance(self._fs, LocalFileSystem) else PAUSES
 
     def __repr__(self) -> str:
         return f"Store({self.uri!r})"
@@ -109,7 +116,7 @@ class Store:
         path = self._at(name)
         with self._explained("write", name):
             if self.local_path is None:
-                self._fs.pipe_file(path, data)  # one put: visible when complete
+                self._call("pipe_file", path, data)  # one put: visible when complete
             else:
                 _replace_file(Path(path), data)
         return hashlib.sha256(data).hexdigest()
@@ -129,19 +136,19 @@ class Store:
         with self._explained("create", name):
             try:
                 if self.local_path is None:
-                    self._fs.pipe_file(path, data, mode="create")
+                    self._call("pipe_file", path, data, mode="create")
                 else:
                     _create_file(Path(path), data)
             except OSError:  # each back-end has its own for a condition that does not hold
-                if not self._fs.exists(path):
+                if not self._call("exists", path):
                     raise
-                return bool(self._fs.cat_file(path) == data)
+                return bool(self._call("cat_file", path) == data)
         return True
 
     def read_bytes(self, name: str) -> bytes:
         """The content of a file."""
         with self._explained("read", name):
-            return bytes(self._fs.cat_file(self._at(name)))
+            return bytes(self._call("cat_file", self._at(name)))
 
     def checksum(self, name: str) -> str:
         """The sha256 of a file's content, as hexadecimal digits."""
@@ -150,13 +157,13 @@ class Store:
     def exists(self, name: str) -> bool:
         """Whether a file or a folder of this name exists."""
         with self._explained("look for", name):
-            return bool(self._fs.exists(self._at(name)))
+            return bool(self._call("exists", self._at(name)))
 
     def names(self, prefix: str = "") -> list[str]:
         """Names of the files and folders directly in this folder, sorted; [] without it."""
         with self._explained("list", prefix):
             try:
-                found = self._fs.ls(self._path, detail=False)
+                found = self._call("ls", self._path, detail=False)
             except (FileNotFoundError, NotADirectoryError):
                 return []
         names = {str(path).rstrip("/").rpartition("/")[2] for path in found}
@@ -166,7 +173,7 @@ class Store:
     def delete(self, name: str) -> None:
         """Delete a file, or a folder with all it holds. Nothing happens without it."""
         with self._explained("delete", name), contextlib.suppress(FileNotFoundError):
-            self._fs.rm(self._at(name), recursive=True)
+            self._call("rm", self._at(name), recursive=True)
 
     # -- formats --------------------------------------------------------------------
 
@@ -227,7 +234,8 @@ class Store:
     # -- checks ---------------------------------------------------------------------
 
     def probe(self) -> None:
-        """Write, read and delete a marker; leaves nothing behind, folders included.
+        """Write, read and delete a marker; leaves nothing behind, folders included. Storage that
+        does not answer is not waited for: before a run begins it is most often a wrong address.
 
         Raises:
             StorageError: the storage cannot be used; one line saying why.
@@ -237,6 +245,7 @@ class Store:
             folders = [self.local_path, *self.local_path.parents]
             missing = [folder for folder in folders if not folder.exists()]
         name = f"probe-{uuid.uuid4().hex}"
+        patience, self._pauses = self._pauses, ()
         try:
             self.write_bytes(name, name.encode())
             if self.read_bytes(name) != name.encode():
@@ -246,11 +255,25 @@ class Store:
                 )
             self.delete(name)
         finally:
+            self._pauses = patience
             for folder in missing:
                 with contextlib.suppress(OSError):
                     folder.rmdir()
 
     # -- internals ------------------------------------------------------------------
+
+    def _call(self, method: str, *arguments: Any, **options: Any) -> Any:
+        """Call the back-end, and again after a pause where remote storage did not answer."""
+        call, started = getattr(self._fs, method), time.monotonic()
+        for pause in self._pauses:
+            try:
+                return call(*arguments, **options)
+            except _backend_errors() as error:
+                if not _may_pass(error) or time.monotonic() - started > PATIENCE:
+                    raise
+                log.warning("%s: %s; trying again in %g s", self.uri, _reason(error), pause)
+                time.sleep(pause)
+        return call(*arguments, **options)
 
     def _at(self, name: str) -> str:
         return f"{self._path}/{_checked(name)}"
@@ -273,8 +296,8 @@ def _open_filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
     if scheme in ("s3", "s3a"):
         options["config_kwargs"] = {
             "connect_timeout": 5,
-            "read_timeout": 60,
-            "retries": {"max_attempts": 3, "mode": "standard"},
+            "read_timeout": 30,
+            "retries": {"total_max_attempts": 1},  # s3fs and `Store` try again
         }
         endpoint = os.environ.get("AWS_ENDPOINT_URL")
         if endpoint:
@@ -359,6 +382,15 @@ def _backend_errors() -> tuple[type[Exception], ...]:
         if module in sys.modules
     ]
     return (OSError, *loaded)
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether the same request may succeed later: not what is missing, forbidden or misspelt."""
+    lasting = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError)
+    kind = type(error).__name__
+    return not isinstance(error, (*lasting, NotADirectoryError)) and not any(
+        word in kind for word in ("Credential", "Auth", "Validation", "Invalid", "NoRegion")
+    )
 
 
 def _reason(error: Exception) -> str:
