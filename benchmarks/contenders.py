@@ -6,6 +6,7 @@ import copy
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -139,10 +140,12 @@ def _epoch(bench: Bench, macs: int) -> int:
 # -- Torch-Pruning ----------------------------------------------------------------------
 
 
-def torch_pruning(bench: Bench, budget: float, limit: Limit, *, sparse: bool = False) -> Trained:
+def torch_pruning(
+    bench: Bench, budget: float, limit: Limit, *, sparse: bool = False, even: bool = False
+) -> Trained:
     """Dense training for half of the epochs, group-norm pruning (DepGraph), fine-tuning with
     distillation for the other half. `sparse`: the last half of the dense training is under the
-    pruner's group sparsity."""
+    pruner's group sparsity; `even`: all layers lose the same share instead of competing."""
     import torch_pruning as tp
 
     whole = bench.protocol.epochs
@@ -155,7 +158,7 @@ def torch_pruning(bench: Bench, budget: float, limit: Limit, *, sparse: bool = F
     teacher = _dense(bench, whole)[0] if limit.macs is None else copy.deepcopy(model)
     pruner = tp.pruner.GroupNormPruner(
         model, bench.example.to(bench.images.device),
-        importance=tp.importance.GroupMagnitudeImportance(p=2), global_pruning=True,
+        importance=tp.importance.GroupMagnitudeImportance(p=2), global_pruning=not even,
         pruning_ratio=1.0, max_pruning_ratio=0.95, iterative_steps=200,
         ignored_layers=[layer for layer in model.modules() if isinstance(layer, nn.Linear)],
     )  # fmt: skip
@@ -170,11 +173,6 @@ def torch_pruning(bench: Bench, budget: float, limit: Limit, *, sparse: bool = F
     epochs = limit.left(_epoch(bench, cost), epochs=before, macs=paid)
     spent = bench.train(Distilled(model, teacher), epochs, macs=cost)
     return Trained(model, paid + spent, before + epochs)
-
-
-def torch_pruning_sparse(bench: Bench, budget: float, limit: Limit) -> Trained:
-    """Torch-Pruning with its sparse learning."""
-    return torch_pruning(bench, budget, limit, sparse=True)
 
 
 def _made_sparse(bench: Bench, epochs: int) -> tuple[nn.Module, int]:
@@ -405,7 +403,8 @@ OWN_SHAPE: dict[str, Callable[[Bench, float, Limit], Trained]] = {
     "stp, no expansion": replace(STP, expansion=DIRECT),
     "group lasso": group_lasso,
     "torch-pruning": torch_pruning,
-    "torch-pruning, sparse learning": torch_pruning_sparse,
+    "torch-pruning, even": partial(torch_pruning, even=True),
+    "torch-pruning, sparse learning": partial(torch_pruning, sparse=True),
 }
 
 #: Methods that train the shape that STP found.
