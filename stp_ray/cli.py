@@ -149,7 +149,9 @@ def describe_data(
 @app.command()
 def export(
     uri: Annotated[str, typer.Argument(help="The folder or URI of a pruned network.")],
-    to: Annotated[Literal["onnx", "pt2"], typer.Option(help="The format to write.")] = "onnx",
+    to: Annotated[
+        Literal["onnx", "pt2", "openvino"], typer.Option(help="The format to write.")
+    ] = "onnx",
     factory: Annotated[
         str | None,
         typer.Option(help='For a dense model of yours: its function as "package.module:name".'),
@@ -167,12 +169,10 @@ def export(
     module = formats.load(store.uri, factory=find_factory(factory) if factory else None)
     size = store.read_json(formats.DESCRIPTION)["image_size"]
     example = torch.zeros(1, 3, size, size)
-    name, write = {
-        "onnx": (formats.ONNX, formats.to_onnx),
-        "pt2": (formats.PT2, formats.to_pt2),
-    }[to]
-    store.write_bytes(name, write(module, example))
-    print(f"{store.uri}/{name}")
+    program = formats.FORMATS[to](module, example)
+    for name, data in program.files.items():
+        store.write_bytes(name, data)
+        print(f"{store.uri}/{name}")
 
 
 # -- run --------------------------------------------------------------------------------

@@ -44,6 +44,7 @@ _NOT_IN_ID = (
     "storage",
     "tracking",
     "cluster.address",
+    "cluster.device_price",
     "cluster.explore_workers",
     "cluster.max_failures",
     "cluster.schedule_timeout_s",
@@ -168,6 +169,9 @@ class ClusterOptions(_Section):
     """Seconds to wait for the cluster to offer the requested workers."""
     address: str | None = None
     """Ray cluster to join; null: the one that RAY_ADDRESS or the job names, else a local one."""
+    device_price: float | None = Field(default=None, ge=0)
+    """Price of one device-hour (a GPU, or a CPU core where use_gpu is off), in any currency; null:
+    the report and `--dry-run` show device-hours alone."""
     in_process: bool = False
     """Run every stage in this process, without Ray; for tests and debugging."""
 
@@ -190,6 +194,8 @@ class ExportOptions(_Section):
     """model.onnx, where the export packages are installed."""
     pt2: bool = True
     """model.pt2, a torch.export archive."""
+    openvino: bool = False
+    """model.xml and model.bin, where the package openvino is installed."""
 
 
 class RunConfig(_Section):

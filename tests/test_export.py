@@ -164,7 +164,10 @@ def test_an_unknown_format_is_refused(pruned, store):
 def test_pt2_computes_the_same_for_any_batch(module, example, training):
     module.train(training)
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
-    data = export.to_pt2(module, example)
+    exported = export.to_pt2(module, example)
+    assert 0 <= exported.difference <= 1e-4
+    assert 0 < exported.latency_s < exported.seconds
+    (data,) = exported.files.values()
     assert zipfile.is_zipfile(io.BytesIO(data))
     assert module.training is training
     assert all(torch.equal(before[name], tensor) for name, tensor in module.state_dict().items())
@@ -179,7 +182,7 @@ def test_pt2_computes_the_same_for_any_batch(module, example, training):
 def test_onnx_computes_the_same_for_any_batch(module, example):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    data = export.to_onnx(module, example)
+    data = export.to_onnx(module, example).files["model.onnx"]
     session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
     assert [i.name for i in session.get_inputs()] == ["images"]
     assert [o.name for o in session.get_outputs()] == ["logits"]
@@ -196,7 +199,7 @@ def test_a_program_that_computes_something_else_is_refused(example):
 
 
 def test_what_cannot_be_exported_becomes_a_note_and_not_a_failure(example, store):
-    written, notes = export.write_programs(store, BakedBatch(), example, onnx=False)
+    written, _, notes = export.write_programs(store, BakedBatch(), example, ["pt2"])
     assert len(notes) == 1 and notes[0].startswith("no .pt2 file") and "\n" not in notes[0]
     assert written == {}
     assert "export.pt2=false" in notes[0]
@@ -205,13 +208,15 @@ def test_what_cannot_be_exported_becomes_a_note_and_not_a_failure(example, store
 
 def test_a_missing_package_becomes_a_note(module, example, store, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    written, notes = export.write_programs(store, module, example)
+    written, figures, notes = export.write_programs(store, module, example)
     assert len(notes) == 1 and "stp_ray[export]" in notes[0] and "\n" not in notes[0]
     assert written == {"model.pt2": store.checksum("model.pt2")}
+    assert figures.keys() == {"pt2"}
+    assert figures["pt2"].keys() == {"difference", "latency_ms", "seconds"}
 
 
 def test_nothing_is_exported_unasked(module, example, store):
-    assert export.write_programs(store, module, example, onnx=False, pt2=False) == ({}, [])
+    assert export.write_programs(store, module, example, []) == ({}, {}, [])
     assert store.names() == []
 
 

@@ -160,7 +160,9 @@ class _Pipeline:
         def work(tracker: Tracker) -> tuple[dict[str, str], dict[str, Any]]:
             front = explore(self.config, self.store, self.net, self.images, tracker)
             candidates = self.store.read_table(f"explore/{CANDIDATES}")
-            self.store.write_table(f"explore/{CANDIDATES}", with_space(candidates, self.net.space))
+            modules = [name for name, _ in self.net.model.named_modules()]
+            described = with_space(candidates, self.net.space, modules)
+            self.store.write_table(f"explore/{CANDIDATES}", described)
             outputs = {
                 f"explore/{name}": self.store.checksum(f"explore/{name}")
                 for name in (CANDIDATES, FRONT)
