@@ -395,8 +395,9 @@ def model_card(
     budget: str,
     description: Mapping[str, Any],
     notes: Sequence[str] = (),
+    programs: Sequence[str] = (),
 ) -> str:
-    """The README.md of a pruned model: metadata block, figures, how to load it.
+    """The README.md of a pruned model in Hugging Face's format: metadata, figures, how to load it.
 
     Args:
         summary: a run's summary (see docs/design.md); only the entry of this budget, the
@@ -404,27 +405,23 @@ def model_card(
         budget: a key of `summary["budgets"]`.
         description: what `save_model` wrote.
         notes: remarks for the reader, such as an export that was not possible.
+        programs: keys of `FORMATS` that were written beside the weights.
     """
     entry = summary["budgets"][budget]
     name = description["model"]["name"]
     dataset = description.get("data") or "the run's test images"
-    title = f"{name} pruned to {budget} of its cost"
+    accuracy = {"type": "accuracy", "name": "top-1, %", "value": round(entry["top1"], 4)}
+    result = {
+        "task": {"type": "image-classification"},
+        "dataset": {"name": dataset, "type": dataset, "split": "test"},
+        "metrics": [accuracy],
+    }
     metadata = {
         "library_name": "stp_ray",
         "pipeline_tag": "image-classification",
         "tags": ["pruning", "structured-pruning", "stimulative-training"],
-        "model-index": [
-            {
-                "name": f"{summary['run_id']}/budget-{budget}",
-                "results": [
-                    {
-                        "task": {"type": "image-classification"},
-                        "dataset": {"name": dataset, "type": dataset},
-                        "metrics": [{"type": "accuracy", "value": entry["top1"]}],
-                    }
-                ],
-            }
-        ],
+        "metrics": ["accuracy"],
+        "model-index": [{"name": f"{summary['run_id']}/budget-{budget}", "results": [result]}],
     }
     rows = [
         ("Top-1, %", entry["top1"], summary.get("dense_top1"), "{:.2f}"),
@@ -437,12 +434,13 @@ def model_card(
             "{:.2f}",
         ),
     ]
+    size, classes = description["image_size"], description.get("class_names") or ()
     lines = [
         "---",
         yaml.safe_dump(metadata, sort_keys=False).strip(),
         "---",
         "",
-        f"# {title}",
+        f"# {name} pruned to {budget} of its cost",
         "",
         "Pruned by stimulative training with mutating expansion (STP); not fine-tuned after "
         f"pruning. Run `{summary['run_id']}`, subnet `{entry['subnet_id']}`.",
@@ -455,20 +453,66 @@ def model_card(
         f"dense network, {_cell(entry.get('retention_main'), '{:.2f} %')} of the run's own main "
         f"network (top-1 {_cell(summary.get('main_top1'), '{:.2f} %')}).",
         "",
+        "## Input and output",
+        "",
+        f"RGB images `[N, 3, {size}, {size}]` in float32, scaled to 0..1, less the mean "
+        f"`{description.get('mean')}` and divided by `{description.get('std')}` of each channel. "
+        f"Logits `[N, {description['num_classes']}]`"
+        + (f" of the classes {', '.join(classes)}." if 0 < len(classes) <= 20 else ".")
+        + (f" `{DESCRIPTION}` names the classes." if len(classes) > 20 else ""),
+        "",
         "## Load it",
         "",
-        "```python",
-        "import stp_ray",
+        *_code(
+            "import stp_ray",
+            "",
+            f'model = stp_ray.load("{entry["uri"]}")  # an ordinary torch.nn.Module, in eval mode',
+        ),
         "",
-        f'model = stp_ray.load("{entry["uri"]}")  # an ordinary torch.nn.Module, in eval mode',
-        "```",
-        "",
-        f"`{WEIGHTS}` holds the weights, `{DESCRIPTION}` the architecture; neither is unpickled. "
-        f"`{ONNX}` and `{PT2}`, where present, are for other runtimes.",
+        f"`{WEIGHTS}` holds the weights, `{DESCRIPTION}` the architecture; neither is unpickled.",
     ]
+    for kind in programs:
+        lines += ["", f"Without stp_ray, {_LOADING[kind][0]}:", "", *_code(*_LOADING[kind][1])]
     if notes:
         lines += ["", "## Notes", "", *(f"- {note}" for note in notes)]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines).replace("SIZE", str(size)) + "\n"
+
+
+def _code(*lines: str) -> list[str]:
+    return ["```python", *lines, "```"]
+
+
+#: How a program is run where stp_ray is not installed.
+_LOADING = {
+    "onnx": (
+        "in ONNX Runtime",
+        (
+            "import numpy, onnxruntime",
+            "",
+            f'session = onnxruntime.InferenceSession("{ONNX}")',
+            "images = numpy.zeros((1, 3, SIZE, SIZE), numpy.float32)",
+            'logits = session.run(None, {"images": images})[0]',
+        ),
+    ),
+    "pt2": (
+        "in PyTorch",
+        (
+            "import torch",
+            "",
+            f'program = torch.export.load("{PT2}").module()',
+            "logits = program(torch.zeros(1, 3, SIZE, SIZE))",
+        ),
+    ),
+    "openvino": (
+        "in OpenVINO",
+        (
+            "import numpy, openvino",
+            "",
+            f'model = openvino.Core().compile_model("{OPENVINO}", "CPU")',
+            "logits = model(numpy.zeros((1, 3, SIZE, SIZE), numpy.float32))[0]",
+        ),
+    ),
+}
 
 
 def _cell(value: float | int | None, form: str) -> str:

@@ -223,7 +223,9 @@ class _Pipeline:
         for label in summary["budgets"]:
             home = self.store.child(folder(label))
             pruned, description = home.read_json(PRUNED), home.read_json(export.DESCRIPTION)
-            card = export.model_card(summary, label, description, pruned["notes"])
+            card = export.model_card(
+                summary, label, description, pruned["notes"], list(pruned.get("programs", ()))
+            )
             home.write_bytes("README.md", card.encode())
         write_report(self.store)
         self._link_latest()
