@@ -13,7 +13,6 @@ import json
 import math
 import os
 import re
-import sysconfig
 import types
 import typing
 from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -37,6 +36,7 @@ from .errors import ConfigError
 from .method.explore import Exploration
 from .method.objective import Expansion, Stimulation
 from .method.training import Optimisation
+from .recipes import recipe_folder, recipe_names
 from .uris import HOW_TO_MEND, credentials_in
 
 #: What does not change a run's result, and so is left out of its id: dotted paths.
@@ -322,19 +322,6 @@ def load_config(
         return RunConfig.model_validate_json(json.dumps(content), strict=True)
     except ValidationError as error:
         raise ConfigError(_one_line(error)) from None
-
-
-def recipe_folder() -> Path:
-    """Where the recipes that ship with the project lie: the repository, else the installation."""
-    repository = Path(__file__).resolve().parent.parent / "pipelines" / "recipes"
-    if repository.is_dir():
-        return repository
-    return Path(sysconfig.get_path("data")) / "share" / "stp_ray" / "recipes"
-
-
-def recipe_names() -> list[str]:
-    """Names of the recipes that ship with the project."""
-    return sorted(path.stem for path in recipe_folder().glob("*.yaml"))
 
 
 def _read_recipe(recipe: str | os.PathLike[str]) -> dict[str, Any]:

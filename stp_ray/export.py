@@ -285,6 +285,10 @@ FORMATS: Mapping[str, Callable[[nn.Module, Tensor], Program]] = {
 }
 
 
+#: The file that each format is known by.
+FILES = {"onnx": ONNX, "pt2": PT2, "openvino": OPENVINO}
+
+
 def write_programs(
     store: Store, module: nn.Module, example: Tensor, formats: Sequence[str] = ("onnx", "pt2")
 ) -> tuple[dict[str, str], dict[str, dict[str, float]], list[str]]:
