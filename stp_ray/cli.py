@@ -49,6 +49,7 @@ A first round, each step on its own:
   stp run demo --dry-run          what would be done, and its cost
   stp run demo                    do it, or what is missing of it
   stp report runs/latest          write its report.html again
+  stp wandb-sync runs/latest      how to upload what it kept offline
   stp export runs/latest/budget-0.15 --to openvino
 
 \b
@@ -121,6 +122,25 @@ def report(
     from .report import write_report
 
     print(write_report(_run_store(uri)))
+
+
+@app.command("wandb-sync")
+def wandb_sync(
+    uri: Annotated[str, typer.Argument(help="A run's folder or URI.")],
+) -> None:
+    """Say how to upload what a run kept for Weights & Biases while it was offline."""
+    from .artifacts import Store
+    from .tracking import wandb_folder
+
+    store = Store(uri)
+    run_id = os.path.basename(os.path.realpath(store.local_path or store.uri))
+    folder = wandb_folder(store, run_id) / "wandb"
+    kept = sorted(path for path in folder.glob("offline-run-*") if run_id in path.name)
+    if not kept:
+        print(f"nothing to upload: no offline run of {run_id} in {folder}")
+        return
+    print(f"{len(kept)} stages of {run_id} were kept offline; after `wandb login` upload them:")
+    print(f"  wandb sync {folder}/offline-run-*-{run_id}-*")
 
 
 @app.command()

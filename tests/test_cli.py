@@ -303,6 +303,20 @@ def test_data_convert_makes_what_a_recipe_reads(tmp_path):
     assert "cannot be loaded" in refused(stp("data", "convert", "--hub", "/absent", target))
 
 
+def test_wandb_sync_says_what_to_upload(tmp_path, monkeypatch):
+    monkeypatch.delenv("WANDB_DIR", raising=False)
+    run = tmp_path / "demo-1"
+    run.mkdir()
+    (tmp_path / "latest").symlink_to("demo-1")
+    assert stp("wandb-sync", str(run)).stdout.startswith("nothing to upload")
+    for stage in ("supernet", "explore"):
+        (run / "wandb" / f"offline-run-20260101_000000-demo-1-{stage}").mkdir(parents=True)
+    (run / "wandb" / "offline-run-20260101_000000-other").mkdir()
+    first, second = stp("wandb-sync", str(tmp_path / "latest")).stdout.splitlines()
+    assert first.startswith("2 stages of demo-1")
+    assert second.split()[:2] == ["wandb", "sync"] and second.endswith("offline-run-*-demo-1-*")
+
+
 def test_a_terminal_shows_progress_and_a_log_does_not(capsys, monkeypatch):
     from stp_ray.cli import _progress
 
@@ -379,7 +393,7 @@ def test_a_plan_for_gpus_that_are_not_here_says_what_it_assumes(tmp_path, monkey
 
 def test_help_teaches_commands_that_exist():
     text = stp("--help").stdout
-    named = set(re.findall(r"stp ((?:data )?\w+)", text))
+    named = set(re.findall(r"stp ((?:data )?[\w-]+)", text))
     assert named >= {"inspect", "data convert", "run", "report", "export"}
     for command in named - {"demo"}:
         assert stp(*command.split(), "--help").exit_code == 0, command
