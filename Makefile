@@ -9,13 +9,14 @@ STAMP  := $(VENV)/.stamp-setup
 ARGS ?=
 
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-models lint format clean
+.PHONY: help setup demo test test-models docs lint format clean
 
 help:
 	@echo "make setup   build $(VENV) with the package and its development dependencies"
 	@echo "make demo    run the whole pipeline on real handwritten digits, results in runs/latest"
 	@echo "make test    every check: lint, format, types, layers, tests with coverage"
 	@echo "make test-models   trace torchvision's and timm's classifiers, and check each"
+	@echo "make docs    build the documentation in site/"
 	@echo "make lint    the checks that start no process"
 	@echo "make format  rewrite the code in the house style"
 	@echo "make clean   remove $(VENV) and caches, keep runs"
@@ -46,11 +47,14 @@ test: lint
 test-models: setup
 	$(BIN)/pytest -m models tests/elastic
 
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .coverage .coverage.* .mypy_cache .pytest_cache .ruff_cache \
+	rm -rf $(VENV) build dist site *.egg-info .coverage .coverage.* .mypy_cache .pytest_cache .ruff_cache \
 		.hypothesis .import_linter_cache
 	find stp_ray pipelines benchmarks tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -6,7 +6,8 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal
+from enum import StrEnum
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -14,6 +15,7 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from .errors import StpError
+from .recipes import recipe_names
 
 
 @contextlib.contextmanager
@@ -38,14 +40,34 @@ class _Commands(TyperGroup):
             return super().invoke(ctx)
 
 
+_HELP = """Prune an image classifier to a fraction of its cost, without fine-tuning afterwards.
+
+\b
+A first round, each step on its own:
+  stp inspect resnet18            what can be pruned in a model
+  stp data convert photos s3://bucket/set    images to Parquet, anywhere
+  stp run demo --dry-run          what would be done, and its cost
+  stp run demo                    do it, or what is missing of it
+  stp report runs/latest          write its report.html again
+  stp wandb-sync runs/latest      how to upload what it kept offline
+  stp export runs/latest/budget-0.15 --to openvino
+
+\b
+RECIPE is a name (demo) or a YAML file of yours. Settings follow it:
+  stp run mine.yaml seed=1 supernet.optimisation.epochs=30
+  stp run mine.yaml --print-config    all settings and their values
+
+The same command after a crash goes on where it stopped. An error is one line: what was found,
+what was expected, what to change.
+"""
+
 app = typer.Typer(
     cls=_Commands,
-    help="Structured pruning without fine-tuning, by stimulative training.",
+    help=_HELP,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
-data_app = typer.Typer(help="Look at data sets.", no_args_is_help=True)
+data_app = typer.Typer(help="Look at data sets, and convert them.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 
 
@@ -56,7 +78,10 @@ def main() -> None:
 
 Recipe = Annotated[
     str | None,
-    typer.Argument(help="A recipe that ships with the project, or the path of a YAML file."),
+    typer.Argument(
+        help="A recipe that ships with the project, or the path of a YAML file.",
+        autocompletion=lambda incomplete: [n for n in recipe_names() if n.startswith(incomplete)],
+    ),
 ]
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Overrides, for example seed=1 supernet.lr=0.1.")
@@ -73,9 +98,20 @@ def run(
     print_config: Annotated[
         bool, typer.Option("--print-config", help="Print the resolved recipe and stop.")
     ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Check everything, show what would be done and what it would cost, and stop. "
+            "cluster.device_price=2.5 (of a device-hour) adds the money.",
+        ),
+    ] = False,
 ) -> None:
-    """Run the whole pipeline, or what is missing of it."""
-    run_recipe(recipe, overrides or [], print_config=print_config)
+    """Run the whole pipeline, or what is missing of it.
+
+    The run's folder is its name and a hash of its settings: the same command finds it again.
+    """
+    run_recipe(recipe, overrides or [], print_config=print_config, dry_run=dry_run)
 
 
 @app.command()
@@ -125,6 +161,25 @@ def report(
     from .report import write_report
 
     print(write_report(_run_store(uri)))
+
+
+@app.command("wandb-sync")
+def wandb_sync(
+    uri: Annotated[str, typer.Argument(help="A run's folder or URI.")],
+) -> None:
+    """Say how to upload what a run kept for Weights & Biases while it was offline."""
+    from .artifacts import Store
+    from .tracking import wandb_folder
+
+    store = Store(uri)
+    run_id = os.path.basename(os.path.realpath(store.local_path or store.uri))
+    folder = wandb_folder(store, run_id) / "wandb"
+    kept = sorted(path for path in folder.glob("offline-run-*") if run_id in path.name)
+    if not kept:
+        print(f"nothing to upload: no offline run of {run_id} in {folder}")
+        return
+    print(f"{len(kept)} stages of {run_id} were kept offline; after `wandb login` upload them:")
+    print(f"  wandb sync {folder}/offline-run-*-{run_id}-*")
 
 
 @app.command()
@@ -185,16 +240,94 @@ def describe_data(
         print(f"{name}: {', '.join(map(str, value)) if isinstance(value, list | tuple) else value}")
 
 
+@data_app.command("convert")
+def convert_data(
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="Folder or URI with train/CLASS/ and test/CLASS/ or val/CLASS/; or what "
+            "DatasetDict.save_to_disk wrote; or, with --hub, a data set's name."
+        ),
+    ],
+    target: Annotated[
+        str, typer.Argument(help="New or empty folder or URI for the Parquet files.")
+    ],
+    hub: Annotated[
+        bool, typer.Option("--hub", help="SOURCE is a name for datasets.load_dataset.")
+    ] = False,
+) -> None:
+    """Write images as Parquet, which streams and lives in object storage.
+
+    Then data.name=parquet data.uri=TARGET in a recipe.
+    """
+    from .data import dataset_to_parquet, folder_to_parquet
+    from .data.convert import is_saved_dataset
+
+    with _progress("converting") as on_progress:
+        if hub or is_saved_dataset(source):
+            counts = dataset_to_parquet(_hugging_face(source, hub), target, on_progress)
+        else:
+            counts = folder_to_parquet(source, target, on_progress)
+    print(f"{target}: {', '.join(f'{count:,} {split}' for split, count in counts.items())}")
+
+
+def _hugging_face(source: str, hub: bool) -> Any:
+    from .errors import ConfigError, DataError
+
+    try:
+        import datasets
+    except ImportError as error:
+        raise ConfigError(
+            f"{source} needs the package {error.name}, which is not installed; "
+            'pip install "stp_ray[huggingface]"'
+        ) from error
+    try:
+        return datasets.load_dataset(source) if hub else datasets.load_from_disk(source)
+    except Exception as error:  # the hub, the disk and every builder raise errors of their own
+        raise DataError(
+            f"{source} cannot be loaded ({' '.join(str(error).split())[:200]}); expected a data "
+            "set of images; check the name"
+        ) from error
+
+
+@contextlib.contextmanager
+def _progress(what: str) -> Iterator[Any]:
+    """A bar with the time that is left, on a terminal; nothing in a log."""
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+class Format(StrEnum):
+    """A format that `stp export` writes."""
+
+    onnx = "onnx"
+    pt2 = "pt2"
+    openvino = "openvino"
+
+
 @app.command()
 def export(
     uri: Annotated[str, typer.Argument(help="The folder or URI of a pruned network.")],
-    to: Annotated[Literal["onnx", "pt2"], typer.Option(help="The format to write.")] = "onnx",
+    to: Annotated[
+        list[Format] | None,
+        typer.Option(help="The format to write, onnx by default; may be given several times."),
+    ] = None,
     factory: Annotated[
         str | None,
         typer.Option(help='For a dense model of yours: its function as "package.module:name".'),
     ] = None,
+    output: Annotated[
+        str | None, typer.Option(help="Folder or URI to write to; beside the weights by default.")
+    ] = None,
 ) -> None:
-    """Write a pruned network as model.onnx or model.pt2, beside its weights."""
+    """Write a pruned network in another format.
+
+    The program is compared with the network first and timed; neither stp_ray nor the code of your
+    model is needed to run it.
+    """
     import torch
 
     from . import export as formats
@@ -203,15 +336,30 @@ def export(
 
     _see_current_folder()
     store = Store(uri)
+    goal = Store(output or uri)
+    wanted = []
+    for kind in to or [Format.onnx]:
+        # A finished run knows its files by their checksums: they are not written anew.
+        name = formats.FILES[kind]
+        if goal.exists(name):
+            print(f"{kind}: it is there already; --output writes another one", file=sys.stderr)
+            print(f"{goal.uri}/{name}")
+        else:
+            wanted.append(kind)
+    if not wanted:
+        return
     module = formats.load(store.uri, factory=find_factory(factory) if factory else None)
     size = store.read_json(formats.DESCRIPTION)["image_size"]
-    example = torch.zeros(1, 3, size, size)
-    name, write = {
-        "onnx": (formats.ONNX, formats.to_onnx),
-        "pt2": (formats.PT2, formats.to_pt2),
-    }[to]
-    store.write_bytes(name, write(module, example))
-    print(f"{store.uri}/{name}")
+    for kind in wanted:
+        program = formats.FORMATS[kind](module, torch.zeros(1, 3, size, size))
+        for name, data in program.files.items():
+            goal.write_bytes(name, data)
+            print(f"{goal.uri}/{name}")
+        print(
+            f"{kind}: {1e3 * program.latency_s:.2f} ms an image on one thread, differs by "
+            f"{program.difference:.1e} (relative), made in {program.seconds:.1f} s",
+            file=sys.stderr,
+        )
 
 
 # -- run --------------------------------------------------------------------------------
@@ -222,11 +370,12 @@ def run_recipe(
     overrides: list[str],
     *,
     print_config: bool = False,
+    dry_run: bool = False,
     until: str | None = None,
 ) -> None:
     """What `stp run` and the scripts in pipelines/ do: load, run, print the table, or only the
     run's folder where the run is to end before its last stage."""
-    from .config import load_config, recipe_names, run_id, to_yaml
+    from .config import load_config, run_id, to_yaml
     from .errors import ConfigError
 
     if recipe is not None and "=" in recipe and not os.path.exists(recipe):
@@ -241,6 +390,9 @@ def run_recipe(
         print(to_yaml(config), end="")
         return
     _see_current_folder()
+    if dry_run:
+        _print_plan(config)
+        return
     from .artifacts import Store
     from .stages import pipeline
 
@@ -250,6 +402,32 @@ def run_recipe(
     else:
         pipeline.run(config, until=until)
         print(f"{until} is done: {folder}", flush=True)
+
+
+def _print_plan(config: Any) -> None:
+    from .stages.plan import costs, plan
+
+    planned = plan(config)
+    money = costs(planned, config.cluster.device_price)
+    device = "GPU" if config.cluster.use_gpu else "CPU core"
+    table = Table()
+    table.add_column("stage")
+    for heading in ("state", f"{device}s", f"{device}-hours", *(["money"] if money else [])):
+        table.add_column(heading, justify="right")
+    for step in planned.steps:
+        state, about = ("done", "") if step.done else ("to do", "about ")
+        price = [_money(money.get(step.stage, 0.0))] if money else []
+        hours = f"{about}{step.device_hours:.3g}"
+        table.add_row(step.stage, state, str(step.devices), hours, *price)
+    total = [_money(sum(money.values()))] if money else []
+    table.add_row("still to do", "", "", f"about {planned.left:.3g}", *total)
+    print(f"not started: {planned.run}")
+    Console(width=None if sys.stdout.isatty() else 120, highlight=False).print(table)
+    print(f"estimated from {planned.basis}; without starting processes and reading data")
+
+
+def _money(amount: float) -> str:
+    return f"{amount:,.2f}" if amount >= 1 else f"{amount:.2g}"
 
 
 def run_script(until: str | None = None) -> None:

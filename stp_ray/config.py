@@ -13,7 +13,6 @@ import json
 import math
 import os
 import re
-import sysconfig
 import types
 import typing
 from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -37,6 +36,7 @@ from .errors import ConfigError
 from .method.explore import Exploration
 from .method.objective import Expansion, Stimulation
 from .method.training import Optimisation
+from .recipes import recipe_folder, recipe_names
 from .uris import HOW_TO_MEND, credentials_in
 
 #: What does not change a run's result, and so is left out of its id: dotted paths.
@@ -44,6 +44,7 @@ _NOT_IN_ID = (
     "storage",
     "tracking",
     "cluster.address",
+    "cluster.device_price",
     "cluster.explore_workers",
     "cluster.max_failures",
     "cluster.schedule_timeout_s",
@@ -168,6 +169,9 @@ class ClusterOptions(_Section):
     """Seconds to wait for the cluster to offer the requested workers."""
     address: str | None = None
     """Ray cluster to join; null: the one that RAY_ADDRESS or the job names, else a local one."""
+    device_price: float | None = Field(default=None, ge=0)
+    """Price of one device-hour (a GPU, or a CPU core where use_gpu is off), in any currency; null:
+    the report and `--dry-run` show device-hours alone."""
     in_process: bool = False
     """Run every stage in this process, without Ray; for tests and debugging."""
 
@@ -190,6 +194,8 @@ class ExportOptions(_Section):
     """model.onnx, where the export packages are installed."""
     pt2: bool = True
     """model.pt2, a torch.export archive."""
+    openvino: bool = False
+    """model.xml and model.bin, where the package openvino is installed."""
 
 
 class RunConfig(_Section):
@@ -316,19 +322,6 @@ def load_config(
         return RunConfig.model_validate_json(json.dumps(content), strict=True)
     except ValidationError as error:
         raise ConfigError(_one_line(error)) from None
-
-
-def recipe_folder() -> Path:
-    """Where the recipes that ship with the project lie: the repository, else the installation."""
-    repository = Path(__file__).resolve().parent.parent / "pipelines" / "recipes"
-    if repository.is_dir():
-        return repository
-    return Path(sysconfig.get_path("data")) / "share" / "stp_ray" / "recipes"
-
-
-def recipe_names() -> list[str]:
-    """Names of the recipes that ship with the project."""
-    return sorted(path.stem for path in recipe_folder().glob("*.yaml"))
 
 
 def _read_recipe(recipe: str | os.PathLike[str]) -> dict[str, Any]:

@@ -11,11 +11,14 @@ import io
 import json
 import logging
 import statistics
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -34,6 +37,7 @@ WEIGHTS = "model.safetensors"
 DESCRIPTION = "model.json"
 ONNX = "model.onnx"
 PT2 = "model.pt2"
+OPENVINO = "model.xml"
 
 #: What model.json says it is; a reader refuses a format that it does not know.
 FORMAT = "stp_ray.model/1"
@@ -163,7 +167,24 @@ def _dense(content: Mapping[str, Any], factory: Callable[..., nn.Module] | None)
     return models.build_model(name, **sizes, **kwargs)
 
 
-def to_onnx(module: nn.Module, example: Tensor, tolerance: float = TOLERANCE) -> bytes:
+@dataclass(frozen=True)
+class Program:
+    """A network in another format, checked against the module that it was made from."""
+
+    files: Mapping[str, bytes]
+    """Name -> content; one file, except for OpenVINO's pair."""
+
+    difference: float
+    """Largest difference to the module's logits, relative to the largest of them."""
+
+    latency_s: float
+    """Median seconds of one image in the format's own runtime, on one thread of this CPU."""
+
+    seconds: float
+    """What writing and checking it took."""
+
+
+def to_onnx(module: nn.Module, example: Tensor, tolerance: float = TOLERANCE) -> Program:
     """An ONNX program with a dynamic batch size, checked with ONNX Runtime on the CPU.
 
     Args:
@@ -178,14 +199,12 @@ def to_onnx(module: nn.Module, example: Tensor, tolerance: float = TOLERANCE) ->
         ExportError: a package of the `export` extra is missing, the model cannot be
             expressed, or the program computes something else.
     """
+    began = time.perf_counter()
     try:
         import onnxruntime
         import onnxscript  # noqa: F401  (needed by torch.onnx, which says so less clearly)
     except ImportError as error:
-        raise ExportError(
-            f"no ONNX file: the package {error.name} is not installed; "
-            "install it with pip install 'stp_ray[export]', or set export.onnx=false"
-        ) from error
+        raise _missing("onnx", "ONNX", "export", error) from error
     with _frozen(module, example) as (frozen, images):
         program = _attempt(
             "ONNX",
@@ -214,50 +233,127 @@ def to_onnx(module: nn.Module, example: Tensor, tolerance: float = TOLERANCE) ->
         def forward(batch: Tensor) -> Tensor:
             return torch.from_numpy(running.run(None, {name: batch.numpy()})[0])
 
-        _compare("ONNX", frozen, forward, images, tolerance)
-    return data
+        return _checked("ONNX", {ONNX: data}, frozen, forward, images, tolerance, began)
 
 
-def to_pt2(module: nn.Module, example: Tensor, tolerance: float = TOLERANCE) -> bytes:
+def to_pt2(module: nn.Module, example: Tensor, tolerance: float = TOLERANCE) -> Program:
     """A `torch.export` program (`.pt2`) with a dynamic batch size, checked before writing.
 
     Arguments, result and errors as for `to_onnx`.
     """
+    began = time.perf_counter()
     with _frozen(module, example) as (frozen, images):
-        program = _attempt(
-            ".pt2",
-            lambda: torch.export.export(
-                frozen,
-                (_batch(images, 2),),
-                dynamic_shapes=({0: torch.export.Dim.DYNAMIC},),
-            ),
-        )
-        _compare(".pt2", frozen, program.module(), images, tolerance)
+        program = _exported(".pt2", frozen, images)
         buffer = io.BytesIO()
         _attempt(".pt2", lambda: torch.export.save(program, buffer))
-    return buffer.getvalue()
+        files = {PT2: buffer.getvalue()}
+        return _checked(".pt2", files, frozen, program.module(), images, tolerance, began)
+
+
+def to_openvino(module: nn.Module, example: Tensor, tolerance: float = TOLERANCE) -> Program:
+    """OpenVINO's pair of files, in float32, checked with its runtime on the CPU.
+
+    Arguments and errors as for `to_onnx`; needs the `openvino` extra.
+    """
+    began = time.perf_counter()
+    try:
+        import openvino
+    except ImportError as error:
+        raise _missing("openvino", "OpenVINO", "openvino", error) from error
+    with _frozen(module, example) as (frozen, images):
+        program = _exported("OpenVINO", frozen, images)
+        model = _attempt("OpenVINO", lambda: openvino.convert_model(program))
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / OPENVINO
+            openvino.save_model(model, path, compress_to_fp16=False)
+            files = {each.name: each.read_bytes() for each in sorted(path.parent.iterdir())}
+        # Exact, and as fast as one thread can: the other programs are measured on one.
+        settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
+        running = _attempt("OpenVINO", lambda: openvino.compile_model(model, "CPU", settings))
+
+        def forward(batch: Tensor) -> Tensor:
+            return torch.from_numpy(running(batch.numpy())[0].copy())
+
+        return _checked("OpenVINO", files, frozen, forward, images, tolerance, began)
+
+
+#: What `stp export --to` and a recipe's `export` section offer.
+FORMATS: Mapping[str, Callable[[nn.Module, Tensor], Program]] = {
+    "onnx": to_onnx,
+    "pt2": to_pt2,
+    "openvino": to_openvino,
+}
+
+
+#: The file that each format is known by.
+FILES = {"onnx": ONNX, "pt2": PT2, "openvino": OPENVINO}
 
 
 def write_programs(
-    store: Store, module: nn.Module, example: Tensor, *, onnx: bool = True, pt2: bool = True
-) -> tuple[dict[str, str], list[str]]:
-    """Write `model.onnx` and `model.pt2` as far as they can be had.
+    store: Store, module: nn.Module, example: Tensor, formats: Sequence[str] = ("onnx", "pt2")
+) -> tuple[dict[str, str], dict[str, dict[str, float]], list[str]]:
+    """Write the network in other formats, as far as they can be had.
+
+    Args:
+        store: where to.
+        module: the network.
+        example: images [N, 3, H, W].
+        formats: keys of `FORMATS`.
 
     Returns:
-        The files that were written with their SHA-256, and one line for each program that
-        was asked for and could not be had: an export never fails a run.
+        The files that were written with their SHA-256; for each format `difference`,
+        `latency_ms` and `seconds` as in `Program`; and one line for each format that could not
+        be had: an export never fails a run.
     """
-    written, notes = {}, []
-    for wanted, name, export in ((onnx, ONNX, to_onnx), (pt2, PT2, to_pt2)):
-        if not wanted:
-            continue
+    written: dict[str, str] = {}
+    figures: dict[str, dict[str, float]] = {}
+    notes = []
+    for kind in formats:
         try:
-            data = export(module, example)
+            program = FORMATS[kind](module, example)
         except ExportError as error:
             notes.append(str(error))
-        else:
-            written[name] = store.write_bytes(name, data)
-    return written, notes
+            continue
+        written |= {name: store.write_bytes(name, data) for name, data in program.files.items()}
+        figures[kind] = {
+            "difference": program.difference,
+            "latency_ms": 1e3 * program.latency_s,
+            "seconds": program.seconds,
+        }
+    return written, figures, notes
+
+
+def _missing(kind: str, name: str, extra: str, error: ImportError) -> ExportError:
+    return ExportError(
+        f"no {name} file: the package {error.name} is not installed; "
+        f"install it with pip install 'stp_ray[{extra}]', or set export.{kind}=false"
+    )
+
+
+def _exported(kind: str, frozen: nn.Module, images: Tensor) -> torch.export.ExportedProgram:
+    return _attempt(
+        kind,
+        lambda: torch.export.export(
+            frozen, (_batch(images, 2),), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},)
+        ),
+    )
+
+
+def _checked(
+    kind: str,
+    files: Mapping[str, bytes],
+    frozen: nn.Module,
+    program: Callable[[Tensor], Tensor],
+    images: Tensor,
+    tolerance: float,
+    began: float,
+) -> Program:
+    """The program with its figures; raises ExportError if it is not the same function."""
+    difference = _compare(kind, frozen, program, images, tolerance)
+    one = images[:1].contiguous()
+    with _threads(1):
+        seconds = _median_seconds(lambda: program(one), 30)
+    return Program(files, difference, seconds, time.perf_counter() - began)
 
 
 def latency(module: nn.Module, example: Tensor, repeats: int = 30, threads: int = 1) -> float:
@@ -273,20 +369,29 @@ def latency(module: nn.Module, example: Tensor, repeats: int = 30, threads: int 
     """
     if repeats < 1 or threads < 1:
         raise ValueError(f"latency: repeats={repeats}, threads={threads}; expected at least 1 each")
-    before = torch.get_num_threads()
-    with _frozen(module, example) as (frozen, images), torch.inference_mode():
-        torch.set_num_threads(threads)
-        try:
-            for _ in range(max(3, repeats // 3)):
-                frozen(images)
-            seconds = []
-            for _ in range(repeats):
-                start = time.perf_counter()
-                frozen(images)
-                seconds.append(time.perf_counter() - start)
-        finally:
-            torch.set_num_threads(before)
+    with _frozen(module, example) as (frozen, images), _threads(threads), torch.inference_mode():
+        return _median_seconds(lambda: frozen(images), repeats)
+
+
+def _median_seconds(action: Callable[[], object], repeats: int) -> float:
+    for _ in range(max(3, repeats // 3)):
+        action()
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        action()
+        seconds.append(time.perf_counter() - start)
     return statistics.median(seconds)
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def model_card(
@@ -294,8 +399,9 @@ def model_card(
     budget: str,
     description: Mapping[str, Any],
     notes: Sequence[str] = (),
+    programs: Sequence[str] = (),
 ) -> str:
-    """The README.md of a pruned model: metadata block, figures, how to load it.
+    """The README.md of a pruned model in Hugging Face's format: metadata, figures, how to load it.
 
     Args:
         summary: a run's summary (see docs/design.md); only the entry of this budget, the
@@ -303,27 +409,23 @@ def model_card(
         budget: a key of `summary["budgets"]`.
         description: what `save_model` wrote.
         notes: remarks for the reader, such as an export that was not possible.
+        programs: keys of `FORMATS` that were written beside the weights.
     """
     entry = summary["budgets"][budget]
     name = description["model"]["name"]
     dataset = description.get("data") or "the run's test images"
-    title = f"{name} pruned to {budget} of its cost"
+    accuracy = {"type": "accuracy", "name": "top-1, %", "value": round(entry["top1"], 4)}
+    result = {
+        "task": {"type": "image-classification"},
+        "dataset": {"name": dataset, "type": dataset, "split": "test"},
+        "metrics": [accuracy],
+    }
     metadata = {
         "library_name": "stp_ray",
         "pipeline_tag": "image-classification",
         "tags": ["pruning", "structured-pruning", "stimulative-training"],
-        "model-index": [
-            {
-                "name": f"{summary['run_id']}/budget-{budget}",
-                "results": [
-                    {
-                        "task": {"type": "image-classification"},
-                        "dataset": {"name": dataset, "type": dataset},
-                        "metrics": [{"type": "accuracy", "value": entry["top1"]}],
-                    }
-                ],
-            }
-        ],
+        "metrics": ["accuracy"],
+        "model-index": [{"name": f"{summary['run_id']}/budget-{budget}", "results": [result]}],
     }
     rows = [
         ("Top-1, %", entry["top1"], summary.get("dense_top1"), "{:.2f}"),
@@ -336,12 +438,13 @@ def model_card(
             "{:.2f}",
         ),
     ]
+    size, classes = description["image_size"], description.get("class_names") or ()
     lines = [
         "---",
         yaml.safe_dump(metadata, sort_keys=False).strip(),
         "---",
         "",
-        f"# {title}",
+        f"# {name} pruned to {budget} of its cost",
         "",
         "Pruned by stimulative training with mutating expansion (STP); not fine-tuned after "
         f"pruning. Run `{summary['run_id']}`, subnet `{entry['subnet_id']}`.",
@@ -354,20 +457,66 @@ def model_card(
         f"dense network, {_cell(entry.get('retention_main'), '{:.2f} %')} of the run's own main "
         f"network (top-1 {_cell(summary.get('main_top1'), '{:.2f} %')}).",
         "",
+        "## Input and output",
+        "",
+        f"RGB images `[N, 3, {size}, {size}]` in float32, scaled to 0..1, less the mean "
+        f"`{description.get('mean')}` and divided by `{description.get('std')}` of each channel. "
+        f"Logits `[N, {description['num_classes']}]`"
+        + (f" of the classes {', '.join(classes)}." if 0 < len(classes) <= 20 else ".")
+        + (f" `{DESCRIPTION}` names the classes." if len(classes) > 20 else ""),
+        "",
         "## Load it",
         "",
-        "```python",
-        "import stp_ray",
+        *_code(
+            "import stp_ray",
+            "",
+            f'model = stp_ray.load("{entry["uri"]}")  # an ordinary torch.nn.Module, in eval mode',
+        ),
         "",
-        f'model = stp_ray.load("{entry["uri"]}")  # an ordinary torch.nn.Module, in eval mode',
-        "```",
-        "",
-        f"`{WEIGHTS}` holds the weights, `{DESCRIPTION}` the architecture; neither is unpickled. "
-        f"`{ONNX}` and `{PT2}`, where present, are for other runtimes.",
+        f"`{WEIGHTS}` holds the weights, `{DESCRIPTION}` the architecture; neither is unpickled.",
     ]
+    for kind in programs:
+        lines += ["", f"Without stp_ray, {_LOADING[kind][0]}:", "", *_code(*_LOADING[kind][1])]
     if notes:
         lines += ["", "## Notes", "", *(f"- {note}" for note in notes)]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines).replace("SIZE", str(size)) + "\n"
+
+
+def _code(*lines: str) -> list[str]:
+    return ["```python", *lines, "```"]
+
+
+#: How a program is run where stp_ray is not installed.
+_LOADING = {
+    "onnx": (
+        "in ONNX Runtime",
+        (
+            "import numpy, onnxruntime",
+            "",
+            f'session = onnxruntime.InferenceSession("{ONNX}")',
+            "images = numpy.zeros((1, 3, SIZE, SIZE), numpy.float32)",
+            'logits = session.run(None, {"images": images})[0]',
+        ),
+    ),
+    "pt2": (
+        "in PyTorch",
+        (
+            "import torch",
+            "",
+            f'program = torch.export.load("{PT2}").module()',
+            "logits = program(torch.zeros(1, 3, SIZE, SIZE))",
+        ),
+    ),
+    "openvino": (
+        "in OpenVINO",
+        (
+            "import numpy, openvino",
+            "",
+            f'model = openvino.Core().compile_model("{OPENVINO}", "CPU")',
+            "logits = model(numpy.zeros((1, 3, SIZE, SIZE), numpy.float32))[0]",
+        ),
+    ),
+}
 
 
 def _cell(value: float | int | None, form: str) -> str:
@@ -429,9 +578,11 @@ def _compare(
     program: Callable[[Tensor], Tensor],
     images: Tensor,
     tolerance: float,
-) -> None:
-    """Raise ExportError unless program and module agree, at batch sizes 1 and 3."""
+) -> float:
+    """The largest relative difference at batch sizes 1 and 3; raises ExportError if it is too
+    large."""
     generator = torch.Generator().manual_seed(0)
+    largest = 0.0
     for size in (1, 3):
         batch = _batch(images, size)
         # Random images as well: an example of zeros would agree for the wrong reason.
@@ -445,3 +596,5 @@ def _compare(
                 f"no {kind} file: the exported program differs from the model by {difference:.2g} "
                 f"(relative, batch of {size}); expected at most {tolerance:g}"
             )
+        largest = max(largest, difference)
+    return largest

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import runpy
 import signal
 import subprocess
@@ -280,6 +281,142 @@ def test_export_writes_a_program_beside_the_weights(tmp_path, own):
     assert result.exit_code == 0, result.output
     assert result.stdout.splitlines()[-1] == f"file://{tmp_path}/model.pt2"
     assert (tmp_path / "model.pt2").stat().st_size > 0
+    assert "ms an image" in result.stderr
+    written = (tmp_path / "model.pt2").read_bytes()
+    again = stp("export", str(tmp_path), "--to", "pt2", *options)
+    assert again.stdout == result.stdout and "there already" in again.stderr
+    assert (tmp_path / "model.pt2").read_bytes() == written
+
+
+def test_data_convert_makes_what_a_recipe_reads(tmp_path):
+    from PIL import Image
+
+    for place in ("train/cat", "train/dog", "val/cat", "val/dog"):
+        (tmp_path / "photos" / place).mkdir(parents=True)
+        for number in range(3):
+            Image.new("RGB", (8, 8)).save(tmp_path / "photos" / place / f"{number}.jpg")
+    target = str(tmp_path / "set")
+    result = stp("data", "convert", str(tmp_path / "photos"), target)
+    assert (result.stdout, result.stderr) == (f"{target}: 6 train, 6 test\n", "")
+    described = refused(stp("data", "describe", target))
+    assert "data.holdout is 512 of 6" in described  # it was found and read
+    assert "holds files already" in refused(stp("data", "convert", f"{tmp_path}/photos", target))
+    assert "none found" in refused(stp("data", "convert", target, f"{tmp_path}/other"))
+    assert "cannot be loaded" in refused(stp("data", "convert", "--hub", "/absent", target))
+
+
+def test_wandb_sync_says_what_to_upload(tmp_path, monkeypatch):
+    monkeypatch.delenv("WANDB_DIR", raising=False)
+    run = tmp_path / "demo-1"
+    run.mkdir()
+    (tmp_path / "latest").symlink_to("demo-1")
+    assert stp("wandb-sync", str(run)).stdout.startswith("nothing to upload")
+    for stage in ("supernet", "explore"):
+        (run / "wandb" / f"offline-run-20260101_000000-demo-1-{stage}").mkdir(parents=True)
+    (run / "wandb" / "offline-run-20260101_000000-other").mkdir()
+    first, second = stp("wandb-sync", str(tmp_path / "latest")).stdout.splitlines()
+    assert first.startswith("2 stages of demo-1")
+    assert second.split()[:2] == ["wandb", "sync"] and second.endswith("offline-run-*-demo-1-*")
+
+
+def test_a_terminal_shows_progress_and_a_log_does_not(capsys, monkeypatch):
+    from stp_ray.cli import _progress
+
+    for terminal in (False, True):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda terminal=terminal: terminal, raising=False)
+        with _progress("converting") as told:
+            told(5, 10)
+        assert ("converting" in capsys.readouterr().err) == terminal
+
+
+# -- plans ----------------------------------------------------------------------------
+
+
+def test_dry_run_shows_stages_and_costs_and_leaves_nothing(tmp_path):
+    arguments = ("run", "demo", "--dry-run", f"storage={tmp_path}/runs")
+    result = stp(*arguments, "cluster.device_price=1000")
+    assert result.exit_code == 0, result.output
+    for told in ("baseline", "explore", "finalize/0.15", "to do", "money", "core-hours"):
+        assert told in result.stdout
+    assert "money" not in stp(*arguments).stdout
+    assert list(tmp_path.iterdir()) == []
+    assert "did you mean" in refused(stp("run", "demmo", "--dry-run"))
+
+
+def test_a_plan_follows_the_work_and_what_is_done(tmp_path, monkeypatch):
+    from stp_ray.artifacts import Manifest, Store
+    from stp_ray.config import load_config, run_id
+    from stp_ray.stages import plan as planning
+
+    monkeypatch.setattr(planning, "_speed", lambda *_: (1e-9, "a test"))
+
+    def steps(*overrides):
+        config = load_config("demo", [f"storage={tmp_path}", *overrides])
+        return {step.stage: step for step in planning.plan(config).steps}, config
+
+    first, config = steps()
+    assert list(first) == ["baseline", "supernet", "explore", "finalize/0.5", "finalize/0.15"]
+    assert first["supernet"].devices == 2 and first["finalize/0.5"].devices == 1
+    # 24 epochs of 1,245 images at three passes of 2.55 million MACs
+    expected = 24 * 1245 * 3 * 2_551_424 * 1e-9 / 3600
+    assert first["baseline"].device_hours == pytest.approx(expected)
+    assert first["finalize/0.5"].device_hours > first["finalize/0.15"].device_hours
+    twice, _ = steps("supernet.optimisation.epochs=24")
+    ratio = twice["supernet"].device_hours / first["supernet"].device_hours
+    assert ratio == pytest.approx(2)
+    more, _ = steps("supernet.stimulation.subnets=3")
+    assert more["supernet"].device_hours > first["supernet"].device_hours
+    control, _ = steps("finalize.control=true")
+    assert control["finalize/0.5"].device_hours > first["finalize/0.5"].device_hours
+
+    store = Store(tmp_path).child(run_id(config))
+    output = {"baseline/model.safetensors": store.write_bytes("baseline/model.safetensors", b"")}
+    Manifest(store).finish(
+        "baseline", inputs={}, outputs=output, seconds=1, device_seconds=7200, metrics={}
+    )
+    done, _ = steps()
+    assert done["baseline"].done and done["baseline"].device_hours == 2
+    planned = planning.plan(config)
+    assert planned.left == pytest.approx(sum(s.device_hours for s in done.values()) - 2)
+    assert planning.costs(planned, 3)["explore"] == pytest.approx(3 * done["explore"].device_hours)
+    assert "baseline" not in planning.costs(planned, 3)
+
+
+def test_a_plan_for_gpus_that_are_not_here_says_what_it_assumes(tmp_path, monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    result = stp("run", "demo", "--dry-run", f"storage={tmp_path}", "cluster.use_gpu=true")
+    assert "20 TFLOP/s assumed" in result.stdout and "GPU-hours" in result.stdout
+
+
+# -- manners --------------------------------------------------------------------------
+
+
+def test_help_teaches_commands_that_exist():
+    text = stp("--help").stdout
+    named = set(re.findall(r"stp ((?:data )?[\w-]+)", text))
+    assert named >= {"inspect", "data convert", "run", "report", "export"}
+    for command in named - {"demo"}:
+        assert stp(*command.split(), "--help").exit_code == 0, command
+
+
+def test_a_shell_completes_commands_and_recipes():
+    def completed(line):
+        environment = {
+            **os.environ,
+            "_STP_COMPLETE": "complete_bash",
+            "COMP_WORDS": line,
+            "COMP_CWORD": str(len(line.split(" ")) - 1),
+            "PYTHONPATH": str(ROOT),
+        }
+        code = "from stp_ray.cli import main; main()"
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+        return done.stdout.split()
+
+    assert "inspect" in completed("stp ins")
+    assert completed("stp run imagenet_r") == ["imagenet_resnet50"]
 
 
 def test_the_command_line_itself_imports_nothing_heavy():

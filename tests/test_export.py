@@ -1,8 +1,12 @@
 import io
+import random
 import re
+import subprocess
 import sys
 import zipfile
+from pathlib import Path
 
+import numpy
 import pytest
 import torch
 import yaml
@@ -10,9 +14,11 @@ from torch import nn
 
 from stp_ray import export
 from stp_ray.artifacts import Store
+from stp_ray.data import DataOptions, eval_batches, load
 from stp_ray.elastic.subnet import Subnet
 from stp_ray.elastic.supernet import Supernet
 from stp_ray.errors import ConfigError, StorageError
+from stp_ray.method import calibrate
 from stp_ray.models import resnet20, resnet56
 
 
@@ -164,7 +170,10 @@ def test_an_unknown_format_is_refused(pruned, store):
 def test_pt2_computes_the_same_for_any_batch(module, example, training):
     module.train(training)
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
-    data = export.to_pt2(module, example)
+    exported = export.to_pt2(module, example)
+    assert 0 <= exported.difference <= 1e-4
+    assert 0 < exported.latency_s < exported.seconds
+    (data,) = exported.files.values()
     assert zipfile.is_zipfile(io.BytesIO(data))
     assert module.training is training
     assert all(torch.equal(before[name], tensor) for name, tensor in module.state_dict().items())
@@ -179,7 +188,7 @@ def test_pt2_computes_the_same_for_any_batch(module, example, training):
 def test_onnx_computes_the_same_for_any_batch(module, example):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    data = export.to_onnx(module, example)
+    data = export.to_onnx(module, example).files["model.onnx"]
     session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
     assert [i.name for i in session.get_inputs()] == ["images"]
     assert [o.name for o in session.get_outputs()] == ["logits"]
@@ -190,13 +199,83 @@ def test_onnx_computes_the_same_for_any_batch(module, example):
         torch.testing.assert_close(found, module(images), rtol=1e-4, atol=1e-5)
 
 
+#: Runs a program where only site-packages can be imported: an installation in development mode
+#: is found through a .pth file, which -S leaves out.
+STRANGER = """
+import importlib.util, json, sys
+sys.path.append(sys.argv[1])
+assert importlib.util.find_spec("stp_ray") is None
+import numpy
+images = numpy.load("images.npy")
+kind = sys.argv[2]
+if kind == "onnx":
+    import onnxruntime
+    session = onnxruntime.InferenceSession("model.onnx")
+    logits = session.run(None, {"images": images})[0]
+elif kind == "openvino":
+    import openvino
+    settings = {"INFERENCE_PRECISION_HINT": "f32"}
+    logits = openvino.Core().compile_model("model.xml", "CPU", settings)(images)[0]
+else:
+    import torch
+    logits = torch.export.load("model.pt2").module()(torch.from_numpy(images)).detach().numpy()
+numpy.save("logits.npy", logits)
+"""
+
+
+def alone(folder, code, *arguments):
+    """Run code in a process that cannot import stp_ray."""
+    path = folder / "stranger.py"
+    path.write_text(code)
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", str(path), str(Path(torch.__file__).parents[1]), *arguments],
+        cwd=folder,
+        env={"OMP_NUM_THREADS": "1", "HOME": str(folder)},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def held_out():
+    """Real digits of the test split, normalised, and a pruned network with statistics of digits."""
+    options = DataOptions(holdout=32, image_size=16)
+    data = load(options)
+    images = torch.cat([x for x, _ in eval_batches(data.test, options, 512)])
+    torch.manual_seed(0)
+    net = Supernet.trace(resnet20(), torch.zeros(1, 3, 16, 16))
+    subnet = net.space.sample(random.Random(3))
+    return net.extract(subnet, calibrate(net, subnet, images.split(90))).eval(), images
+
+
+@pytest.mark.parametrize("kind", ["onnx", "pt2", "openvino"])
+def test_a_program_answers_as_the_module_where_stp_ray_is_not_installed(held_out, kind, tmp_path):
+    pytest.importorskip({"onnx": "onnxruntime", "pt2": "torch"}.get(kind, kind))
+    module, images = held_out
+    store = Store(tmp_path)
+    written, figures, notes = export.write_programs(store, module, images[:2], [kind])
+    assert notes == [] and written
+    assert figures[kind]["difference"] <= export.TOLERANCE
+    assert 0 < figures[kind]["latency_ms"] < 1e3 * figures[kind]["seconds"]
+    numpy.save(tmp_path / "images.npy", images.numpy())
+    alone(tmp_path, STRANGER, kind)
+    found = torch.from_numpy(numpy.load(tmp_path / "logits.npy"))
+    with torch.no_grad():
+        expected = module(images)
+    assert (found - expected).abs().max() <= export.TOLERANCE * expected.abs().max()
+    assert torch.equal(found.argmax(1), expected.argmax(1))
+    assert len(set(expected.argmax(1).tolist())) > 1
+
+
 def test_a_program_that_computes_something_else_is_refused(example):
     with pytest.raises(export.ExportError, match="differs from the model"):
         export.to_pt2(Stateful(), example)
 
 
 def test_what_cannot_be_exported_becomes_a_note_and_not_a_failure(example, store):
-    written, notes = export.write_programs(store, BakedBatch(), example, onnx=False)
+    written, _, notes = export.write_programs(store, BakedBatch(), example, ["pt2"])
     assert len(notes) == 1 and notes[0].startswith("no .pt2 file") and "\n" not in notes[0]
     assert written == {}
     assert "export.pt2=false" in notes[0]
@@ -205,13 +284,15 @@ def test_what_cannot_be_exported_becomes_a_note_and_not_a_failure(example, store
 
 def test_a_missing_package_becomes_a_note(module, example, store, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    written, notes = export.write_programs(store, module, example)
+    written, figures, notes = export.write_programs(store, module, example)
     assert len(notes) == 1 and "stp_ray[export]" in notes[0] and "\n" not in notes[0]
     assert written == {"model.pt2": store.checksum("model.pt2")}
+    assert figures.keys() == {"pt2"}
+    assert figures["pt2"].keys() == {"difference", "latency_ms", "seconds"}
 
 
 def test_nothing_is_exported_unasked(module, example, store):
-    assert export.write_programs(store, module, example, onnx=False, pt2=False) == ({}, [])
+    assert export.write_programs(store, module, example, []) == ({}, {}, [])
     assert store.names() == []
 
 
@@ -261,7 +342,7 @@ def test_model_card_states_the_figures_and_how_to_load():
     card = export.model_card(SUMMARY, "0.15", DESCRIPTION, notes=["no ONNX file: reason"])
     metadata = yaml.safe_load(re.match(r"---\n(.*?)\n---\n", card, re.DOTALL)[1])
     result = metadata["model-index"][0]["results"][0]
-    assert result["metrics"] == [{"type": "accuracy", "value": 96.1}]
+    assert result["metrics"] == [{"type": "accuracy", "name": "top-1, %", "value": 96.1}]
     assert result["dataset"]["name"] == "digits"
     assert "| Top-1, % | 96.10 | 98.00 |" in card
     assert "| MACs of one image | 590,000 | 4,000,000 |" in card
@@ -276,3 +357,29 @@ def test_model_card_says_what_was_not_measured():
     card = export.model_card(summary, "0.15", DESCRIPTION)
     assert "| Top-1, % | 96.10 | not measured |" in card
     assert "Retention: not measured of" in card
+
+
+def test_model_card_is_one_that_hugging_face_reads():
+    hub = pytest.importorskip("huggingface_hub")
+    data = hub.ModelCard(export.model_card(SUMMARY, "0.15", DESCRIPTION)).data
+    assert data.library_name == "stp_ray" and data.pipeline_tag == "image-classification"
+    (result,) = data.eval_results
+    assert (result.metric_type, result.metric_value, result.dataset_split) == (
+        "accuracy",
+        96.1,
+        "test",
+    )
+    assert data.model_name == "demo-1a2b/budget-0.15"
+
+
+def test_the_code_of_a_model_card_runs_without_stp_ray(held_out, tmp_path):
+    pytest.importorskip("onnxruntime")
+    module, images = held_out
+    formats = ["onnx", "pt2"]
+    export.write_programs(Store(tmp_path), module, images[:2], formats)
+    described = {**DESCRIPTION, "image_size": 16}
+    card = export.model_card(SUMMARY, "0.15", described, programs=formats)
+    first, *blocks = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    assert "stp_ray" in first and len(blocks) == 2
+    code = "".join(f"{block}\nassert logits.shape == (1, 10)\n" for block in blocks)
+    alone(tmp_path, f"import sys\nsys.path.append(sys.argv[1])\n{code}")

@@ -43,7 +43,7 @@ def test_license_is_apache_2_in_full():
 
 
 def test_make_knows_its_targets():
-    for target in ("setup", "demo", "test", "lint", "format", "clean"):
+    for target in ("setup", "demo", "test", "docs", "lint", "format", "clean"):
         planned = subprocess.run(
             ["make", "--dry-run", target],
             cwd=ROOT,

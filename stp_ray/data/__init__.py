@@ -1,7 +1,7 @@
 """Images: where they come from, and the batches that they become."""
 
 from .batches import eval_batches, local_batch_size, steps_per_epoch, train_batches
-from .convert import folder_to_parquet
+from .convert import dataset_to_parquet, folder_to_parquet
 from .load import DataSummary, SplitName, describe, load, load_split
 from .options import DataOptions
 from .split import ImageData, Split
@@ -12,6 +12,7 @@ __all__ = [
     "ImageData",
     "Split",
     "SplitName",
+    "dataset_to_parquet",
     "describe",
     "eval_batches",
     "folder_to_parquet",

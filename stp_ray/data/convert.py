@@ -1,28 +1,52 @@
-"""Folders of image files into Parquet, which streams and lives in object storage."""
+"""Image folders and Hugging Face's data sets into Parquet, which streams and lives in object
+storage."""
 
 import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import PurePosixPath
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..errors import DataError
-from .folders import FolderSource
 from .source import Stored
-from .storage import open_filesystem, writing
+from .storage import open_filesystem, reading, writing
 
-_PARTS_PER_FILE = 16
+#: Called with the number of images written so far and of all.
+OnProgress = Callable[[int, int], None]
+
+_ROWS_PER_GROUP = 256
+_GROUPS_PER_FILE = 16
+_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+_SPLITS: tuple[Stored, ...] = ("train", "test")
+_TEST = ("test", "val", "validation")
 
 
-def folder_to_parquet(folder: str, uri: str) -> dict[str, int]:
+class _Images(Protocol):
+    """A data set to convert."""
+
+    class_names: Sequence[str]
+    rows: Mapping[Stored, int]
+
+    def read(self, split: Stored) -> Iterator[tuple[bytes | None, int]]:
+        """Encoded images and labels of a split; None for a file that cannot be read."""
+        ...
+
+
+def folder_to_parquet(
+    folder: str, uri: str, on_progress: OnProgress = lambda done, total: None
+) -> dict[str, int]:
     """Write `train/` and `test/` part files from a folder in torchvision's ImageFolder layout.
 
-    The image files are stored as they are, in a random order, 256 in a row group and 4,096 in a
-    file.
+    The image files are stored as they are, in a random order that is always the same, 256 in a
+    row group and 4,096 in a file.
 
     Args:
-        folder: local folder with train/CLASS/ and test/CLASS/ or val/CLASS/.
+        folder: folder or fsspec URI with train/CLASS/ and test/CLASS/ or val/CLASS/.
         uri: new or empty folder, or fsspec URI, for the result: the `data.uri` of a recipe.
+        on_progress: is told how many images are done.
 
     Returns:
         Number of images written of each split.
@@ -31,28 +55,149 @@ def folder_to_parquet(folder: str, uri: str) -> dict[str, int]:
         DataError: the folder cannot be used, or the target holds something already.
         StorageError: the target cannot be written.
     """
-    source = FolderSource(folder)
-    layout = source.layout()
+    return _write(_Folder(folder), uri, on_progress)
+
+
+def dataset_to_parquet(
+    dataset: Any, uri: str, on_progress: OnProgress = lambda done, total: None
+) -> dict[str, int]:
+    """Write `train/` and `test/` part files from a `datasets.DatasetDict` of Hugging Face.
+
+    Args:
+        dataset: with a "train" split, a "test", "val" or "validation" split, and in both an
+            image column ("image" or "img") and a label column ("label" or "fine_label"). Images
+            keep the bytes that they are stored as; the order of rows is kept too.
+        uri, on_progress, result and errors: as for `folder_to_parquet`.
+    """
+    return _write(_Dataset(dataset), uri, on_progress)
+
+
+def is_saved_dataset(uri: str) -> bool:
+    """Whether a folder is what `DatasetDict.save_to_disk` wrote."""
     filesystem, root = open_filesystem(uri)
-    rows: dict[Stored, int] = {"train": layout.train_rows, "test": layout.test_rows}
+    with reading(uri):
+        return bool(filesystem.exists(f"{root}/dataset_dict.json"))
+
+
+class _Folder:
+    def __init__(self, uri: str) -> None:
+        self._filesystem, root = open_filesystem(uri)
+        with reading(uri):
+            if not self._filesystem.isdir(root):
+                raise DataError(f"{uri} is not a folder; expected train and test or val in it")
+            found = {PurePosixPath(path).name for path in self._filesystem.ls(root, detail=False)}
+            test = next((name for name in _TEST if name in found), None)
+            if test is None or "train" not in found:
+                raise DataError(
+                    f"{uri} lacks a split (it holds {', '.join(sorted(found)[:8]) or 'nothing'}); "
+                    "expected the folders train, and test or val, each with one folder for each "
+                    "class"
+                )
+            listed: dict[Stored, list[tuple[str, str]]] = {
+                "train": self._listed(f"{root}/train"),
+                "test": self._listed(f"{root}/{test}"),
+            }
+        classes = {split: sorted({name for name, _ in files}) for split, files in listed.items()}
+        if not classes["train"] or classes["train"] != classes["test"]:
+            odd = sorted(set(classes["train"]) ^ set(classes["test"]))[:5]
+            raise DataError(
+                f"train and {test} of {uri} differ in classes ({', '.join(odd) or 'none found'}); "
+                "expected the same folders of images in both"
+            )
+        self.class_names: Sequence[str] = classes["train"]
+        self.rows: Mapping[Stored, int] = {split: len(files) for split, files in listed.items()}
+        self._files = listed
+
+    def _listed(self, folder: str) -> list[tuple[str, str]]:
+        """(class, path) of every image below a split, sorted."""
+        paths = (PurePosixPath(path) for path in self._filesystem.find(folder))
+        depth = len(PurePosixPath(folder).parts)
+        return sorted(
+            (path.parts[depth], str(path))
+            for path in paths
+            if len(path.parts) > depth + 1 and path.suffix.lower() in _SUFFIXES
+        )
+
+    def read(self, split: Stored) -> Iterator[tuple[bytes | None, int]]:
+        """In a random order, so that the first rows hold images of every class."""
+        files, labels = self._files[split], {n: i for i, n in enumerate(self.class_names)}
+        for row in np.random.default_rng(0).permutation(len(files)):
+            name, path = files[row]
+            try:
+                data: bytes | None = self._filesystem.cat_file(path)
+            except OSError:
+                data = None  # counts as corrupt where the set is read
+            yield data, labels[name]
+
+
+class _Dataset:
+    def __init__(self, dataset: Any) -> None:
+        import datasets
+
+        test = next((name for name in _TEST if name in dataset), None)
+        if test is None or "train" not in dataset:
+            raise DataError(
+                f"the data set has the splits {', '.join(dataset) or 'none'}; expected train, and "
+                "test or validation"
+            )
+        features = dataset["train"].features
+        image = next((name for name in ("image", "img") if name in features), None)
+        label = next((name for name in ("label", "fine_label") if name in features), None)
+        if image is None or label is None:
+            raise DataError(
+                f"the data set has the columns {', '.join(features)}; expected an image (image or "
+                "img) and a label (label or fine_label)"
+            )
+        self._columns = image, label
+        self._splits: dict[Stored, Any] = {
+            split: dataset[name]
+            .select_columns([image, label])
+            .cast_column(image, datasets.Image(decode=False))
+            for split, name in zip(_SPLITS, ("train", test), strict=True)
+        }
+        self.rows: Mapping[Stored, int] = {s: len(rows) for s, rows in self._splits.items()}
+        names = getattr(features[label], "names", None)
+        if names is None:
+            names = [str(i) for i in range(1 + max(self._splits["train"].unique(label)))]
+        self.class_names: Sequence[str] = names
+
+    def read(self, split: Stored) -> Iterator[tuple[bytes | None, int]]:
+        image, label = self._columns
+        for row in self._splits[split]:
+            data = row[image]["bytes"]
+            if data is None:
+                filesystem, path = open_filesystem(row[image]["path"])
+                data = filesystem.cat_file(path)
+            yield data, row[label]
+
+
+def _write(images: _Images, uri: str, on_progress: OnProgress) -> dict[str, int]:
+    filesystem, root = open_filesystem(uri)
     schema = pa.schema(
         [("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])), ("label", "int64")],
-        metadata={"class_names": json.dumps(layout.class_names)},
+        metadata={"class_names": json.dumps(list(images.class_names))},
     )
+    done, total = 0, sum(images.rows.values())
     with writing(uri):
         if filesystem.exists(root) and filesystem.find(root):
             raise DataError(f"{uri} holds files already; expected an empty folder; choose another")
-        for split, count in rows.items():
+        for split, count in images.rows.items():
             filesystem.makedirs(f"{root}/{split}", exist_ok=True)
-            parts = source.parts(split, np.arange(count, dtype=np.int64))
-            for number, start in enumerate(range(0, len(parts), _PARTS_PER_FILE)):
+            rows = images.read(split)
+            for number in range(-(-count // (_ROWS_PER_GROUP * _GROUPS_PER_FILE))):
                 path = f"{root}/{split}/part-{number:05}.parquet"
                 with (
                     filesystem.open(path, "wb") as handle,
                     pq.ParquetWriter(handle, schema, compression="zstd") as writer,
                 ):
-                    for part in parts[start : start + _PARTS_PER_FILE]:
-                        for chunk in source.read(part):
-                            images = [{"bytes": data, "path": None} for data in chunk.images]
-                            writer.write_table(pa.table([images, chunk.labels], schema=schema))
-    return {str(split): count for split, count in rows.items()}
+                    for _ in range(_GROUPS_PER_FILE):
+                        group = [row for _, row in zip(range(_ROWS_PER_GROUP), rows, strict=False)]
+                        if not group:
+                            break
+                        writer.write_table(pa.Table.from_pylist(
+                            [{"image": {"bytes": data}, "label": label} for data, label in group],
+                            schema=schema,
+                        ))  # fmt: skip
+                        done += len(group)
+                        on_progress(done, total)
+    return {str(split): count for split, count in images.rows.items()}

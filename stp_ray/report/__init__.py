@@ -1,7 +1,8 @@
 """The report of a run: one HTML page that needs nothing but itself."""
 
+from .architecture import with_space
 from .files import write_report
-from .page import render, with_space
+from .page import render
 from .plots import accuracy_against_macs
 
 __all__ = ["accuracy_against_macs", "render", "with_space", "write_report"]

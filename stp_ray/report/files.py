@@ -1,6 +1,10 @@
 """The report of a run that is finished, from the artifacts it left."""
 
-from ..artifacts import Store
+from typing import Any
+
+import pyarrow as pa
+
+from ..artifacts import Manifest, Store
 from .page import render
 
 REPORT = "report.html"
@@ -11,21 +15,35 @@ _ORDER = ("baseline", "supernet")
 def write_report(store: Store) -> str:
     """Write `report.html` into a run's folder from its artifacts alone; returns its URI.
 
-    Every folder of the run that holds a `metrics.parquet` becomes a training curve.
+    Every folder of the run that holds a `metrics.parquet` becomes a training curve. What an
+    older run did not leave is left out of the page.
 
     Raises:
         StorageError: an artifact is missing or damaged.
     """
-    folders = [name for name in store.names() if store.exists(f"{name}/metrics.parquet")]
+    summary = store.read_json("summary.json")
+    homes = {budget: f"budget-{budget}" for budget in summary["budgets"]}
+    places = [*store.names(), *(f"{home}/control" for home in homes.values())]
+    folders = [name for name in places if store.exists(f"{name}/metrics.parquet")]
     folders.sort(key=lambda name: (name not in _ORDER, name))
+    pruned: dict[str, Any] = {}
+    predictions: dict[str, pa.Table] = {}
+    for budget, home in homes.items():
+        if store.exists(f"{home}/pruned.json"):
+            pruned[budget] = store.read_json(f"{home}/pruned.json")
+        if store.exists(f"{home}/predictions.parquet"):
+            predictions[budget] = store.read_table(f"{home}/predictions.parquet")
     page = render(
-        summary=store.read_json("summary.json"),
+        summary=summary,
         config=store.read_json("config.json"),
         candidates=store.read_table("explore/candidates.parquet"),
         curves={name: store.read_table(f"{name}/metrics.parquet") for name in folders},
         environment=(
             store.read_json("environment.json") if store.exists("environment.json") else None
         ),
+        stages=Manifest(store).stages(),
+        pruned=pruned,
+        predictions=predictions,
     )
     store.write_bytes(REPORT, page.encode())
     return f"{store.uri}/{REPORT}"

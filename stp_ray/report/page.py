@@ -11,28 +11,26 @@ import pyarrow as pa
 import yaml
 from markupsafe import Markup
 
-from ..elastic.space import SearchSpace
 from ..elastic.subnet import Subnet
 from ..errors import StorageError
 from . import plots
+from .architecture import drawing
+from .sides import changed, classes
+from .spending import spending
 
-_SPACE_KEY = b"space"
 _MOST_POINTS = 400
 _NOT_CURVES = {"epoch", "step", "lr", "time", "seconds", "images_per_s", "steps_per_epoch"}
-
-
-def with_space(candidates: pa.Table, space: SearchSpace) -> pa.Table:
-    """The table with the space written into its schema's metadata (key "space", JSON).
-
-    It travels with the Parquet file, so that the report can show an architecture before
-    and after without the model.
-    """
-    content = {
-        "axes": {axis.name: axis.size for axis in space.axes},
-        "blocks": {block.name: list(block.axes) for block in space.blocks},
-    }
-    metadata = {**(candidates.schema.metadata or {}), _SPACE_KEY: json.dumps(content).encode()}
-    return candidates.replace_schema_metadata(metadata)
+#: What `method.sparsity` measures: plots of their own, not losses.
+_SPARSITY = ("kept_norm", "dropped_norm", "ratio")
+_NAMES = {
+    "loss": "loss (all terms)",
+    "ce": "labels",
+    "kd": "main network → subnets",
+    "ce_target": "labels → chosen",
+    "kd_target": "expanded → chosen",
+}
+_LADDER = {**_NAMES, "kd": "main network → expanded"}
+_RUNTIMES = {"onnx": "ONNX Runtime", "pt2": "torch.export", "openvino": "OpenVINO"}
 
 
 def render(
@@ -41,6 +39,9 @@ def render(
     candidates: pa.Table,
     curves: Mapping[str, pa.Table],
     environment: Mapping[str, Any] | None = None,
+    stages: Mapping[str, Mapping[str, Any]] | None = None,
+    pruned: Mapping[str, Mapping[str, Any]] | None = None,
+    predictions: Mapping[str, pa.Table] | None = None,
 ) -> str:
     """The report page of a run: one HTML text, no script, no request to anywhere.
 
@@ -49,9 +50,12 @@ def render(
         config: the resolved configuration.
         candidates: every subnet scored, one row for each score: columns `macs` and `score`,
             and where present `subnet_id`, `subnet` (JSON) and `images` (the number it was
-            scored on, 0 for all). `with_space` adds what the architecture table needs.
-        curves: a title -> a table of one row per step: `step` or `epoch`, and any metrics.
+            scored on, 0 for all). `with_space` adds what the drawing of the network needs.
+        curves: a folder -> a table of one row per step: `step` or `epoch`, and any metrics.
         environment: what environment.json holds.
+        stages: what manifest.json says of each stage.
+        pruned: budget -> what its pruned.json holds.
+        predictions: budget -> what its predictions.parquet holds.
 
     Raises:
         StorageError: `candidates` lacks a column that is needed.
@@ -64,18 +68,28 @@ def render(
         for row in scored
         if row["subnet_id"] == entry["subnet_id"]
     }
-    environment_ = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    templates = resources.files(__package__)
+    loader = jinja2.FunctionLoader(lambda name: templates.joinpath(name).read_text("utf-8"))
+    jinja = jinja2.Environment(
+        loader=loader,
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    template = environment_.from_string(
-        resources.files(__package__).joinpath("page.html.j2").read_text(encoding="utf-8")
-    )
-    return template.render(
+    pruned, predictions = pruned or {}, predictions or {}
+    return jinja.get_template("page.html.j2").render(
         summary=summary,
         cards=[_card(budget, entry, summary) for budget, entry in summary["budgets"].items()],
         rows=_rows(summary),
         figures=_figures(summary, points, chosen, curves),
-        architecture=_architecture(candidates, chosen),
+        architecture=drawing(candidates, chosen),
+        classes=classes(predictions),
+        reference=_reference(pruned),
+        sides={budget: changed(table) for budget, table in predictions.items()},
+        runtimes=_runtimes(summary, pruned),
+        spending=spending(stages or {}, (config.get("cluster") or {}).get("device_price")),
+        device="GPU" if (config.get("cluster") or {}).get("use_gpu") else "CPU core",
         config=yaml.safe_dump(_plain(config), sort_keys=False),
         environment=yaml.safe_dump(_plain(environment or {}), sort_keys=False),
         model=(config.get("model") or {}).get("name", "model"),
@@ -85,9 +99,11 @@ def render(
 
 
 def _card(budget: str, entry: Mapping[str, Any], summary: Mapping[str, Any]) -> dict[str, Any]:
-    faster = None
+    """How much smaller, how much faster, and how much accuracy."""
+    faster, dense = None, summary.get("dense_top1")
     if entry.get("latency_ms") and entry.get("dense_latency_ms"):
         faster = entry["dense_latency_ms"] / entry["latency_ms"]
+    against, name = (dense, "dense") if dense is not None else (summary.get("main_top1"), "main")
     return {
         "budget": budget,
         "top1": entry["top1"],
@@ -95,10 +111,34 @@ def _card(budget: str, entry: Mapping[str, Any], summary: Mapping[str, Any]) -> 
         "lighter": summary["params"] / entry["params"],
         "faster": faster,
         "latency_ms": entry.get("latency_ms"),
-        "retention_dense": entry.get("retention_dense"),
-        "retention_main": entry.get("retention_main"),
+        "dense_latency_ms": entry.get("dense_latency_ms"),
+        "change": None if against is None else entry["top1"] - against,
+        "against": against,
+        "against_name": name,
+        "retention": entry.get(f"retention_{name}"),
         "uri": entry["uri"],
     }
+
+
+def _reference(pruned: Mapping[str, Mapping[str, Any]]) -> str:
+    """The network that predictions are compared with, in words."""
+    name = next((each.get("compared_with") for each in pruned.values()), None)
+    return "the dense network trained alone" if name == "baseline" else "the main network"
+
+
+def _runtimes(
+    summary: Mapping[str, Any], pruned: Mapping[str, Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """One row for each program of each budget: its latency and its difference to the network."""
+    return [
+        {
+            "name": f"{_RUNTIMES.get(kind, kind)}, {budget}",
+            "latency_ms": figures["latency_ms"],
+            "difference": figures["difference"],
+        }
+        for budget in summary["budgets"]
+        for kind, figures in (pruned.get(budget, {}).get("programs") or {}).items()
+    ]
 
 
 def _rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -157,27 +197,58 @@ def _figures(
     cost = [plots.accuracy_svg(summary)]
     if points:
         cost.append(plots.front_svg(points, _front(points), stars))
-    training, accuracy = [], {}
-    for title, table in curves.items():
+    training, accuracy, sparsity = [], {}, {}
+    for folder, table in curves.items():
         x_label, series = _series(table)
         top1 = {name: points for name, points in series.items() if "top1" in name}
-        losses = {name: points for name, points in series.items() if name not in top1}
+        names = _LADDER if folder.startswith("budget-") else _NAMES
+        losses = {
+            names.get(name, name): points
+            for name, points in series.items()
+            if name not in top1 and name not in _SPARSITY
+        }
         if losses:
-            training.append(plots.curves_svg(title, losses, x_label, "loss"))
+            training.append(plots.curves_svg(_stage_title(folder), losses, x_label, "loss"))
         for name, line in top1.items():
-            label = title if len(top1) == 1 else f"{title}: {name}"
-            # Stages have different lengths: each is shown over its own course.
-            end = line[-1][0] or 1.0
-            accuracy[label] = [(100 * x / end, y) for x, y in line]
+            label = folder if len(top1) == 1 else f"{folder}: {name}"
+            accuracy[label] = _over_its_course(line)
+        if all(name in series for name in _SPARSITY):
+            sparsity[folder] = {name: _over_its_course(series[name]) for name in _SPARSITY}
+    course = "per cent of the stage's training"
     if accuracy:
-        training.append(
-            plots.curves_svg("Accuracy", accuracy, "per cent of the stage's training", "top-1, %")
+        training.append(plots.curves_svg("Accuracy", accuracy, course, "top-1, %"))
+    effect = []
+    if sparsity:
+        ratios = {_stage_title(folder): lines["ratio"] for folder, lines in sparsity.items()}
+        effect.append(plots.curves_svg("Kept over dropped", ratios, course, "ratio of the norms"))
+        norms = {}
+        for folder, lines in sparsity.items():
+            norms[f"{_stage_title(folder)}, kept"] = lines["kept_norm"]
+            norms[f"{_stage_title(folder)}, dropped"] = lines["dropped_norm"]
+        effect.append(
+            plots.curves_svg("Both norms", norms, course, "mean L2 norm of a channel", pairs=True)
         )
     # Markup: matplotlib has escaped every label, and nothing else is in them.
     return {
         "cost": [Markup(svg) for svg in cost],
         "training": [Markup(svg) for svg in training],
+        "sparsity": [Markup(svg) for svg in effect],
     }
+
+
+def _stage_title(folder: str) -> str:
+    """ "budget-0.15" -> "ladder to 0.15"; other folders are called as they are."""
+    home, _, rest = folder.partition("/")
+    if not home.startswith("budget-"):
+        return folder
+    kind = "ladder to" if not rest else f"{rest} of"
+    return f"{kind} {home.removeprefix('budget-')}"
+
+
+def _over_its_course(line: plots.Points) -> list[tuple[float, float]]:
+    """Stages have different lengths: each is shown over its own course, in per cent."""
+    end = line[-1][0] or 1.0
+    return [(100 * x / end, y) for x, y in line]
 
 
 def _series(table: pa.Table) -> tuple[str, dict[str, plots.Points]]:
@@ -206,39 +277,6 @@ def _thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]
         return list(points)
     groups = [points[i : i + size] for i in range(0, len(points), size)]
     return [(group[-1][0], sum(y for _, y in group) / len(group)) for group in groups]
-
-
-def _architecture(
-    candidates: pa.Table, chosen: Mapping[str, Mapping[str, Any]]
-) -> dict[str, Any] | None:
-    """Width of every axis before and after; None where the subnets are not in the table."""
-    subnets = {
-        budget: Subnet.from_json(row["subnet"])
-        for budget, row in chosen.items()
-        if row.get("subnet")
-    }
-    metadata = (candidates.schema.metadata or {}).get(_SPACE_KEY)
-    if not subnets or metadata is None:
-        return None
-    space = json.loads(metadata)
-    homes: dict[str, set[str]] = {}
-    for block, axes in space["blocks"].items():
-        for axis in axes:
-            homes.setdefault(axis, set()).add(block)
-    rows = []
-    for axis, size in space["axes"].items():
-        cells = []
-        for subnet in subnets.values():
-            gone = bool(homes.get(axis, set()) & subnet.dropped)
-            width = 0 if gone else subnet.widths[axis]
-            cells.append({"width": width, "share": 100 * width / size, "dropped": gone})
-        rows.append({"axis": axis, "size": size, "cells": cells})
-    return {
-        "budgets": list(subnets),
-        "rows": rows,
-        "blocks": len(space["blocks"]),
-        "dropped": {budget: sorted(subnet.dropped) for budget, subnet in subnets.items()},
-    }
 
 
 def _plain(content: Any) -> Any:

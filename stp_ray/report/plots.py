@@ -4,7 +4,6 @@ import io
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import cycle, islice
 from typing import Any, Literal
 
 import matplotlib
@@ -99,22 +98,35 @@ def front_svg(candidates: Points, front: Points, chosen: Mapping[str, tuple[floa
     return _svg(figure, "Distillation loss of every candidate against its MACs")
 
 
-def curves_svg(title: str, series: Mapping[str, Points], x_label: str, y_label: str = "") -> str:
-    """Lines over training; log scale where all values are positive and span two decades."""
+def curves_svg(
+    title: str,
+    series: Mapping[str, Points],
+    x_label: str,
+    y_label: str = "",
+    *,
+    pairs: bool = False,
+) -> str:
+    """Lines over training; log scale where all values are positive and span two decades.
+
+    Args:
+        title, x_label, y_label: what stands at the plot.
+        series: name -> (x, y) of its points.
+        pairs: every second series belongs to the one before it: same colour, dashed.
+    """
     with _style():
         figure, axes = _axes()
-        for (name, points), color in zip(
-            series.items(), islice(cycle(PALETTE), len(series)), strict=True
-        ):
+        for number, (name, points) in enumerate(series.items()):
+            color = PALETTE[(number // 2 if pairs else number) % len(PALETTE)]
+            line = "--" if pairs and number % 2 else "-"
             marker = "." if len(points) < 40 else ""
-            axes.plot(*_columns(points), color=color, marker=marker, label=name)
+            axes.plot(*_columns(points), line, color=color, marker=marker, label=name)
         values = [value for points in series.values() for _, value in points]
         _log_where_wide(axes, values, ratio=100)
         axes.set_title(title)
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
-        if len(series) > 1:
-            axes.legend()
+        if len(series) > 1:  # below the plot, where no line runs through it
+            figure.legend(loc="outside lower center", ncols=2)
     return _svg(figure, title)
 
 
@@ -123,7 +135,7 @@ def _accuracy_figure(summary: Mapping[str, Any]) -> Figure:
     entries = sorted((entry["macs"], entry["top1"]) for entry in summary["budgets"].values())
     main, dense = summary.get("main_top1"), summary.get("dense_top1")
     line = entries if main is None else [*entries, (summary["macs"], main)]
-    axes.plot(*_columns(line), color=PALETTE[0], linewidth=1)
+    axes.plot(*_columns(line), color=FAINT, linewidth=0.8)
     if main is not None:
         axes.scatter(summary["macs"], main, color=PALETTE[0], zorder=3, label="main network")
     if dense is not None:
@@ -132,7 +144,9 @@ def _accuracy_figure(summary: Mapping[str, Any]) -> Figure:
         axes.axhline(dense, linewidth=0.8, linestyle=":", color=color)
     axes.scatter(*_columns(entries), s=70, marker="*", color=ACCENT, zorder=3, label="pruned")
     for macs, top1 in entries:
-        axes.annotate(f"{top1:.1f} %", (macs, top1), (5, -14), textcoords="offset points")
+        axes.annotate(
+            f"{top1:.1f} %", (macs, top1), (0, 9), textcoords="offset points", ha="center"
+        )
     axes.set_xlim(0, summary["macs"] * 1.08)
     axes.margins(y=0.25)
     _macs_axis(axes)

@@ -22,8 +22,9 @@ from ..method.modes import inspecting
 from ..tracking import Tracker
 from . import cluster
 from .images import Images, SharedImages
-from .jobs import METRICS, RESULT, SHARED, Job, Place, Report, train
+from .jobs import METRICS, RESULT, SHARED, WEIGHTS, Job, Place, Report, train
 from .network import build_supernet
+from .predictions import PREDICTIONS, compare
 from .relay import relayed
 from .supernet import fit, fit_group
 
@@ -188,8 +189,14 @@ def prune(job: Job, images: Images, device: torch.device) -> dict[str, Any]:
     net.to(device).eval()
     batches = images.calibration(config.seed, config.finalize.calibration_images, device)
     small = net.extract(target, calibrate(net, target, batches))
+    # The network it is compared with: the one trained alone, where there is one.
+    reference = "baseline" if job.run.exists(f"baseline/{WEIGHTS}") else "supernet"
+    net.model.load_state_dict(job.run.child(reference).load_tensors(WEIGHTS))
     with inspecting(small):
         metrics = evaluate(small, images.batches("test", device))
+        said = compare(
+            net, small, images.batches("test", device), config.data, images.summary.class_names
+        )
     small.cpu()
     size = images.summary.image_size
     description = {
@@ -205,8 +212,10 @@ def prune(job: Job, images: Images, device: torch.device) -> dict[str, Any]:
     }
     outputs = export.save_model(store, small, description)
     outputs[SUBNET] = store.write_bytes(SUBNET, (target.to_json() + "\n").encode())
-    programs, notes = export.write_programs(
-        store, small, torch.randn(2, 3, size, size), onnx=config.export.onnx, pt2=config.export.pt2
+    outputs[PREDICTIONS] = store.write_table(PREDICTIONS, said)
+    wanted = [name for name, on in config.export.model_dump().items() if on]
+    written, programs, notes = export.write_programs(
+        store, small, torch.randn(2, 3, size, size), wanted
     )
     trained = store.read_json(RESULT)
     cost = net.cost(target)
@@ -216,8 +225,10 @@ def prune(job: Job, images: Images, device: torch.device) -> dict[str, Any]:
         "subnet_id": target.id,
         "macs": cost.macs,
         "params": cost.params,
+        "compared_with": reference,
+        "programs": programs,
         "notes": notes,
-        "outputs": {**outputs, **programs, METRICS: trained["outputs"][METRICS]},
+        "outputs": {**outputs, **written, METRICS: trained["outputs"][METRICS]},
         "seconds": trained["seconds"],
     }
     if store.exists(f"control/{RESULT}"):

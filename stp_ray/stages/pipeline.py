@@ -169,7 +169,9 @@ class _Pipeline:
         def work(tracker: Tracker) -> tuple[dict[str, str], dict[str, Any]]:
             front = explore(self.config, self.store, self.net, self.images, tracker)
             candidates = self.store.read_table(f"explore/{CANDIDATES}")
-            self.store.write_table(f"explore/{CANDIDATES}", with_space(candidates, self.net.space))
+            modules = [name for name, _ in self.net.model.named_modules()]
+            described = with_space(candidates, self.net.space, modules)
+            self.store.write_table(f"explore/{CANDIDATES}", described)
             outputs = {
                 f"explore/{name}": self.store.checksum(f"explore/{name}")
                 for name in (CANDIDATES, FRONT)
@@ -230,7 +232,9 @@ class _Pipeline:
         for label in summary["budgets"]:
             home = self.store.child(folder(label))
             pruned, description = home.read_json(PRUNED), home.read_json(export.DESCRIPTION)
-            card = export.model_card(summary, label, description, pruned["notes"])
+            card = export.model_card(
+                summary, label, description, pruned["notes"], list(pruned.get("programs", ()))
+            )
             home.write_bytes("README.md", card.encode())
         write_report(self.store)
         self._link_latest()

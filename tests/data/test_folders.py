@@ -1,12 +1,14 @@
 import pickle
 from hashlib import md5
 
+import fsspec
 import numpy as np
 import pytest
 from PIL import Image
 from torchvision import datasets
 
-from stp_ray.data import DataOptions, describe, folder_to_parquet, load
+from stp_ray.data import DataOptions, dataset_to_parquet, describe, folder_to_parquet, load
+from stp_ray.data.convert import is_saved_dataset
 from stp_ray.errors import DataError, StorageError
 from tests.data.samples import pixels
 
@@ -154,12 +156,17 @@ def test_cifar_in_the_files_of_its_authors(tmp_path, monkeypatch, name, key):
 
 
 def test_a_folder_becomes_parquet(tmp_path, monkeypatch):
-    monkeypatch.setattr("stp_ray.data.folders._PART_FILES", 2)
-    monkeypatch.setattr("stp_ray.data.convert._PARTS_PER_FILE", 4)
+    monkeypatch.setattr("stp_ray.data.convert._ROWS_PER_GROUP", 2)
+    monkeypatch.setattr("stp_ray.data.convert._GROUPS_PER_FILE", 4)
+    told = []
     images = tmp_path / "images"
     folder_of_images(images, "train")
     folder_of_images(images, "val", each=2, seed=9)
-    assert folder_to_parquet(str(images), str(tmp_path / "set")) == {"train": 12, "test": 4}
+    counts = folder_to_parquet(
+        str(images), str(tmp_path / "set"), lambda done, total: told.append((done, total))
+    )
+    assert counts == {"train": 12, "test": 4}
+    assert told == [(done, 16) for done in range(2, 17, 2)]
     assert len(list((tmp_path / "set" / "train").iterdir())) == 2
     converted = load(options(tmp_path / "set", name="parquet"))
     original = load(options(images))
@@ -171,3 +178,40 @@ def test_a_folder_becomes_parquet(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     with pytest.raises(StorageError, match="cannot be written"):
         folder_to_parquet(str(images), str(tmp_path / "file" / "set"))
+
+
+def test_folders_are_converted_between_object_stores(tmp_path):
+    folder_of_images(tmp_path, "train")
+    folder_of_images(tmp_path, "test", each=2, seed=9)
+    bucket = fsspec.filesystem("memory")
+    bucket.put(f"{tmp_path}/", "/convert/images/", recursive=True)
+    folder_to_parquet("memory://convert/images", "memory://convert/set")
+    converted = load(options("memory://convert/set", name="parquet"))
+    np.testing.assert_array_equal(converted.train.images, load(options(tmp_path)).train.images)
+    bucket.rm("/convert/images/test", recursive=True)
+    with pytest.raises(DataError, match="lacks a split"):
+        folder_to_parquet("memory://convert/images", "memory://convert/other")
+
+
+def test_a_hugging_face_data_set_becomes_parquet(tmp_path):
+    hugging = pytest.importorskip("datasets")
+    features = hugging.Features(
+        {"img": hugging.Image(), "label": hugging.ClassLabel(names=["cat", "dog"])}
+    )
+
+    def split(count, seed):
+        images = [Image.fromarray(each.transpose(1, 2, 0)) for each in pixels(count, 8, seed)]
+        rows = {"img": images, "label": [i % 2 for i in range(count)]}
+        return hugging.Dataset.from_dict(rows, features=features)
+
+    whole = hugging.DatasetDict(train=split(20, 1), validation=split(6, 2))
+    assert dataset_to_parquet(whole, str(tmp_path / "set")) == {"train": 20, "test": 6}
+    converted = load(options(tmp_path / "set", name="parquet"))
+    assert converted.class_names == ["cat", "dog"]
+    np.testing.assert_array_equal(converted.test.images, pixels(6, 8, 2))
+    np.testing.assert_array_equal(converted.test.labels, [0, 1] * 3)
+    with pytest.raises(DataError, match="has the splits train; expected"):
+        dataset_to_parquet(hugging.DatasetDict(train=whole["train"]), str(tmp_path / "other"))
+    assert not is_saved_dataset(str(tmp_path))
+    whole.save_to_disk(tmp_path / "saved")
+    assert is_saved_dataset(str(tmp_path / "saved"))

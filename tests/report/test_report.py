@@ -1,5 +1,4 @@
 import json
-import random
 import re
 from html.parser import HTMLParser
 from xml.etree import ElementTree
@@ -9,10 +8,11 @@ import pytest
 import yaml
 
 from stp_ray.artifacts import Store
-from stp_ray.elastic.cost import Extent, Term
-from stp_ray.elastic.space import ResidualBlock, SearchSpace, WidthAxis
 from stp_ray.errors import StorageError
 from stp_ray.report import accuracy_against_macs, page, plots, render, with_space, write_report
+from stp_ray.report.architecture import drawing
+from stp_ray.report.sides import changed, classes
+from stp_ray.report.spending import spending
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 
@@ -44,101 +44,9 @@ class Page(HTMLParser):
         self.text.append(data)
 
 
-@pytest.fixture
-def space():
-    axes = [WidthAxis("stem", 16, (4, 8, 16)), WidthAxis("block.inner", 32, (8, 16, 32))]
-    blocks = [ResidualBlock("block", axes=("block.inner",))]
-    macs = [Term(100, (Extent(0, (("stem", 1),)), Extent(0, (("block.inner", 1),))))]
-    return SearchSpace(axes, blocks, macs, macs)
-
-
-@pytest.fixture
-def candidates(space):
-    rng = random.Random(0)
-    subnets = [space.sample(rng) for _ in range(40)]
-    rows = [
-        {
-            "subnet_id": subnet.id,
-            "subnet": subnet.to_json(),
-            "macs": space.cost(subnet).macs,
-            "params": space.cost(subnet).params,
-            "score": 1.0 / (1 + i),
-            "images": 128,
-            "generation": i // 8,
-        }
-        for i, subnet in enumerate({s.id: s for s in subnets}.values())
-    ]
-    rows.append({**rows[0], "images": 0, "score": 0.123})  # scored again on all images
-    return with_space(pa.Table.from_pylist(rows), space)
-
-
-@pytest.fixture
-def summary(candidates):
-    rows = candidates.to_pylist()
-
-    def entry(row, top1, **changes):
-        return {
-            "top1": top1,
-            "retention_dense": 100 * top1 / 98,
-            "retention_main": 100 * top1 / 97.5,
-            "macs": row["macs"],
-            "params": row["params"],
-            "latency_ms": 0.5,
-            "dense_latency_ms": 1.75,
-            "subnet_id": row["subnet_id"],
-            "uri": "runs/demo/budget",
-            **changes,
-        }
-
-    return {
-        "run_id": "demo-<script>alert(1)</script>",
-        "storage": "runs",
-        "dense_top1": 98.0,
-        "main_top1": 97.5,
-        "macs": 51_200,
-        "params": 51_200,
-        "budgets": {"0.5": entry(rows[0], 97.31), "0.15": entry(rows[1], 96.12)},
-        "seconds": 3725.4,
-    }
-
-
-@pytest.fixture
-def config():
-    return {
-        "name": "demo",
-        "model": {"name": "resnet20", "kwargs": {}},
-        "data": {"name": "digits"},
-        "note": "</pre><img src=https://evil.example/x>",
-    }
-
-
-@pytest.fixture
-def curves():
-    steps = list(range(1000))
-    return {
-        "supernet": pa.table(
-            {
-                "step": steps,
-                "epoch": [step // 100 for step in steps],
-                "lr": [0.1] * 1000,
-                "loss": [2.0 / (1 + step) for step in steps],
-                "kl": [float("nan") if step % 2 else 1.0 for step in steps],
-                "top1": [50.0 + step / 25 if step % 100 == 99 else None for step in steps],
-                "split": ["train"] * 1000,
-            }
-        ),
-        "budget $0.15$": pa.table({"epoch": [0, 1], "loss": [0.5, 0.25], "top1": [90.0, 96.0]}),
-    }
-
-
-@pytest.fixture
-def text(summary, config, candidates, curves):
-    return render(summary, config, candidates, curves, environment={"torch": "2.15"})
-
-
 def test_page_is_well_formed_and_asks_nobody(text):
     parsed = Page(text)
-    assert not {"script", "link", "iframe", "img"} & set(parsed.tags)
+    assert not {"script", "link", "iframe"} & set(parsed.tags)
     for name, value in parsed.attributes:
         if name in {"src", "href", "xlink:href", "action"}:
             assert value.startswith(("#", "data:")), (name, value)
@@ -150,23 +58,25 @@ def test_page_is_well_formed_and_asks_nobody(text):
 
 def test_user_text_is_escaped(text):
     assert "<script>alert" not in text and "&lt;script&gt;" in text
-    assert "<img" not in text
+    assert "<img src=https" not in text and "cat &lt;1&gt;" in text
 
 
 def test_budgets_come_first_with_how_much_smaller_faster_and_better(text, summary):
     first = text[: text.index("<svg")]
     for budget, entry in summary["budgets"].items():
         assert f"budget {budget}" in first
-        assert f"{summary['macs'] / entry['macs']:.1f}×" in first
-        assert f"{entry['top1']:.2f}" in first
-        assert f"{entry['retention_dense']:.1f}" in first
-    assert first.count("3.5×") == 2  # 1.75 ms / 0.5 ms
+        assert f"{summary['macs'] / entry['macs']:.1f}<small>×" in first
+        assert f"{entry['top1']:.2f}<small> %" in first
+        assert f"{entry['retention_dense']:.1f} % kept" in first
+        assert f"−{98 - entry['top1']:.2f} points: dense has 98.00" in first
+    assert first.count("3.5<small>×") == 2  # 1.75 ms / 0.5 ms
     assert "1 h 2 min" in first
 
 
 def test_a_control_stands_below_its_pruned_network(summary, config, candidates, curves):
     summary["budgets"]["0.15"]["control_top1"] = 91.25
-    rows = re.findall(r"<tr><td>(.*?)</tr>", render(summary, config, candidates, curves))
+    shown = render(summary, config, candidates, curves)
+    rows = re.findall(r'<tr><th scope="row">(.*?)</tr>', shown)
     (place,) = [i for i, row in enumerate(rows) if row.startswith("same shape from scratch, 0.15")]
     assert rows[place - 1].startswith("pruned, 0.15")
     assert "91.25" in rows[place] and "96.12" not in rows[place]
@@ -176,7 +86,8 @@ def test_dark_light_and_phone(text):
     assert "prefers-color-scheme: dark" in text
     assert 'name="viewport"' in text
     svgs = re.findall(r"<svg[^>]*>", text)
-    assert len(svgs) == 5  # accuracy, front, two losses, one accuracy over training
+    # accuracy, front, two losses, one accuracy over training, two of the sparsity
+    assert len(svgs) == 7
     for opening in svgs:
         assert "viewBox" in opening and "width=" not in opening and "aria-label" in opening
     assert "mathdefault" not in text and "font-family:" not in text[text.index("<svg") :]
@@ -199,25 +110,68 @@ def test_series_colours_are_visible_on_both_pages(color):
         assert (high + 0.05) / (low + 0.05) >= 3
 
 
-def test_architecture_shows_widths_and_dropped_blocks(text, candidates, summary):
-    metadata = json.loads(candidates.schema.metadata[b"space"])
-    assert metadata == {
-        "axes": {"stem": 16, "block.inner": 32},
-        "blocks": {"block": ["block.inner"]},
-    }
-    found = page._architecture(
-        candidates,
+def test_the_network_is_drawn_layer_by_layer_in_its_own_order(space, candidates):
+    table = with_space(candidates, space, ["", "stem", "block", "block.inner"])
+    found = drawing(
+        table,
         {
             "a": {"subnet": '{"dropped": [], "widths": {"stem": 4, "block.inner": 16}}'},
             "b": {"subnet": '{"dropped": ["block"], "widths": {"stem": 16, "block.inner": 8}}'},
         },
     )
-    stem, inner = found["rows"]
+    # The block's last layer writes into the stem's stream, and goes with the block.
+    assert [row["layer"] for row in found["rows"]] == ["stem", "block.inner", "block.last"]
+    stem, inner, last = found["rows"]
     assert [cell["width"] for cell in stem["cells"]] == [4, 16]
     assert [cell["share"] for cell in stem["cells"]] == [25, 100]
+    assert [row["span"] for row in found["rows"]] == [50, 100, 50]
     assert inner["cells"][0]["width"] == 16 and not inner["cells"][0]["dropped"]
-    assert inner["cells"][1]["dropped"]
+    assert inner["cells"][1]["dropped"] and last["cells"][1]["dropped"]
+    assert last["cells"][0]["width"] == 4
+    assert found["dropped"] == {"a": [], "b": ["block"]}
+
+
+def test_the_drawing_is_on_the_page(text):
+    layers = re.findall(r'<th scope="row" title="(.*?)"', text)
+    assert sorted(layers) == ["block.inner", "block.last", "stem"]
     assert "Architecture before and after" in text
+
+
+def test_classes_show_what_they_lost_and_won(text, predictions):
+    found = classes(predictions)
+    cat, dog = found["rows"]
+    assert (cat["images"], dog["images"]) == (3, 1)
+    assert cat["before"] == pytest.approx(200 / 3) and dog["before"] == 0
+    assert cat["cells"][0]["change"] == pytest.approx(-100 / 3)
+    assert dog["cells"][0]["change"] == 100
+    assert found["largest"] == 100
+    assert "the dense network trained alone" in text
+
+
+def test_of_many_classes_those_that_changed_most_are_shown(predictions):
+    rows = [{"label": i % 40, "before": i % 40, "after": i % 40, "image": None} for i in range(80)]
+    rows[3]["after"] = rows[43]["after"] = rows[9]["after"] = 0
+    names = {"class_names": json.dumps([f"c{i}" for i in range(40)])}
+    found = classes({"0.5": pa.Table.from_pylist(rows).replace_schema_metadata(names)})
+    assert len(found["rows"]) + found["left_out"] == 40 and found["left_out"] > 0
+    assert [row["name"] for row in found["rows"]][:2] == ["c3", "c9"]
+
+
+def test_images_that_changed_sides(text, predictions):
+    both = changed(predictions["0.15"])
+    assert (both["lost"]["count"], both["won"]["count"]) == (1, 1)
+    (lost,) = both["lost"]["images"]
+    assert (lost["label"], lost["after"]) == ("cat <1>", "dog")
+    assert text.count("<img ") == 2 and 'alt="cat &lt;1&gt;, taken for dog"' in text
+
+
+def test_runtimes_and_spending(text, stages):
+    assert "ONNX Runtime, 0.15" in text and "<td>0.25</td>" in text and "2.0e-07" in text
+    found = spending(stages, price=36.0)
+    assert [row["share"] for row in found["rows"]] == [75, 25]
+    assert found["total"]["money"] == pytest.approx(2.4)
+    assert spending(stages, None)["total"]["money"] is None
+    assert "2.40" in text and spending({}, 1.0) is None
 
 
 def test_a_subnet_counts_once_with_its_best_score(candidates):
@@ -238,7 +192,7 @@ def test_the_front_holds_what_nothing_beats():
 def test_curves_skip_holes_and_stay_small(curves):
     x_name, series = page._series(curves["supernet"])
     assert x_name == "step"
-    assert set(series) == {"loss", "kl", "top1"}
+    assert set(series) == {"loss", "kl", "top1", "kept_norm", "dropped_norm", "ratio"}
     assert len(series["loss"]) <= page._MOST_POINTS
     assert len(series["top1"]) == 10
     assert series["top1"][-1] == (999.0, 50.0 + 999 / 25)
@@ -252,8 +206,10 @@ def test_a_run_without_dense_baseline_latency_or_history_still_reports(summary, 
     text = render(summary, config, empty, {})
     Page(text)
     assert "not measured" in text
-    assert "faster" not in text and "Training" not in text and "Architecture" not in text
-    assert "own main network" in text
+    shown = text[text.index("<body>") :]
+    for word in ("faster", "Training", "Architecture", "changed sides", "Other runtimes"):
+        assert word not in shown
+    assert "main has 97.50" in text
 
 
 def test_missing_columns_are_named(summary, config):
@@ -262,7 +218,7 @@ def test_missing_columns_are_named(summary, config):
 
 
 def test_configuration_and_environment_are_shown(text, config):
-    shown = re.findall(r"<pre>(.*?)</pre>", text, re.DOTALL)
+    shown = re.findall(r"<pre[^>]*>(.*?)</pre>", text, re.DOTALL)
     assert yaml.safe_load(shown[0].replace("&lt;", "<").replace("&gt;", ">")) == config
     assert "torch" in shown[1]
 
@@ -282,7 +238,7 @@ def test_report_of_a_finished_run(tmp_path, summary, config, candidates, curves)
     assert uri == f"{store.uri}/report.html"
     text = store.read_bytes("report.html").decode()
     assert "Architecture before and after" in text  # the space survived the Parquet file
-    assert text.index('aria-label="supernet"') < text.index('aria-label="budget-0.15"')
+    assert text.index('aria-label="supernet"') < text.index('aria-label="ladder to 0.15"')
     assert "Environment" not in text
 
 

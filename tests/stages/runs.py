@@ -55,6 +55,7 @@ ARTIFACTS = {
             "model.json",
             "subnet.json",
             "metrics.parquet",
+            "predictions.parquet",
             "README.md",
         )
     ),

@@ -114,6 +114,23 @@ def test_the_summary_has_exactly_the_keys_that_scripts_read(finished):
     assert summary["seconds"] > 0
 
 
+def test_predictions_are_those_of_the_dense_and_the_pruned_network(finished):
+    for label, budget in finished.summary["budgets"].items():
+        table = Store(finished.folder).read_table(f"budget-{label}/predictions.parquet")
+        rows = table.to_pylist()
+        assert len(rows) == 360
+        assert json.loads(table.schema.metadata[b"class_names"]) == [str(i) for i in range(10)]
+        for column, top1 in (("before", finished.summary["dense_top1"]), ("after", budget["top1"])):
+            right = sum(row[column] == row["label"] for row in rows)
+            assert 100 * right / len(rows) == pytest.approx(top1)
+        shown = [row for row in rows if row["image"] is not None]
+        assert all((r["before"] == r["label"]) != (r["after"] == r["label"]) for r in shown)
+        for side in ("before", "after"):
+            of_one_side = [row for row in shown if row[side] == row["label"]]
+            assert len(of_one_side) <= 12
+        assert shown and all(row["image"].startswith(b"\x89PNG") for row in shown)
+
+
 def test_every_network_keeps_its_budget(finished):
     config = finished.config
     net = build_supernet(config, describe(config.data))
