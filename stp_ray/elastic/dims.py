@@ -110,13 +110,16 @@ class Dims:
         atoms: list[Atom] = []
         for atom in dim:
             if atom.variable in self._substitution:
+                # Kept in its final form: chains of substitutions are not walked again.
+                parts = tuple(self._substituted(self._substitution[atom.variable]))
+                self._substitution[atom.variable] = parts
                 atoms += [
                     Atom(
                         part.length * atom.factor,
                         part.variable,
                         part.factor * atom.factor if part.variable else 1,
                     )
-                    for part in self._substituted(self._substitution[atom.variable])
+                    for part in parts
                 ]
             else:
                 atoms.append(atom)
