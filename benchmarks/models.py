@@ -14,11 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torchvision import models
 
 from stp_ray.elastic import Supernet
 from stp_ray.errors import TraceError
-from tests.elastic.zoo import TIMM
+from tests.elastic.zoo import TIMM, own_size, torchvision_model, torchvision_names
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 
@@ -52,11 +51,8 @@ def look(library: str, name: str) -> Row:
             model = timm.create_model(name)
             size = model.default_cfg["input_size"][-1]
         else:
-            size = _image_size(name)
-            options: dict[str, object] = {"image_size": size} if name.startswith("vit") else {}
-            if name in ("googlenet", "inception_v3"):
-                options = {"init_weights": False}
-            model = models.get_model(name, **options)
+            size = own_size(name)
+            model = torchvision_model(name, size, num_classes=1000)
         started = time.perf_counter()
         try:
             net = Supernet.trace(model.eval(), torch.empty(1, 3, size, size))
@@ -80,12 +76,6 @@ def look(library: str, name: str) -> Row:
         seconds,
         tuple(reasons.items()),
     )
-
-
-def _image_size(name: str) -> int:
-    weights = models.get_model_weights(name)
-    crop = weights.DEFAULT.transforms.keywords["crop_size"]
-    return crop[0] if isinstance(crop, list) else crop
 
 
 def page(tables: dict[str, list[Row]]) -> str:
@@ -148,7 +138,7 @@ def main() -> None:
             print(look("timm" if name in {*TIMM, *MORE_TIMM} else "torchvision", name))
         return
     timm = sorted([*TIMM, *MORE_TIMM])
-    zoos = {"torchvision": models.list_models(module=models), "timm": timm}
+    zoos = {"torchvision": torchvision_names(), "timm": timm}
     tables = {library: [look(library, name) for name in zoo] for library, zoo in zoos.items()}
     (DOCS / "models.md").write_text(page(tables))
 
