@@ -517,7 +517,6 @@ def _inspection(
     import torch
 
     from .elastic import Supernet
-    from .errors import ConfigError
     from .models import OWN, build_model
 
     _see_current_folder()
@@ -525,10 +524,7 @@ def _inspection(
     classes = num_classes or (10 if name in OWN else 1000)
     model = build_model(name, num_classes=classes, image_size=size)
     given = {name: value for name, value in options.items() if value is not None}
-    try:
-        net = Supernet.trace(model, torch.zeros(1, 3, size, size), **given)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    net = Supernet.trace(model, torch.zeros(1, 3, size, size), **given)
     full, least = net.cost(), net.cost(net.space.smallest)
     return {
         "model": name,
@@ -553,6 +549,7 @@ def _print_inspection(content: Mapping[str, Any]) -> None:
         f"smallest subnet: {least['macs']:,} MACs ({100 * least['macs'] / full['macs']:.2f} %), "
         f"{least['params']:,} params"
     )
+    console.print(f"elastic: {100 * content['elastic_share']:.1f} % of the MACs")
     console.print(f"\naxes: {len(content['axes'])}")
     for axis in content["axes"]:
         choices = axis["choices"]

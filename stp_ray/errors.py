@@ -16,6 +16,10 @@ class ConfigError(StpError):
     """A recipe or an override that cannot be used."""
 
 
+class OptionError(ConfigError, ValueError):
+    """An option of tracing that is out of range, or a pattern that matches no layer."""
+
+
 class TraceError(StpError):
     """A model that cannot be traced into a supernet."""
 

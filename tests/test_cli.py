@@ -196,6 +196,40 @@ def test_inspect_shows_axes_blocks_frozen_and_cost():
     assert content["smallest"]["macs"] < content["cost"]["macs"]
 
 
+@pytest.mark.parametrize(
+    ("model", "told"),
+    [
+        (
+            "resnet50",
+            ["smallest subnet: 36,081,664 MACs (0.88 %)", "elastic: 100.0 % of the MACs",
+             "axes: 37", "conv1: 8 to 64 channels in 8 widths", "layer1.0.conv3: 32 to 256 "
+             "channels in 29 widths, 4 layers", "dropped: 12", "layer4.2: 7 layers", "frozen: 0"],
+        ),
+        (
+            "vit_b_16",
+            ["encoder_layer_0.self_attention: 2 to 12 heads in 11 widths", "dropped: 24",
+             "encoder_layer_0.mlp: 6 layers"],
+        ),
+        (
+            "shufflenet_v2_x1_0",
+            ["elastic: 96.1 % of the MACs", "dropped: 0", "frozen: 19", "stage2.0.branch2.5 (58): "
+             "reshape that mixes several elastic dimensions: view_1 at shufflenetv2.py:"],
+        ),
+    ],
+)  # fmt: skip
+def test_inspect_tells_what_can_be_pruned_and_what_cannot(model, told):
+    text = stp("inspect", model).stdout
+    for words in told:
+        assert words in text
+    content = json.loads(stp("inspect", model, "--json").stdout)
+    assert content.keys() == {
+        "model", "image_size", "num_classes", "cost", "smallest", "elastic_share", "axes", "blocks",
+        "frozen",
+    }  # fmt: skip
+    assert all({"name", "size", "unit", "choices", "layers"} <= a.keys() for a in content["axes"])
+    assert all({"name", "size", "reason"} == frozen.keys() for frozen in content["frozen"])
+
+
 def test_inspect_finds_a_model_of_ones_own_in_the_current_folder(tmp_path, monkeypatch):
     (tmp_path / "own_model_for_inspect.py").write_text(
         "from torch import nn\n"

@@ -75,6 +75,7 @@ class Dims:
     def __init__(self) -> None:
         self._substitution: dict[Variable, Dim] = {}
         self._order: dict[str, int] = {}
+        self._sizes: dict[str, int] = {}
         self.frozen: list[Frozen] = []
 
     def fresh(self, size: int, *, factor: int = 1, unit: str = "channels") -> Dim:
@@ -86,6 +87,8 @@ class Dims:
     def produced(self, dim: Dim, layer: str) -> Dim:
         """Note that `layer` produces this dimension, which makes its variables axes."""
         self._order.setdefault(layer, len(self._order))
+        units = (atom.variable.size if atom.variable else atom.length for atom in self.resolve(dim))
+        self._sizes.setdefault(layer, sum(units))
         for atom in self.resolve(dim):
             if atom.variable is not None and layer not in atom.variable.producers:
                 atom.variable.producers.append(layer)
@@ -110,13 +113,16 @@ class Dims:
         atoms: list[Atom] = []
         for atom in dim:
             if atom.variable in self._substitution:
+                # Kept in its final form: chains of substitutions are not walked again.
+                parts = tuple(self._substituted(self._substitution[atom.variable]))
+                self._substitution[atom.variable] = parts
                 atoms += [
                     Atom(
                         part.length * atom.factor,
                         part.variable,
                         part.factor * atom.factor if part.variable else 1,
                     )
-                    for part in self._substituted(self._substitution[atom.variable])
+                    for part in parts
                 ]
             else:
                 atoms.append(atom)
@@ -134,9 +140,9 @@ class Dims:
                     continue
                 self._substitution[variable] = constant(variable.size)
                 if report:
-                    self.frozen += [
-                        Frozen(name, variable.size, reason) for name in variable.producers
-                    ]
+                    # A width in pieces, frozen one by one, is one frozen width.
+                    lost = [Frozen(name, self._sizes[name], reason) for name in variable.producers]
+                    self.frozen += [one for one in lost if one not in self.frozen]
 
     def unify(self, one: Dim, other: Dim, reason: str) -> Dim:
         """Make two dimensions of equal full length equal; returns the common form.

@@ -267,6 +267,13 @@ def convolution(visit: Visit) -> Value:
     return (x[0], out, *(constant(n) for n in visit.shape[2:]))
 
 
+def standardised_convolution(visit: Visit) -> Value:
+    """timm's convolution whose filters are brought to mean 0 and a learned gain in every call."""
+    out = convolution(visit)
+    visit.tensor("gain", out[1])
+    return out
+
+
 def batch_norm(visit: Visit) -> Value:
     x = visit.x
     for name in ("weight", "bias", "running_mean", "running_var"):
@@ -296,10 +303,12 @@ def layer_norm(visit: Visit) -> Value:
 def group_norm(visit: Visit) -> Value:
     x, module = visit.x, visit.module
     per_group = module.num_channels // module.num_groups
-    visit.dims.coarsen(x[1], per_group, visit.source)
     for name in ("weight", "bias"):
         visit.tensor(name, x[1])
-    visit.step.attributes.update(num_channels=Size(x[1]), num_groups=Size(x[1], per=per_group))
+    visit.step.attributes["num_channels"] = Size(x[1])
+    if module.num_groups > 1:  # a single group spans all channels, however many they are
+        visit.dims.coarsen(x[1], per_group, visit.source)
+        visit.step.attributes["num_groups"] = Size(x[1], per=per_group)
     return x
 
 
@@ -517,6 +526,11 @@ def along(visit: Visit) -> Value:
     return x
 
 
+def normalised(visit: Visit) -> Value:
+    """F.normalize: over whatever is left of the dimension, as LayerNorm is."""
+    return visit.x
+
+
 def reduction(visit: Visit) -> Value:
     return _reduced(visit, visit.argument(1, "dim"))
 
@@ -567,9 +581,16 @@ def functional_layer_norm(visit: Visit) -> Value:
 
 def matmul(visit: Visit) -> Value:
     a, b = visit.value(visit.argument(0, "input")), visit.value(visit.argument(1, "other"))
-    if a is None or b is None or len(a) != len(b) or len(a) < 2:
+    if a is None or b is None or len(a) < 2 or len(b) not in (2, len(a)):
         return unknown(visit)
     visit.unify(a[-1], b[-2])
+    if len(b) == 2:
+        weight: Any = visit.argument(1, "other")
+        if weight.op == "get_attr":  # a layer that is written by hand
+            visit.dims.produced(b[-1], str(weight.target))
+        factor, elastic = _spread(visit.resolved(a[:-1]))
+        visit.macs(factor, *elastic, a[-1], b[-1])
+        return (*a[:-1], b[-1])
     shared = []
     for one, other in zip(a[:-2], b[:-2], strict=True):
         if length(one) == length(other):
@@ -703,6 +724,19 @@ def expand(visit: Visit) -> Value:
     )
     _rewrite_sizes(visit, sizes, key, out)
     return out
+
+
+def repeat(visit: Visit) -> Value:
+    """Copies along some dimensions; the others stay as they are."""
+    x = visit.x
+    lead = len(visit.shape) - len(x)
+    out: list[Dim] = [constant(size) for size in visit.shape]
+    for place, dim in enumerate(x, start=lead):
+        if length(dim) == visit.shape[place]:
+            out[place] = dim
+        else:
+            visit.freeze((dim,), reason="repeats an elastic dimension")
+    return tuple(out)
 
 
 def reshape(visit: Visit) -> Value:
@@ -935,6 +969,7 @@ NAMED_MODULES: dict[str, Rule] = {
     "torchvision.ops.misc.Permute": permute_module,
     "timm.layers.drop.DropPath": elementwise,
     "timm.layers.norm_act.BatchNormAct2d": batch_norm_and_more,
+    **{f"timm.layers.std_conv.ScaledStdConv2d{s}": standardised_convolution for s in ("", "Same")},
     **{f"timm.layers.norm.GroupNorm{one}": group_norm for one in ("", "1")},
     "timm.layers.norm.LayerNorm": layer_norm,
 }
@@ -973,6 +1008,7 @@ FUNCTIONS: dict[Any, Rule] = {
     F.max_pool2d: spatial,
     F.interpolate: spatial,
     F.pad: padding,
+    F.normalize: normalised,
     F.softmax: along,
     torch.softmax: along,
     torch.mean: reduction,
@@ -1017,6 +1053,7 @@ METHODS: dict[str, Rule] = {
     "unsqueeze": unsqueeze,
     "squeeze": squeeze,
     "expand": expand,
+    "repeat": repeat,
     "mean": reduction,
     "sum": reduction,
     "softmax": along,

@@ -96,7 +96,7 @@ class Supernet(nn.Module):
 
         Raises:
             TraceError: the model cannot be traced; names the operation and the line.
-            ValueError: an option is out of range, or a pattern matches no layer.
+            OptionError: an option is out of range, or a pattern matches no layer.
         """
         sizes: dict[str, Any] = {"divisor": divisor, "min_ratio": min_ratio}
         return cls(trace(model, example_input, **sizes, ignore=ignore, only=only))

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..errors import TraceError
+from ..errors import OptionError, TraceError
 from . import ops
 from .blocks import find_branches
 from .cost import Extent, Term
@@ -104,12 +104,12 @@ def trace(
 
     Raises:
         TraceError: the model cannot be traced; the message names the operation and the line.
-        ValueError: an option is out of range, or a pattern matches no layer.
+        OptionError: an option is out of range, or a pattern matches no layer.
     """
     if divisor is not None and divisor < 1:
-        raise ValueError(f"divisor is {divisor}; expected a positive integer")
+        raise OptionError(f"divisor is {divisor}; expected a positive integer")
     if not 0 < min_ratio <= 1:
-        raise ValueError(f"min_ratio is {min_ratio}; expected a share in (0, 1]")
+        raise OptionError(f"min_ratio is {min_ratio}; expected a share in (0, 1]")
     graph = symbolic_graph(model, example_input)
     shapes, counted = _shapes(graph, example_input)
     _write_nothing(graph, shapes)
@@ -673,7 +673,7 @@ class _Analysis:
         layers = sorted({layer for names in homes.values() for layer in names.values()})
         for pattern in (*ignore, *only):
             if not any(_matches(layer, pattern) for layer in layers):
-                raise ValueError(
+                raise OptionError(
                     f"pattern {pattern!r} matches no layer; expected a module such as "
                     f"{layers[-1]!r}, or one that holds layers"
                 )

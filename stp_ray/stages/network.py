@@ -7,7 +7,7 @@ from torch import nn
 from ..config import RunConfig
 from ..data import DataSummary
 from ..elastic import Supernet, importance
-from ..errors import ConfigError, DataError, StorageError
+from ..errors import ConfigError, DataError, OptionError, StorageError
 from ..models import build_model
 
 
@@ -36,7 +36,7 @@ def build_supernet(config: RunConfig, summary: DataSummary) -> Supernet:
             model, example, divisor=space.divisor, min_ratio=space.min_ratio,
             ignore=space.ignore, only=space.only,
         )  # fmt: skip
-    except ValueError as error:  # a pattern; the rest is checked with the configuration
+    except OptionError as error:  # a pattern; the rest is checked with the configuration
         raise ConfigError(f"space.ignore and space.only: {error}") from error
     if config.model.weights and config.model.ranking:
         net.rank(importance(net, config.model.ranking))

@@ -1,3 +1,6 @@
+import gc
+from collections.abc import Iterator
+
 import pytest
 import torch
 from hypothesis import settings
@@ -5,6 +8,23 @@ from hypothesis import settings
 # the first example of a test may import or compile; time is pytest's affair
 settings.register_profile("elastic", deadline=None)
 settings.load_profile("elastic")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def imported_once() -> Iterator[None]:
+    """What has been imported is never garbage: without it a collection takes milliseconds."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture(autouse=True)
+def freed(imported_once: None) -> Iterator[None]:
+    """The weights of a test are gone before the next one. The nodes of a traced graph know it and
+    it knows them, a cycle that Python would leave until it had piled up gigabytes of tensors."""
+    yield
+    gc.collect()
 
 
 @pytest.fixture(scope="module")

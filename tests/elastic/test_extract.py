@@ -1,10 +1,14 @@
 """An extracted subnet is an ordinary module."""
 
 import copy
+import random
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
+from torchvision import models
+from torchvision.models.vision_transformer import VisionTransformer
 
 from stp_ray.elastic import Subnet
 from stp_ray.elastic.attention import MultiheadSelfAttention, WindowSelfAttention
@@ -77,6 +81,53 @@ def test_statistics_are_copied_too():
         layer = small.get_submodule(name)
         assert torch.equal(layer.running_var, found["running_var"])
         assert layer.running_var.data_ptr() != found["running_var"].data_ptr()
+
+
+@pytest.mark.usefixtures("one_way_to_compute")
+@pytest.mark.parametrize(
+    "build",
+    [
+        models.resnet18,
+        models.mobilenet_v2,
+        models.swin_t,
+        partial(VisionTransformer, 32, 8, 4, 4, 64, 128),
+    ],
+    ids=["resnet18", "mobilenet_v2", "swin_t", "vit"],
+)
+def test_an_extraction_is_an_ordinary_model(build):
+    """Its layers have the names that they had, are printed with their sizes, and torch.export
+    takes it for any batch."""
+    torch.manual_seed(0)
+    model = build(num_classes=10)
+    net = supernet(model, size=32).eval()
+    subnet = net.space.sample(random.Random(0))
+    assert subnet.dropped
+    small = net.extract(subnet)
+
+    gone = {
+        layer
+        for block in net.space.blocks
+        if block.name in subnet.dropped
+        for layer in block.layers
+    }
+    names = set(model.state_dict())
+    lost = names - set(small.state_dict())
+    assert set(small.state_dict()) <= names
+    assert lost == {n for n in names if any(n.startswith(f"{layer}.") for layer in gone)}
+
+    text, layers = str(small), dict(small.named_modules())
+    for layer in layers.values():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            assert repr(layer) in text
+            width = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
+            assert len(layer.weight) == width
+
+    batch = torch.export.Dim("batch", min=1)
+    program = torch.export.export(small, (pixels(2, 32),), dynamic_shapes=({0: batch},))
+    images = pixels(3, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(program.module()(images), small(images), rtol=1e-9, atol=1e-9)
+    assert set(program.state_dict) == set(small.state_dict())
 
 
 class Tied(nn.Module):

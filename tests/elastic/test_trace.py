@@ -120,6 +120,36 @@ def test_sizes_computed_from_elastic_ones_are_those_of_the_full_network():
     assert_exact(net)
 
 
+@pytest.mark.parametrize(
+    "between",
+    [
+        lambda m, x: nn.functional.normalize(x, dim=1) * x.abs().sum(1, keepdim=True),
+        lambda m, x: x * x.mean((2, 3), keepdim=True).repeat(1, 1, 8, 8),
+        lambda m, x: m.places.repeat(x.shape[0], 1, 1, 1) + x,
+        lambda m, x: m.one_group(x),
+        lambda m, x: (x.flatten(2).transpose(1, 2) @ m.weight).transpose(1, 2).view(-1, 8, 8, 8),
+        lambda m, x: torch.matmul(x.mean((2, 3)), m.weight)[:, :, None, None] * x,
+        lambda m, x: m.standardised(x),
+    ],
+    ids=["normalize", "repeat", "places", "one group", "weight", "a flat weight", "standardised"],
+)
+def test_what_is_understood_is_elastic_and_exact(between):
+    from timm.layers import ScaledStdConv2d
+
+    layers = {
+        "places": nn.Parameter(torch.randn(1, 8, 8, 8)),
+        "weight": nn.Parameter(torch.randn(8, 8)),
+        "one_group": nn.GroupNorm(1, 8),
+        "standardised": ScaledStdConv2d(8, 8, 3, padding=1),
+        "after": nn.Conv2d(8, 12, 1),
+    }
+    model = Written(lambda m, x: m.after(between(m, x).relu()), 12, **layers)
+    net = supernet(model)
+    assert net.frozen == ()
+    assert {"stem", "after"} <= {layer for axis in net.space.axes for layer in axis.layers}
+    assert_exact(net, model=model)
+
+
 def test_channels_shuffled_between_groups():
     def shuffle(m, x):
         b, c, h, w = x.shape

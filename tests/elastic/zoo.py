@@ -10,47 +10,94 @@ from torchvision.models.maxvit import MaxVit
 
 Builder = Callable[[], nn.Module]
 
-
-def _torchvision(name: str, **options: object) -> Builder:
-    return partial(models.get_model, name, num_classes=10, **options)
-
-
-#: torchvision: one or two of each family. Builder, image size.
-TORCHVISION: dict[str, tuple[Builder, int]] = {
-    "alexnet": (_torchvision("alexnet"), 64),
-    "convnext_tiny": (_torchvision("convnext_tiny"), 64),
-    "densenet121": (_torchvision("densenet121"), 32),
-    "efficientnet_b0": (_torchvision("efficientnet_b0"), 64),
-    "efficientnet_v2_s": (_torchvision("efficientnet_v2_s"), 64),
-    "googlenet": (_torchvision("googlenet", init_weights=False), 64),
-    "inception_v3": (
-        _torchvision("inception_v3", init_weights=False, aux_logits=False),
-        96,
-    ),
-    "maxvit_t": (
-        partial(MaxVit, (64, 64), 16, 2, [16, 32], [2, 2], 8, 0.1, num_classes=10),
-        64,
-    ),
-    "mnasnet0_5": (_torchvision("mnasnet0_5"), 64),
-    "mobilenet_v2": (_torchvision("mobilenet_v2"), 32),
-    "mobilenet_v3_small": (_torchvision("mobilenet_v3_small"), 64),
-    "mobilenet_v3_large": (_torchvision("mobilenet_v3_large"), 64),
-    "regnet_x_400mf": (_torchvision("regnet_x_400mf"), 32),
-    "regnet_y_400mf": (_torchvision("regnet_y_400mf"), 32),
-    "resnet18": (_torchvision("resnet18"), 32),
-    "resnet50": (_torchvision("resnet50"), 32),
-    "resnext50_32x4d": (_torchvision("resnext50_32x4d"), 32),
-    "shufflenet_v2_x0_5": (_torchvision("shufflenet_v2_x0_5"), 64),
-    "shufflenet_v2_x1_0": (_torchvision("shufflenet_v2_x1_0"), 64),
-    "squeezenet1_0": (_torchvision("squeezenet1_0"), 64),
-    "squeezenet1_1": (_torchvision("squeezenet1_1"), 64),
-    "swin_t": (_torchvision("swin_t"), 64),
-    "swin_v2_t": (_torchvision("swin_v2_t"), 64),
-    "vgg11": (_torchvision("vgg11"), 32),
-    "vgg11_bn": (_torchvision("vgg11_bn"), 32),
-    "vit_b_32": (_torchvision("vit_b_32", image_size=64), 64),
-    "wide_resnet50_2": (_torchvision("wide_resnet50_2"), 32),
+#: torchvision's classifiers by the beginning of their names: the pixels to which their images are
+#: reduced. Where a name has several beginnings in the table, the longest one counts.
+FAMILIES = {
+    "alexnet": 64,
+    "convnext": 32,
+    "densenet": 32,
+    "efficientnet_b": 64,
+    "efficientnet_v2": 64,
+    "googlenet": 64,
+    "inception": 96,
+    "maxvit": 64,
+    "mnasnet": 64,
+    "mobilenet_v2": 64,
+    "mobilenet_v3": 64,
+    "regnet_x": 32,
+    "regnet_y": 32,
+    "resnet": 32,
+    "resnext": 32,
+    "shufflenet_v2": 64,
+    "squeezenet": 64,
+    "swin": 64,
+    "swin_v2": 64,
+    "vgg": 32,
+    "vit": 64,
+    "vit_h": 56,
+    "wide_resnet": 32,
 }
+
+#: One or two of each family, the smallest, for a check at their own image size.
+FULL_SIZE = [
+    "alexnet",
+    "convnext_tiny",
+    "densenet121",
+    "efficientnet_b0",
+    "efficientnet_v2_s",
+    "googlenet",
+    "inception_v3",
+    "maxvit_t",
+    "mnasnet0_5",
+    "mobilenet_v2",
+    "mobilenet_v3_small",
+    "regnet_x_400mf",
+    "regnet_y_400mf",
+    "resnet18",
+    "resnet50",
+    "resnext50_32x4d",
+    "shufflenet_v2_x0_5",
+    "squeezenet1_1",
+    "swin_t",
+    "swin_v2_t",
+    "vgg11",
+    "vit_b_32",
+    "wide_resnet50_2",
+]
+
+
+def torchvision_names() -> list[str]:
+    """Every classifier that torchvision has registered."""
+    return models.list_models(module=models)
+
+
+def own_size(name: str) -> int:
+    """The image size that torchvision's weights of a classifier are for."""
+    crop = models.get_model_weights(name).DEFAULT.transforms.keywords["crop_size"]
+    return crop[0] if isinstance(crop, list) else crop
+
+
+def family(name: str) -> str:
+    """The entry of a classifier of torchvision in the table."""
+    return max((start for start in FAMILIES if name.startswith(start)), key=len)
+
+
+def torchvision_model(name: str, size: int, num_classes: int = 10) -> nn.Module:
+    """A classifier of torchvision with random weights, for images of `size` pixels."""
+    own = size == own_size(name)
+    options: dict[str, object] = {}
+    if name.startswith("vit"):
+        options = {"image_size": size}
+    elif name == "googlenet":
+        options = {"init_weights": False}
+    elif name == "inception_v3":
+        # Its auxiliary head needs more pixels than there are in a reduced image.
+        options = {"init_weights": False, "aux_logits": own}
+    elif name == "maxvit_t" and not own:
+        # Its windows of 7 pixels fit no smaller image; all else is as in maxvit_t.
+        widths, depths = [64, 128, 256, 512], [2, 2, 5, 2]
+        return MaxVit((size, size), 64, 2, widths, depths, 32, 0.2, num_classes=num_classes)
+    return models.get_model(name, num_classes=num_classes, **options)
 
 
 def _timm(name: str, **options: object) -> Builder:
@@ -102,11 +149,10 @@ TIMM: dict[str, tuple[int, dict[str, object]]] = {
 
 
 def build(library: str, name: str) -> tuple[nn.Module, int]:
-    """A model in float64, and the size of its images."""
+    """A model in float64 for reduced images, and their size."""
     torch.manual_seed(0)
     if library == "torchvision":
-        builder, size = TORCHVISION[name]
-    else:
-        size, options = TIMM[name]
-        builder = _timm(name, **options)
-    return builder().double(), size
+        size = FAMILIES[family(name)]
+        return torchvision_model(name, size).double(), size
+    size, options = TIMM[name]
+    return _timm(name, **options)().double(), size
