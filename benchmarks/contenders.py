@@ -401,6 +401,12 @@ OWN_SHAPE: dict[str, Callable[[Bench, float, Limit], Trained]] = {
     "stp, uniform widths": replace(STP, target="uniform"),
     "stp, random subnet": replace(STP, target="random"),
     "stp, no expansion": replace(STP, expansion=DIRECT),
+    "stp, main let go": replace(STP, expansion=replace(STP.expansion, main="drop")),
+    "stp, a third stimulative": replace(STP, share=1 / 3),
+    "stp, two subnets a step": replace(STP, stimulation=replace(STP.stimulation, subnets=2)),
+    "stp, stratified sampler": replace(
+        STP, stimulation=replace(STP.stimulation, sampler="stratified")
+    ),
     "group lasso": group_lasso,
     "torch-pruning": torch_pruning,
     "torch-pruning, even": partial(torch_pruning, even=True),
