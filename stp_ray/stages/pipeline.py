@@ -63,11 +63,9 @@ def run(
     store.probe()
     if finished(Manifest(store)):
         return store.read_json(SUMMARY)
-    with held(store) as lease:
+    with _session(config), held(store) as lease:
         manifest = Manifest(store, guard=lease.require)
-        pipeline = _Pipeline(config, store, images_summary, net, manifest)
-        with pipeline.session():
-            return pipeline.walk(until)
+        return _Pipeline(config, store, images_summary, net, manifest).walk(until)
 
 
 def preflight(config: RunConfig) -> tuple[DataSummary, Supernet]:
@@ -99,6 +97,18 @@ def _trainings(config: RunConfig) -> list[Optimisation]:
     return [*options, config.baseline] if config.baseline else options
 
 
+@contextlib.contextmanager
+def _session(config: RunConfig) -> Iterator[None]:
+    """A Ray session that can place the workers, unless everything runs in this process."""
+    if config.cluster.in_process:
+        yield
+        return
+    with cluster.connected(config.cluster):
+        most = max(config.cluster.num_workers, config.finalize.num_workers)
+        cluster.require_resources(config.cluster, most)
+        yield
+
+
 class _Pipeline:
     def __init__(
         self,
@@ -111,18 +121,6 @@ class _Pipeline:
         self.config, self.store, self.images_summary, self.net = config, store, summary, net
         self.manifest = manifest
         self._images: Images | SharedImages | None = None
-
-    @contextlib.contextmanager
-    def session(self) -> Iterator[None]:
-        """A Ray session that can place the workers, unless everything runs in this process."""
-        options = self.config.cluster
-        if options.in_process:
-            yield
-            return
-        with cluster.connected(options):
-            most = max(options.num_workers, self.config.finalize.num_workers)
-            cluster.require_resources(options, most)
-            yield
 
     def walk(self, until: str | None) -> dict[str, Any]:
         _describe(self.config, self.store)
