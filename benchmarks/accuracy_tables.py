@@ -50,7 +50,8 @@ EXPLANATION = (
     "gift: distillation from the finished dense network does not count its training. *Equal MACs*: "
     "every multiplication of training counts, forward and backward (a backward pass as two forward "
     "ones), teachers and exploration too; the others train until they have spent what STP spent. "
-    "Scratch trains the shape that STP found. Mean ± standard deviation over seeds."
+    "Scratch trains the shape that STP found. Mean ± standard deviation over seeds, their number "
+    "in brackets: where numbers differ, read the differences within a seed, not those of the means."
 )
 
 
@@ -156,7 +157,11 @@ def _spread(values: Iterable[float], sign: bool = False) -> str:
         return "–"
     mean = statistics.mean(found)
     text = f"{mean:+.2f}" if sign and mean < 50 else f"{mean:.2f}"
-    return f"{text} ± {statistics.stdev(found):.2f}" if len(found) > 1 else f"{text} (one seed)"
+    return (
+        f"{text} ± {statistics.stdev(found):.2f} ({len(found)})"
+        if len(found) > 1
+        else f"{text} (1)"
+    )
 
 
 def _row(cells: list[Any]) -> str:
