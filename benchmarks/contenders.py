@@ -159,7 +159,7 @@ def torch_pruning(
     pruner = tp.pruner.GroupNormPruner(
         model, bench.example.to(bench.images.device),
         importance=tp.importance.GroupMagnitudeImportance(p=2), global_pruning=not even,
-        pruning_ratio=1.0, max_pruning_ratio=0.95, iterative_steps=200,
+        pruning_ratio=1.0, max_pruning_ratio=0.95, iterative_steps=100,
         ignored_layers=[layer for layer in model.modules() if isinstance(layer, nn.Linear)],
     )  # fmt: skip
     while macs_of(model, bench.example) > budget * bench.full_macs:

@@ -260,6 +260,9 @@ def _tune(
     # Progress and scores have their own ways; Tune's files and tables would only repeat them.
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
+    # Tune's own handler would end the search as if it were done, and outlives it: an interruption
+    # in a later stage would be swallowed.
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
     logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
     resources = {name.lower(): amount for name, amount in cluster.worker_resources(options).items()}
     weights_reference = ray.put(weights)
