@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 from matplotlib.figure import Figure
 
 Line = dict[str, Any]
@@ -225,4 +226,5 @@ def _sparsity_plot(lines: list[Line], path: Path) -> None:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    figure.savefig(path, metadata={"Date": None})
+    with matplotlib.rc_context({"svg.hashsalt": "stp_ray"}):  # the same file from the same figures
+        figure.savefig(path, metadata={"Date": None})
