@@ -155,7 +155,7 @@ def torch_pruning(
     else:
         model, paid = _dense(bench, before)
     # at equal epochs the teacher is the finished dense network, a gift; at equal MACs its own past
-    teacher = _dense(bench, whole)[0] if limit.macs is None else copy.deepcopy(model)
+    teacher, gift = _dense(bench, whole) if limit.macs is None else (copy.deepcopy(model), 0)
     pruner = tp.pruner.GroupNormPruner(
         model, bench.example.to(bench.images.device),
         importance=tp.importance.GroupMagnitudeImportance(p=2), global_pruning=not even,
@@ -172,7 +172,7 @@ def torch_pruning(
     cost = STEP * macs_of(model, bench.example) + bench.full_macs
     epochs = limit.left(_epoch(bench, cost), epochs=before, macs=paid)
     spent = bench.train(Distilled(model, teacher), epochs, macs=cost)
-    return Trained(model, paid + spent, before + epochs)
+    return Trained(model, gift + paid + spent, before + epochs)
 
 
 def _made_sparse(bench: Bench, epochs: int) -> tuple[nn.Module, int]:
@@ -219,7 +219,7 @@ def group_lasso(bench: Bench, budget: float, limit: Limit, *, strength: float = 
     net.model.load_state_dict(found["weights"][-1])
     net.eval()
     top1 = bench.top1(net)
-    teacher = _dense(bench, whole)[0] if limit.macs is None else copy.deepcopy(net)
+    teacher, gift = _dense(bench, whole) if limit.macs is None else (copy.deepcopy(net), 0)
     scores = importance(net)
     target = by_magnitude(net, scores, budget)
     sparsity = []
@@ -232,7 +232,7 @@ def group_lasso(bench: Bench, budget: float, limit: Limit, *, strength: float = 
     epochs = limit.left(_epoch(bench, cost), epochs=before, macs=found["spent"])
     spent = bench.train(Distilled(small, teacher), epochs, macs=cost)
     return Trained(
-        small, found["spent"] + spent, before + epochs, target,
+        small, gift + found["spent"] + spent, before + epochs, target,
         {"before_pruning_top1": top1, "sparsity": sparsity},
     )  # fmt: skip
 
