@@ -145,7 +145,7 @@ class Bench:
         """Train, and return what it cost in MACs, forward and backward.
 
         Args:
-            objective: maps (images, labels, subnets) to losses.
+            objective: maps (images, labels, subnets, backward) to losses, as the trainer's do.
             epochs: passes over the training images.
             macs: of one image in one step, but for the drawn subnets.
             draw: the subnets of a step.

@@ -67,7 +67,9 @@ class Distilled(nn.Module):
         # not a submodule: it is neither trained nor put into training mode
         self._teacher = [teacher.eval().requires_grad_(False)]
 
-    def forward(self, images: Tensor, labels: Tensor, subnets: object = ()) -> dict[str, Tensor]:
+    def forward(
+        self, images: Tensor, labels: Tensor, subnets: object = (), backward: object = None
+    ) -> dict[str, Tensor]:
         logits = self.model(images)
         with torch.no_grad():
             wanted = self._teacher[0](images)

@@ -4,8 +4,8 @@
     python benchmarks/results.py render
 
 `record` keeps a finished run's summary, the settings that matter and the hardware as one JSON
-file in benchmarks/results/; `render` writes docs/results.md and docs/accuracy.svg from all of
-them. No figure is typed by hand.
+file in benchmarks/results/; `render` writes docs/results.md, docs/accuracy.svg and the tables of
+docs/performance.md from all that is there. No figure is typed by hand.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from accuracy_tables import section as comparison
+from speed_tables import performance
 
 from stp_ray.artifacts import Store
 from stp_ray.report import accuracy_against_macs
@@ -100,6 +101,7 @@ def render() -> None:
         "",
     ]
     (DOCS / "results.md").write_text("\n".join(parts))
+    performance(KEPT / "speed", DOCS / "performance.md")
     for recipe in ("cifar10_resnet20_cpu", "demo"):
         if recipe in runs:
             picture = accuracy_against_macs(runs[recipe][0]["summary"], "svg")
@@ -189,7 +191,7 @@ def main() -> None:
     keep.add_argument("uri", help="the run's folder or URI")
     keep.add_argument("--command", required=True, help="the command that made it")
     keep.add_argument("--note", default="", help="anything a reader should know")
-    actions.add_parser("render", help="write docs/results.md and docs/accuracy.svg")
+    actions.add_parser("render", help="write the figures of the documentation")
     arguments = parser.parse_args()
     if arguments.action == "record":
         print(record(arguments.uri, arguments.command, arguments.note))

@@ -50,6 +50,23 @@ class Layout:
             tensor = parts[0] if len(parts) == 1 else torch.cat(parts, dim)
         return tensor
 
+    def leaf(self, name: str, parameter: nn.Parameter, subnet: Subnet) -> Tensor:
+        """The kept part of a parameter as a leaf of its own: a backward pass adds its gradient to
+        the matching part of `parameter.grad`, instead of to zeros of the full size first."""
+        cuts = self.ranges(name, subnet) if name in self.tensors else {}
+        leaf = self.cut(name, parameter.detach(), subnet) if cuts else parameter.detach()
+        if not parameter.requires_grad:
+            return leaf
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        grad = parameter.grad
+        leaf.requires_grad_()
+        if all(len(ranges) == 1 for ranges in cuts.values()):
+            leaf.grad = self.cut(name, grad, subnet) if cuts else grad
+        else:
+            leaf.register_post_accumulate_grad_hook(lambda leaf: _add(leaf, grad, cuts))
+        return leaf
+
     def ranges(self, name: str, subnet: Subnet) -> dict[int, Ranges]:
         """The kept ranges of every dimension that is cut."""
         cuts = {}
@@ -67,6 +84,25 @@ class Merge:
 
     block: str
     shortcut: int
+
+
+def _add(leaf: Tensor, grad: Tensor, cuts: Mapping[int, Ranges]) -> None:
+    """Add the gradient of gathered parts where they were gathered from."""
+    assert leaf.grad is not None
+    _scatter(leaf.grad, grad, tuple(cuts.items()))
+    leaf.grad = None
+
+
+def _scatter(kept: Tensor, whole: Tensor, cuts: tuple[tuple[int, Ranges], ...]) -> None:
+    if not cuts:
+        whole += kept
+        return
+    (dim, ranges), *others = cuts
+    done = 0
+    for start, stop in ranges:
+        part, length = whole.narrow(dim, start, stop - start), stop - start
+        _scatter(kept.narrow(dim, done, length), part, tuple(others))
+        done += length
 
 
 def _ranges(segments: Segments, widths: Mapping[str, int]) -> Ranges:

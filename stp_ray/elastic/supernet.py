@@ -107,6 +107,7 @@ class Supernet(nn.Module):
         subnet: Subnet | None = None,
         *,
         stats: "Stats | StatsRecorder | None" = None,
+        direct: bool = False,
     ) -> Tensor:
         """Logits [B, classes] of the main network, or of a subnet in the same weights.
 
@@ -117,10 +118,14 @@ class Supernet(nn.Module):
             images: [B, C, H, W].
             subnet: None for the main network.
             stats: BatchNorm statistics of this subnet, as `calibrate` gives them.
+            direct: let the backward pass add to the parameters' `.grad` itself, which costs what
+                the subnet alone costs. Autograd does not see the parameters then: their hooks do
+                not run, and gradients reach them by `backward()` only, once for each forward
+                [ours].
         """
-        if subnet is None and stats is None:
+        if subnet is None and stats is None and not direct:
             return self.model(images)
-        return self._run(images, subnet or self.space.full, stats)
+        return self._run(images, subnet or self.space.full, stats, direct)
 
     def cost(self, subnet: Subnet | None = None) -> Cost:
         """MACs for one sample of the example input's shape, and parameters."""
@@ -181,7 +186,13 @@ class Supernet(nn.Module):
 
     # -- the sliced run -------------------------------------------------------------
 
-    def _run(self, images: Tensor, subnet: Subnet, stats: "Stats | StatsRecorder | None") -> Tensor:
+    def _run(
+        self,
+        images: Tensor,
+        subnet: Subnet,
+        stats: "Stats | StatsRecorder | None",
+        direct: bool,
+    ) -> Tensor:
         self.space.validate(subnet)
         env: dict[str, Any] = {}
         out: Any = None
@@ -195,12 +206,12 @@ class Supernet(nn.Module):
             elif node.op == "placeholder":
                 env[node.name] = images
             elif node.op == "get_attr":
-                env[node.name] = self._attribute(str(node.target), layout, subnet)
+                env[node.name] = self._attribute(str(node.target), layout, subnet, direct)
             elif node.op == "output":
                 out = _load(node.args[0], env, subnet)
             else:
                 args, kwargs = arguments(node, layout)
-                call = self._call(node, layout, subnet, stats)
+                call = self._call(node, layout, subnet, stats, direct)
                 env[node.name] = call(
                     *(_load(arg, env, subnet) for arg in args),
                     **{name: _load(value, env, subnet) for name, value in kwargs.items()},
@@ -209,9 +220,11 @@ class Supernet(nn.Module):
                 env.pop(dead, None)
         return out
 
-    def _attribute(self, name: str, layout: Layout, subnet: Subnet) -> Any:
+    def _attribute(self, name: str, layout: Layout, subnet: Subnet, direct: bool) -> Any:
         owner, _, leaf = name.rpartition(".")
         value = getattr(self.model.get_submodule(owner), leaf)
+        if direct and isinstance(value, nn.Parameter):
+            return layout.leaf(name, value, subnet)
         if name not in layout.tensors:
             return value
         part = layout.cut(name, value, subnet)
@@ -219,7 +232,12 @@ class Supernet(nn.Module):
         return part if isinstance(value, nn.Parameter) or not self.training else part.clone()
 
     def _call(
-        self, node: fx.Node, layout: Layout, subnet: Subnet, stats: "Stats | StatsRecorder | None"
+        self,
+        node: fx.Node,
+        layout: Layout,
+        subnet: Subnet,
+        stats: "Stats | StatsRecorder | None",
+        direct: bool,
     ) -> Callable[..., Any]:
         if node.op == "call_function":
             return cast(Callable[..., Any], node.target)
@@ -233,6 +251,11 @@ class Supernet(nn.Module):
             part = layout.cut(name, whole, subnet)
             if part is not whole:
                 tensors[name] = part
+        if direct:
+            tensors |= {
+                name: layout.leaf(name, parameter, subnet)
+                for name, parameter in module.named_parameters()
+            }
         # sizes change with the tensors, or with the input alone where there is none to cut
         attributes = layout.sizes(subnet) if tensors or not layout.tensors else {}
         kind = layout.narrow_class if tensors else None

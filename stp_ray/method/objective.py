@@ -1,14 +1,19 @@
-"""The losses. Each objective runs the main network and all subnets in one forward pass,
-so that data-parallel training reduces the gradients once a step, whatever K is.
+"""The losses. Each objective runs the main network and all subnets in one forward pass, and
+gives back a loss for the backward pass to start from.
+
+Where it gets a `backward`, it runs that on the loss of each subnet as soon as it is there: only
+one subnet's activations are held at a time, and the gradients wait in `.grad` for the main
+network's. The backward pass of the loss that comes back is then the main network's alone; it is
+the only one that data-parallel training sees, so the gradients are reduced once a step, whatever
+K is, and while that pass still runs [ours].
 
 Translated from the mathematics of METHOD: the paper's [paper], its ancestors' [ST], or a
 decision of this project's [ours], as marked.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -115,6 +120,18 @@ def _check_distillation(kd_weight: float, temperature: float) -> None:
     )
 
 
+#: Runs the backward pass of a loss, as `Tensor.backward` does, scaled where that is needed.
+Backward = Callable[[Tensor], object]
+
+
+def _learnt(loss: Tensor, backward: Backward | None) -> Tensor:
+    """The loss of one subnet: with its graph, or, after its backward pass, its value alone."""
+    if backward is None:
+        return loss
+    backward(loss)
+    return loss.detach()
+
+
 def kl_divergence(
     teacher_logits: Tensor,
     student_logits: Tensor,
@@ -167,7 +184,11 @@ class DenseObjective(nn.Module):
         self.label_smoothing = label_smoothing
 
     def forward(
-        self, images: Tensor, labels: Tensor, subnets: Sequence[Subnet] = ()
+        self,
+        images: Tensor,
+        labels: Tensor,
+        subnets: Sequence[Subnet] = (),
+        backward: Backward | None = None,
     ) -> dict[str, Tensor]:
         """{"loss"}; the subnets are not looked at."""
         return {"loss": cross_entropy(self.model(images), labels, self.label_smoothing)}
@@ -192,20 +213,24 @@ class StimulativeObjective(nn.Module):
         self.different_per_rank = options.different_per_rank
 
     def forward(
-        self, images: Tensor, labels: Tensor, subnets: Sequence[Subnet]
+        self,
+        images: Tensor,
+        labels: Tensor,
+        subnets: Sequence[Subnet],
+        backward: Backward | None = None,
     ) -> dict[str, Tensor]:
         """{"loss", "ce": of the main network, "kd": mean over the subnets}."""
-        options = self.options
+        options, direct = self.options, backward is not None
         main = self.net(images)
         ce = cross_entropy(main, labels, self.label_smoothing)
-        losses = [
-            kl_divergence(
-                main, self.net(self._scaled(images), subnet), options.temperature, options.direction
-            )
-            for subnet in subnets
-        ]
-        kd = torch.stack(losses).mean() if losses else ce.new_zeros(())
-        return {"loss": ce + options.kd_weight * kd, "ce": ce.detach(), "kd": kd.detach()}
+        loss, kd = ce, ce.new_zeros(())
+        for subnet in subnets:
+            logits = self.net(self._scaled(images), subnet, direct=direct)
+            divergence = kl_divergence(main, logits, options.temperature, options.direction)
+            divergence = divergence / len(subnets)
+            loss = loss + _learnt(options.kd_weight * divergence, backward)
+            kd = kd + divergence.detach()
+        return {"loss": loss, "ce": ce.detach(), "kd": kd}
 
     def _scaled(self, images: Tensor) -> Tensor:
         """The images at a scale drawn from torch's CPU generator, which the trainer seeds."""
@@ -245,39 +270,41 @@ class ExpansionObjective(nn.Module):
         self.uses_all_parameters = options.main == "train"
 
     def forward(
-        self, images: Tensor, labels: Tensor, subnets: Sequence[Subnet]
+        self,
+        images: Tensor,
+        labels: Tensor,
+        subnets: Sequence[Subnet],
+        backward: Backward | None = None,
     ) -> dict[str, Tensor]:
         """{"loss", "ce": of the teacher(s), "ce_target", "kd": sum over the expanded subnets,
         "kd_target"}."""
-        options = self.options
-        main = [self.net(images)] if options.main == "train" else []
-        rungs = [self.net(images, subnet) for subnet in subnets]
-        target = self.net(images, self.target)
-        ladder = main + rungs
-        learners = main or rungs
+        options, direct = self.options, backward is not None
+        with_main = options.main == "train"
         require(
-            len(ladder) > 0,
+            with_main or len(subnets) > 0,
             "the number of expanded subnets",
             0,
             "at least 1 without a main network",
             "draw them with stp_ray.method.ladder",
         )
-
-        ce = torch.stack(
-            [cross_entropy(logits, labels, self.label_smoothing) for logits in learners]
-        ).mean()
-        ce_target = cross_entropy(target, labels, self.label_smoothing)
-        steps = [
-            kl_divergence(teacher, student, options.temperature)
-            for teacher, student in pairwise(ladder)
-        ]
-        kd = torch.stack(steps).sum() if steps else ce.new_zeros(())
-        kd_target = kl_divergence(ladder[-1], target, options.temperature)
-        loss = ce + options.target_ce * ce_target + options.kd_weight * (kd + kd_target)
-        return {
-            "loss": loss,
-            "ce": ce.detach(),
-            "ce_target": ce_target.detach(),
-            "kd": kd.detach(),
-            "kd_target": kd_target.detach(),
-        }
+        first, *rungs = [None, *subnets] if with_main else subnets
+        learners = 1 if with_main else len(subnets)
+        teacher = self.net(images, first)
+        ce = cross_entropy(teacher, labels, self.label_smoothing) / learners
+        loss, parts = ce, {"ce": ce.detach()}
+        parts["kd"] = ce.new_zeros(())
+        for subnet in rungs:
+            logits = self.net(images, subnet, direct=direct)
+            kd = kl_divergence(teacher, logits, options.temperature)
+            parts["kd"] = parts["kd"] + kd.detach()
+            own = options.kd_weight * kd
+            if not with_main:
+                ce = cross_entropy(logits, labels, self.label_smoothing) / learners
+                parts["ce"] = parts["ce"] + ce.detach()
+                own = own + ce
+            loss, teacher = loss + _learnt(own, backward), logits
+        logits = self.net(images, self.target, direct=direct)
+        ce = cross_entropy(logits, labels, self.label_smoothing)
+        kd = kl_divergence(teacher, logits, options.temperature)
+        loss = loss + _learnt(options.target_ce * ce + options.kd_weight * kd, backward)
+        return {"loss": loss, **parts, "ce_target": ce.detach(), "kd_target": kd.detach()}

@@ -147,7 +147,8 @@ class Trainer:
     """Trains an objective, one optimiser step at a time.
 
     Args:
-        objective: maps (images, labels, subnets) to {"loss": scalar, further parts}. An
+        objective: maps (images, labels, subnets, backward) to {"loss": scalar, further parts};
+            it may call `backward` on losses of its own before it returns the last one. An
             attribute `different_per_rank = False` makes all ranks train the same subnets.
         options: how to train.
         steps_per_epoch: optimiser steps in one pass over the data.
@@ -242,6 +243,7 @@ class Trainer:
             group["lr"] = lr
 
         self._module.train()
+        self._optimizer.zero_grad(set_to_none=True)
         images = images.to(self.device, non_blocking=True)
         labels = labels.to(self.device, non_blocking=True)
         with torch.autocast(
@@ -249,15 +251,14 @@ class Trainer:
             dtype=_AUTOCAST.get(options.precision),
             enabled=options.precision != "fp32",
         ):
-            parts = self._module(images, labels, subnets)
+            parts = self._module(images, labels, subnets, self._backward)
         loss = parts["loss"]
         parts = {name: part.detach() for name, part in parts.items()}
         self._spoiled += ~torch.isfinite(parts["loss"])
         if due or done % self._check_every == 0:
             self._require_finite_loss(parts, epoch)
 
-        self._optimizer.zero_grad(set_to_none=True)
-        self._scaler.scale(loss).backward()
+        self._backward(loss)
         if options.grad_clip is not None:
             self._scaler.unscale_(self._optimizer)
             nn.utils.clip_grad_norm_(self._parameters.values(), options.grad_clip)
@@ -277,6 +278,9 @@ class Trainer:
             checkpoint_due=due,
             parts=parts,
         )
+
+    def _backward(self, loss: Tensor) -> None:
+        self._scaler.scale(loss).backward()
 
     def _require_finite_loss(self, parts: Mapping[str, Tensor], epoch: int) -> None:
         """All ranks come to the same verdict, so that none waits for another in vain."""

@@ -67,3 +67,19 @@ def assert_gradients_agree(net: Supernet, small: nn.Module, subnet: Subnet) -> N
         largest = max(float(theirs[name].abs().max()), 1e-8)
         assert float((kept - theirs[name]).abs().max()) <= 1e-9 * largest, name
         assert float(dropped.abs().max()) <= 1e-8, name
+
+
+def assert_direct_gradients_agree(net: Supernet, images: Tensor, subnet: Subnet) -> None:
+    """A direct backward pass adds what autograd adds, to gradients that are there already."""
+    found = []
+    for direct in (False, True):
+        for parameter in net.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        torch.manual_seed(3)
+        out = net(images, subnet, direct=direct)
+        (out.square().sum() + out[0, 1]).backward()
+        found.append({name: p.grad for name, p in net.named_parameters()})
+    net.zero_grad()
+    for name, expected in found[0].items():
+        largest = max(float((expected - 1).abs().max()), 1e-3)
+        assert float((found[1][name] - expected).abs().max()) <= 1e-9 * largest, name

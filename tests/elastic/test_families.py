@@ -16,7 +16,7 @@ from stp_ray.method import calibrate
 from stp_ray.models import build_model
 
 from .networks import Own, Tokens, pixels, randomised
-from .same import assert_gradients_agree, counted_macs
+from .same import assert_direct_gradients_agree, assert_gradients_agree, counted_macs
 
 pytestmark = pytest.mark.usefixtures("one_way_to_compute")
 
@@ -156,7 +156,7 @@ def test_training_a_slice_is_training_its_extraction(family):
         for name, tensor in net.named_buffers():
             assert torch.equal(tensor, buffers[name]), name
         assert_gradients_agree(net, small, subnet)
-        net.zero_grad()
+        assert_direct_gradients_agree(net, images, subnet)
     net.eval()
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from stp_ray.elastic import Supernet
 
 from .networks import pixels, randomised
-from .same import assert_exact, assert_gradients_agree
+from .same import assert_direct_gradients_agree, assert_exact, assert_gradients_agree
 
 SIZE = 6
 
@@ -196,6 +196,7 @@ def assert_sound(network: nn.Module, seed: int) -> Supernet:
         out = call()
         (out.square().sum() + out[0, 1]).backward()
     assert_gradients_agree(net, small, subnet)
+    assert_direct_gradients_agree(net, images, subnet)
     return net
 
 

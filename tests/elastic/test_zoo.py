@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from stp_ray.elastic import Budget, Subnet, Supernet
 
 from .networks import pixels, randomised
-from .same import assert_gradients_agree, counted_macs
+from .same import assert_direct_gradients_agree, assert_gradients_agree, counted_macs
 from .zoo import (
     FAMILIES,
     FULL_SIZE,
@@ -112,6 +112,7 @@ def assert_a_training_step_agrees(net: Supernet, images: Tensor, subnet: Subnet)
     scale = float(outputs[1].abs().max())
     assert float((outputs[0] - outputs[1]).abs().max()) <= 1e-9 * scale
     assert_gradients_agree(net, small, subnet)
+    assert_direct_gradients_agree(net, images, subnet)
 
 
 @pytest.mark.timeout(1800)

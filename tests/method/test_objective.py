@@ -116,7 +116,7 @@ def test_each_subnet_sees_the_original_images_at_a_scale_drawn_for_it():
             self.weight = torch.nn.Parameter(torch.randn(3, 3))
             self.seen = []
 
-        def forward(self, images, subnet=None):
+        def forward(self, images, subnet=None, direct=False):
             self.seen.append(images)
             return images.mean((2, 3)) @ self.weight
 
@@ -135,6 +135,43 @@ def test_each_subnet_sees_the_original_images_at_a_scale_drawn_for_it():
     torch.manual_seed(0)
     objective(images, labels, [object()] * 12)
     assert [x.shape for x in spy.seen] == first
+
+
+def gradients(net, objective, batch, subnets, backward):
+    """Names the loss and all gradients of a step, from gradients of one."""
+    for parameter in net.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    parts = objective(*batch, subnets, backward)
+    parts["loss"].backward()
+    return {**parts, **{name: p.grad for name, p in net.named_parameters()}}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        Stimulation(kd_weight=0.7, temperature=2.0),
+        Expansion(kd_weight=0.7, target_ce=0.4),
+        Expansion(kd_weight=0.7, main="drop"),
+    ],
+    ids=["stimulation", "expansion", "expansion without main"],
+)
+def test_subnet_by_subnet_and_all_at_once_are_the_same_step(options):
+    net = supernet().double().train()
+    target, subnets = ladder_of(net, rungs=3)
+    objective = (
+        StimulativeObjective(net, options)
+        if isinstance(options, Stimulation)
+        else ExpansionObjective(net, target, options)
+    )
+    images, labels = images_and_labels(6)
+    batch = images.double(), labels
+    at_once = gradients(net, objective, batch, subnets, None)
+    one_by_one = gradients(net, objective, batch, subnets, lambda loss: loss.backward())
+    assert at_once.keys() == one_by_one.keys()
+    for name, expected in at_once.items():
+        assert torch.allclose(one_by_one[name], expected, rtol=1e-9, atol=1e-9), name
+    names = dict(net.named_parameters())
+    assert any((at_once[name] != 1).any() for name in names)
 
 
 def ladder_of(net, rungs=2):
