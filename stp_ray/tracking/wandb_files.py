@@ -9,6 +9,7 @@ import os
 import re
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,7 +87,8 @@ class WandbTracker:
             group=self._run_id,
             job_type=self._kind,
             name=stage,
-            id=file_name(f"{self._run_id}-{stage}")[:128],
+            # Never that of an earlier attempt at the stage, whose rows it would overwrite.
+            id=f"{file_name(f'{self._run_id}-{stage}')[:100]}-{time.strftime('%y%m%d%H%M%S')}",
             config=dict(config),
             dir=self._folder,
             mode="offline",

@@ -14,9 +14,9 @@ from typing import Any
 
 #: Stages that train: what is plotted over their steps.
 _TRAININGS = {
-    "baseline": "Dense network trained alone",
-    "supernet": "Supernet",
-    "finalize": "Ladder to each budget",
+    "baseline": ("Dense network trained alone", ("loss",)),
+    "supernet": ("Supernet", ("loss", "ce", "kd")),
+    "finalize": ("Ladder to each budget", ("loss", "ce_target", "kd_target")),
 }
 
 
@@ -73,11 +73,9 @@ def build(entity: str, project: str, run_id: str, budgets: Sequence[str]) -> Any
         ),
         wr.H1("Training"),
     ]
-    for kind, title in _TRAININGS.items():
+    for kind, (title, losses) in _TRAININGS.items():
         x = f"{kind}/step"
-        curves = [
-            wr.LinePlot(title=name, x=x, y=[f"{kind}/{name}"]) for name in ("loss", "ce", "lr")
-        ]
+        curves = [wr.LinePlot(title=name, x=x, y=[f"{kind}/{name}"]) for name in losses]
         blocks += [wr.H2(title), grid([kind], curves)]
     return wr.Report(
         entity=entity,

@@ -16,7 +16,7 @@ class Server:
     """Remembers what it was sent.
 
     Args:
-        ill: "hangs" (never answers), "500", or "dies" (closes the connection).
+        ill: "hangs" (never answers), "dies" (closes the connection), or the status that it answers.
         well: requests that are answered before that.
     """
 
@@ -66,7 +66,7 @@ class Server:
         return [
             json.loads(line)
             for path, body in self.requests
-            if path.endswith(f"-{run}/file_stream")
+            if path.endswith("/file_stream") and f"-{run}-" in path
             for line in json.loads(body).get("files", {}).get("wandb-history.jsonl", {})
             .get("content", [])
         ]  # fmt: skip
@@ -79,10 +79,10 @@ class Server:
         if self._ill and len(self.requests) > self._well:
             if self._ill == "hangs":
                 self._over.wait(60)
-            if self._ill != "500":
+            if not self._ill.isdigit():
                 request.close_connection = True
                 return
-        status = 500 if self._ill and len(self.requests) > self._well else 200
+        status = int(self._ill) if self._ill and len(self.requests) > self._well else 200
         answer = json.dumps(self._content(request.path, body) if status == 200 else {}).encode()
         with contextlib.suppress(OSError):
             request.send_response(status)

@@ -96,7 +96,8 @@ class Tracked:
         self.errors = done.stderr
         assert list(work.iterdir()) == [], "nothing is written into the current folder"
         self.files = sorted(home.rglob("*.wandb"), key=lambda path: path.name)
-        self.kept = {file.name: Kept(file) for file in self.files}
+        #: By stage.
+        self.kept = {kept.run.display_name: kept for kept in map(Kept, self.files)}
 
     @property
     def sent(self) -> bool:
@@ -104,7 +105,7 @@ class Tracked:
         return all(file.with_name(f"{file.name}.synced").exists() for file in self.files)
 
 
-NAMES = [f"run-demo-1-{stage}.wandb" for stage in ("explore", "finalize-0.15", "supernet")]
+STAGES = ["explore", "finalize/0.15", "supernet"]
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +122,7 @@ def test_offline_nobody_is_asked(offline):
 
 
 def test_offline_keeps_metrics_by_stage(offline):
-    assert [file.name for file in offline.files] == NAMES
+    assert list(offline.kept) == STAGES
     explore, finalize, supernet = offline.kept.values()
     assert supernet.run.run_group == "demo-1"
     assert supernet.run.display_name == "supernet"
@@ -161,7 +162,7 @@ def test_online_a_server_gets_all_of_it_and_a_report(tmp_path):
     assert [(row["supernet/step"], row["supernet/loss"]) for row in rows] == [(3, 0.5), (2, 0.25)]
     asked = server.asked
     used = [v["input"]["runName"] for name, v in asked if name == "UseArtifact"]
-    assert sorted(used) == ["demo-1-explore", "demo-1-finalize-0.15"]
+    assert sorted(used) == [tracked.kept[stage].run.run_id for stage in STAGES[:2]]
     named = {v["input"]["artifactCollectionName"] for name, v in asked if name == "CreateArtifact"}
     assert {"demo-1-supernet", "demo-1-explore", "demo-1-finalize-0.15"} <= named
     (page,) = [v for name, v in asked if "spec" in v]
@@ -172,7 +173,7 @@ def test_online_a_server_gets_all_of_it_and_a_report(tmp_path):
 
 @pytest.mark.parametrize(
     ("ill", "well"),
-    [("refuses", 0), ("hangs", 0), ("500", 0), ("hangs", 1), ("dies", 9)],
+    [("refuses", 0), ("hangs", 0), ("500", 0), ("hangs", 1), ("dies", 9), ("401", 1)],
 )
 def test_a_server_that_does_not_behave_delays_a_run_by_20_s_at_most(tmp_path, ill, well):
     with Server("" if ill == "refuses" else ill, well) as server:
@@ -181,12 +182,16 @@ def test_a_server_that_does_not_behave_delays_a_run_by_20_s_at_most(tmp_path, il
         tracked = Tracked(tmp_path, "online", server.url)
     print(f"{ill} after {well} good answers: {tracked.delay_s:.1f} s")
     assert tracked.delay_s <= 20
-    assert [file.name for file in tracked.files] == NAMES
+    assert list(tracked.kept) == STAGES
     assert all(kept.summary["top1"] == 97.5 for kept in tracked.kept.values())
     assert not tracked.sent
     # Once for the run, not once for each stage.
     assert tracked.errors.count("going on offline, upload later with: wandb sync") == 1
     assert "Traceback" not in tracked.errors
+    if well:
+        assert len(server.requests) > well, "it did fall ill"
+    if ill == "401":
+        assert tracked.delay_s <= 12, "what ended by itself is not waited for"
     if well == 0 and ill != "refuses":
         assert len(server.requests) == 1, "the other stages do not ask again"
 
@@ -195,7 +200,7 @@ def test_without_a_login_nobody_is_asked_and_the_way_to_sync_is_shown(tmp_path):
     with Server() as server:
         tracked = Tracked(tmp_path, "online", server.url, login=False)
     assert server.requests == []
-    assert [file.name for file in tracked.files] == NAMES
+    assert list(tracked.kept) == STAGES
     assert "wandb login" in tracked.errors
     assert "wandb sync" in tracked.errors
 
