@@ -1,5 +1,6 @@
 """The trackers of a run."""
 
+import logging
 import sys
 from collections.abc import Sequence
 from typing import Protocol
@@ -10,6 +11,8 @@ from .console import ConsoleTracker
 from .jsonl import JsonlTracker
 from .wandb_files import WandbTracker, wandb_folder
 from .wandb_upload import Uploads
+
+log = logging.getLogger(__name__)
 
 
 class TrackingChoice(Protocol):
@@ -60,6 +63,10 @@ class Tracking:
         """Nothing more will be tracked; waits a few seconds at most for what is under way."""
         if self._uploads is None:
             return
-        page = self._uploads.finish(self._budgets)
+        page = None
+        try:
+            page = self._uploads.finish(self._budgets)
+        except Exception as error:  # as of any tracker
+            log.warning("wandb: %s: %s; the run goes on", type(error).__name__, error)
         if page is not None and self._options.console:
             print(f"wandb report: {page}", file=sys.stderr)

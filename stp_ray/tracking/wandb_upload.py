@@ -55,7 +55,11 @@ class Uploads:
             self._explain("wandb no longer takes what it is sent")
         if self._usable:
             output = file.parent / "logs" / "upload.log"
-            self._running[file] = _errand("wandb_sync.py", str(file), self._folder, output)
+            try:
+                self._running[file] = _errand("wandb_sync.py", str(file), self._folder, output)
+            except OSError as error:  # out of processes or memory: what is on disk goes on
+                self._usable = False
+                self._explain(f"no process to send with ({error})")
 
     def finish(self, budgets: Sequence[str] = ()) -> str | None:
         """Wait until all is sent, at most `END_S` seconds.
@@ -73,7 +77,7 @@ class Uploads:
             _stop(process)
         complete = bool(self._running) and all(map(_sent, self._running))
         if self._usable and not complete and self._running:
-            self._explain("wandb did not take everything in time")
+            self._explain("wandb did not take everything")
         self._running.clear()
         return self._report(budgets, end) if self._usable and complete and budgets else None
 

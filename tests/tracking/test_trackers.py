@@ -7,7 +7,7 @@ import pytest
 
 from stp_ray.artifacts import Store
 from stp_ray.errors import StorageError
-from stp_ray.tracking import Artifact, MultiTracker, Tracking
+from stp_ray.tracking import Artifact, MultiTracker, Tracking, wandb_upload
 from stp_ray.tracking.console import ConsoleTracker
 from stp_ray.tracking.jsonl import JsonlTracker
 from stp_ray.tracking.wandb_files import WandbTracker
@@ -103,6 +103,26 @@ def test_trackers_follow_the_options(tmp_path, console, wandb, kinds):
     options = SimpleNamespace(console=console, wandb=wandb, project="p")
     tracker = Tracking(options, "demo-1", Store(tmp_path)).of("supernet")
     assert [type(one) for one in tracker._trackers] == kinds
+
+
+def test_sending_that_fails_stops_nothing(tmp_path, monkeypatch, caplog):
+    def refuse(*args, **kwargs):
+        raise OSError("no more processes")
+
+    monkeypatch.setattr(wandb_upload, "_no_login", lambda: None)
+    monkeypatch.setattr(wandb_upload, "_server", lambda: "http://nowhere")
+    monkeypatch.setattr(wandb_upload, "probe", lambda url: None)
+    monkeypatch.setattr(wandb_upload, "_errand", refuse)
+    options = SimpleNamespace(console=False, wandb="online", project="p")
+    tracking = Tracking(options, "demo-1", Store(tmp_path))
+    for _ in range(2):
+        tracking._uploads.start(tmp_path / "run.wandb")
+    assert [r.message.partition(";")[0] for r in caplog.records] == [
+        "no process to send with (no more processes)"
+    ]
+    monkeypatch.setattr(tracking._uploads, "finish", refuse)
+    tracking.close()
+    assert "the run goes on" in caplog.text
 
 
 # -- console --------------------------------------------------------------------------
