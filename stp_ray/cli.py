@@ -167,13 +167,17 @@ def report(
 def wandb_sync(
     uri: Annotated[str, typer.Argument(help="A run's folder or URI.")],
 ) -> None:
-    """Say how to upload what a run kept for Weights & Biases while it was offline."""
+    """Say how to upload what a run kept for Weights & Biases and no server has yet."""
     from .tracking import wandb_folder
 
     store = _folder(uri)
     run_id = store.uri.rstrip("/").rpartition("/")[2]
     folder = wandb_folder(store, run_id) / "wandb"
-    kept = sorted(path for path in folder.glob("offline-run-*") if run_id in path.name)
+    kept = [
+        path
+        for path in folder.glob("offline-run-*")
+        if run_id in path.name and not list(path.glob("*.wandb.synced"))
+    ]
     if not kept:
         print(f"nothing to upload: no offline run of {run_id} in {folder}")
         return

@@ -348,6 +348,9 @@ def test_wandb_sync_says_what_to_upload(tmp_path, monkeypatch):
     for stage in ("supernet", "explore"):
         (run / "wandb" / f"offline-run-20260101_000000-demo-1-{stage}").mkdir(parents=True)
     (run / "wandb" / "offline-run-20260101_000000-other").mkdir()
+    sent = run / "wandb" / "offline-run-20260101_000000-demo-1-report"
+    sent.mkdir()
+    (sent / "run-demo-1-report.wandb.synced").touch()
     first, second = stp("wandb-sync", str(tmp_path / "latest")).stdout.splitlines()
     assert first.startswith("2 stages of demo-1")
     assert second.split()[:2] == ["wandb", "sync"] and second.endswith("offline-run-*-demo-1-*")

@@ -1,8 +1,8 @@
 """The report of a run: one HTML page that needs nothing but itself."""
 
 from .architecture import with_space
-from .files import write_report
+from .files import architecture_picture, write_report
 from .page import render
 from .plots import accuracy_against_macs
 
-__all__ = ["accuracy_against_macs", "render", "with_space", "write_report"]
+__all__ = ["accuracy_against_macs", "architecture_picture", "render", "with_space", "write_report"]

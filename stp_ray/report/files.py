@@ -5,7 +5,9 @@ from typing import Any
 import pyarrow as pa
 
 from ..artifacts import Manifest, Store
-from .page import render
+from . import plots
+from .architecture import drawing
+from .page import chosen_candidates, render
 
 REPORT = "report.html"
 
@@ -47,3 +49,14 @@ def write_report(store: Store) -> str:
     )
     store.write_bytes(REPORT, page.encode())
     return f"{store.uri}/{REPORT}"
+
+
+def architecture_picture(store: Store) -> bytes | None:
+    """The network before and after as a PNG; None where the run's candidates do not say.
+
+    Raises:
+        StorageError: an artifact is missing or damaged.
+    """
+    candidates = store.read_table("explore/candidates.parquet")
+    drawn = drawing(candidates, chosen_candidates(candidates, store.read_json("summary.json")))
+    return None if drawn is None else plots.architecture_png(drawn)

@@ -62,12 +62,7 @@ def render(
     """
     scored = _best_fidelity(candidates)
     points = [(row["macs"], row["score"]) for row in scored]
-    chosen = {
-        budget: row
-        for budget, entry in summary["budgets"].items()
-        for row in scored
-        if row["subnet_id"] == entry["subnet_id"]
-    }
+    chosen = _chosen(scored, summary)
     templates = resources.files(__package__)
     loader = jinja2.FunctionLoader(lambda name: templates.joinpath(name).read_text("utf-8"))
     jinja = jinja2.Environment(
@@ -96,6 +91,28 @@ def render(
         data=(config.get("data") or {}).get("name", "data"),
         duration=_duration(summary.get("seconds")),
     )
+
+
+def chosen_candidates(
+    candidates: pa.Table, summary: Mapping[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """Budget -> the row of the candidate that was pruned to, as scored on the most images.
+
+    Raises:
+        StorageError: `candidates` lacks a column that is needed.
+    """
+    return _chosen(_best_fidelity(candidates), summary)
+
+
+def _chosen(
+    scored: Sequence[dict[str, Any]], summary: Mapping[str, Any]
+) -> dict[str, dict[str, Any]]:
+    return {
+        budget: row
+        for budget, entry in summary["budgets"].items()
+        for row in scored
+        if row["subnet_id"] == entry["subnet_id"]
+    }
 
 
 def _card(budget: str, entry: Mapping[str, Any], summary: Mapping[str, Any]) -> dict[str, Any]:

@@ -130,6 +130,41 @@ def curves_svg(
     return _svg(figure, title)
 
 
+def architecture_png(drawing: Mapping[str, Any]) -> bytes:
+    """The network before and after: a bar for each layer, filled as far as each budget keeps it.
+
+    Args:
+        drawing: as `architecture.drawing` returns it.
+    """
+    rows, budgets = drawing["rows"], drawing["budgets"]
+    with _style():
+        height = 1.0 + 0.2 * len(rows)
+        figure = Figure(figsize=(3.0 + 3.0 * len(budgets), height), layout="constrained")
+        places = range(len(rows))
+        spans = [row["span"] for row in rows]
+        for number, budget in enumerate(budgets):
+            axes = figure.add_subplot(1, len(budgets), number + 1)
+            cells = [row["cells"][number] for row in rows]
+            kept = [span * cell["share"] / 100 for span, cell in zip(spans, cells, strict=True)]
+            axes.barh(places, spans, height=0.75, color="none", edgecolor=FAINT, linewidth=0.6)
+            axes.barh(places, kept, height=0.75, color=PALETTE[0])
+            for place, row, cell in zip(places, rows, cells, strict=True):
+                words = "dropped" if cell["dropped"] else f"{cell['width']}/{row['size']}"
+                axes.annotate(
+                    words, (row["span"], place), (3, 0), textcoords="offset points", va="center",
+                    fontsize=6,
+                )  # fmt: skip
+            axes.set_title(f"budget {budget}")
+            axes.set_xlim(0, 125)
+            axes.set_ylim(len(rows) - 0.4, -0.6)  # from the image at the top to the classes
+            axes.set_xticks([])
+            axes.set_yticks(places, [row["layer"] for row in rows] if number == 0 else [])
+            axes.tick_params(axis="y", labelsize=6, length=0)
+            for spine in axes.spines.values():
+                spine.set_visible(False)
+        return _save(figure, "png")
+
+
 def _accuracy_figure(summary: Mapping[str, Any]) -> Figure:
     figure, axes = _axes()
     entries = sorted((entry["macs"], entry["top1"]) for entry in summary["budgets"].values())

@@ -19,8 +19,8 @@ from ..elastic import Supernet
 from ..lease import held
 from ..method import Optimisation
 from ..models import find_factory
-from ..report import with_space, write_report
-from ..tracking import Tracker, make_trackers
+from ..report import accuracy_against_macs, architecture_picture, with_space, write_report
+from ..tracking import Artifact, Tracker, Tracking
 from . import cluster
 from .explore import CANDIDATES, FRONT, explore
 from .finalize import PRUNED, control_options, finalize, folder
@@ -31,6 +31,9 @@ from .supernet import fit
 
 SUMMARY = "summary.json"
 REPORT = "report.html"
+
+#: What stages leave, where it is not called as they are.
+_ARTIFACTS = {"explore": "subnet", "finalize": "export"}
 
 _PACKAGES = ("torch", "torchvision", "ray", "numpy", "pyarrow", "fsspec", "safetensors", "wandb")
 
@@ -65,7 +68,9 @@ def run(
         return store.read_json(SUMMARY)
     with _session(config), held(store) as lease:
         manifest = Manifest(store, guard=lease.require)
-        return _Pipeline(config, store, images_summary, net, manifest).walk(until)
+        tracking = Tracking(config.tracking, run_id(config), store)
+        with contextlib.closing(tracking):
+            return _Pipeline(config, store, images_summary, net, manifest, tracking).walk(until)
 
 
 def preflight(config: RunConfig) -> tuple[DataSummary, Supernet]:
@@ -117,9 +122,10 @@ class _Pipeline:
         summary: DataSummary,
         net: Supernet,
         manifest: Manifest,
+        tracking: Tracking,
     ) -> None:
         self.config, self.store, self.images_summary, self.net = config, store, summary, net
-        self.manifest = manifest
+        self.manifest, self.tracking = manifest, tracking
         self._images: Images | SharedImages | None = None
 
     def walk(self, until: str | None) -> dict[str, Any]:
@@ -159,7 +165,7 @@ class _Pipeline:
         def work(tracker: Tracker) -> tuple[dict[str, str], dict[str, Any]]:
             result = fit(job, self.images, workers, tracker)
             outputs = {f"{kind}/{name}": digest for name, digest in result["outputs"].items()}
-            return outputs, result["metrics"]
+            return outputs, {**result["metrics"], "macs": self.net.cost().macs}
 
         self._stage(kind, {"data": self.config.data.name}, work, self._scale(options), workers)
 
@@ -170,6 +176,8 @@ class _Pipeline:
             modules = [name for name, _ in self.net.model.named_modules()]
             described = with_space(candidates, self.net.space, modules)
             self.store.write_table(f"explore/{CANDIDATES}", described)
+            rows = candidates.drop_columns(["subnet"]).to_pylist()
+            tracker.table("scored", rows, axes=("macs", "score"))
             outputs = {
                 f"explore/{name}": self.store.checksum(f"explore/{name}")
                 for name in (CANDIDATES, FRONT)
@@ -178,9 +186,8 @@ class _Pipeline:
 
         workers = self.config.cluster.explore_workers or self.config.cluster.num_workers
         options = self.config.explore
-        self._stage(
-            "explore", self._inputs("supernet"), work, {"total_steps": options.generations}, workers
-        )
+        scale = {"total_steps": options.generations, "counts": "generation"}
+        self._stage("explore", self._inputs("supernet"), work, scale, workers)
 
     def _finalize(self) -> None:
         targets = self.store.read_json(f"explore/{FRONT}")["budgets"]
@@ -208,8 +215,11 @@ class _Pipeline:
             for label, pruned in finalize(self.config, self.store, missing, self.images, trackers):
                 home = folder(label)
                 tracker = trackers[f"finalize/{label}"]
-                tracker.summary({"top1": pruned["top1"], "macs": pruned["macs"]})
-                tracker.artifact(home, self.store.child(home).uri)
+                metrics = {"top1": pruned["top1"], "macs": pruned["macs"]}
+                tracker.summary({**metrics, "params": pruned["params"]})
+                if "control_top1" in pruned:
+                    control = {**metrics, "top1": pruned["control_top1"]}
+                    trackers[f"control/{label}"].summary(control)
                 seconds = time.monotonic() - started
                 self.manifest.finish(
                     f"finalize/{label}",
@@ -220,8 +230,9 @@ class _Pipeline:
                     },
                     seconds=seconds,
                     device_seconds=seconds * self._devices(self.config.finalize.num_workers),
-                    metrics={"top1": pruned["top1"], "macs": pruned["macs"]},
+                    metrics=metrics,
                 )
+                tracker.artifact(self._artifact(f"finalize/{label}"))
 
     def _report(self) -> dict[str, Any]:
         started = time.monotonic()
@@ -245,7 +256,19 @@ class _Pipeline:
             device_seconds=seconds,
             metrics={},
         )
+        self._show(summary)
         return summary
+
+    def _show(self, summary: dict[str, Any]) -> None:
+        """What came out, for those who follow the run elsewhere than in its folder."""
+        budgets = summary["budgets"]
+        with self._tracked("report", {}) as tracker:
+            tracker.summary({name: v for name, v in summary.items() if name != "budgets"})
+            tracker.table("budgets", [{"budget": b, **entry} for b, entry in budgets.items()])
+            tracker.picture("architecture", lambda: architecture_picture(self.store))
+            tracker.picture("accuracy", lambda: accuracy_against_macs(summary, "png"))
+            tracker.artifact(self._artifact("report"))
+        self.tracking.complete(list(budgets))
 
     # -- figures --------------------------------------------------------------------
 
@@ -320,7 +343,7 @@ class _Pipeline:
                 metrics=metrics,
             )
             tracker.summary(metrics)
-            tracker.artifact(stage, self.store.child(stage).uri)
+            tracker.artifact(self._artifact(stage))
 
     def _forget(self, stage: str, home: str) -> None:
         """Where a stage was done and its outputs are lost or damaged, it has to believe that it
@@ -331,12 +354,29 @@ class _Pipeline:
 
     @contextlib.contextmanager
     def _tracked(self, stage: str, scale: dict[str, Any]) -> Iterator[Tracker]:
-        tracker = make_trackers(self.config.tracking, run_id(self.config), stage, self.store)
+        tracker = self.tracking.of(stage)
         tracker.start(stage, {**scale, "config": dump_config(self.config)})
         try:
             yield tracker
         finally:
             tracker.finish()
+
+    def _artifact(self, stage: str) -> Artifact:
+        """What a finished stage left, and what that was made from."""
+        stages = self.manifest.stages()
+        kind, _, label = stage.partition("/")
+        home = folder(label) if label else "" if kind == "report" else kind
+        place = self.store.child(home) if home else self.store
+        return Artifact(
+            name=f"{_ARTIFACTS.get(kind, kind)}-{label}" if label else _ARTIFACTS.get(kind, kind),
+            kind=_ARTIFACTS.get(kind, kind),
+            uri=place.uri,
+            files={
+                name.removeprefix(f"{home}/"): digest
+                for name, digest in stages[stage]["outputs"].items()
+            },
+            made_from=tuple(self._artifact(s) for s in stages[stage]["inputs"] if s in stages),
+        )
 
     def _scale(self, options: Optimisation) -> dict[str, Any]:
         steps = steps_per_epoch(self.images_summary.train_rows, options.batch_size)

@@ -68,6 +68,7 @@ BOOKKEEPING = {
     *(f"budget-{label}/{name}" for label in BUDGETS for name in ("result.json", "pruned.json")),
     "logs/supernet.jsonl",
     "logs/explore.jsonl",
+    "logs/report.jsonl",
     *(f"logs/finalize-{label}.jsonl" for label in BUDGETS),
 }
 #: The weights that a run is about.
@@ -134,12 +135,13 @@ def times(folder: Path, names: Iterable[str] | None = None) -> dict[str, int]:
 
 
 def kept(names: Iterable[str]) -> set[str]:
-    """Artifacts and bookkeeping among names, without checkpoints, part files and the one file that
-    a released lease leaves."""
+    """Artifacts and bookkeeping among names, without checkpoints, part files, what wandb keeps and
+    the one file that a released lease leaves."""
     found = set(names)
     leases = {n for n in found if n.startswith("lease/")}
     assert len(leases) <= 1, leases
-    passing = {n for n in found if "/checkpoint-" in n or n.startswith("explore/parts/")}
+    elsewhere = ("explore/parts/", "wandb/")
+    passing = {n for n in found if "/checkpoint-" in n or n.startswith(elsewhere)}
     return found - passing - leases
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import stp_ray as stp
 from stp_ray import export
@@ -34,6 +35,7 @@ from tests.stages.runs import (
     minimal,
     times,
 )
+from tests.tracking.records import Kept
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -54,7 +56,8 @@ class Run:
 
     def copied(self, storage: Path) -> "Run":
         """The same run in another storage."""
-        other = Run(storage, self.config.model_dump(mode="json") | {"storage": None})
+        content = self.config.model_dump(mode="json") | {"storage": None}
+        other = Run(storage, content | {"tracking": {"console": False, "wandb": "off"}})
         assert other.folder.name == self.folder.name
         shutil.copytree(self.folder, other.folder)
         return other
@@ -63,7 +66,8 @@ class Run:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     baseline = {"epochs": 1, "batch_size": 32, "lr": 0.05}
-    run = Run(tmp_path_factory.mktemp("storage"), in_process(baseline=baseline))
+    content = in_process(baseline=baseline, tracking={"wandb": "offline"})
+    run = Run(tmp_path_factory.mktemp("storage"), content)
     save = export.save_model
 
     def watched(store, module, description):
@@ -72,6 +76,7 @@ def finished(tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(export, "save_model", watched)
+        patch.delenv("WANDB_DIR", raising=False)
         threads = torch.get_num_threads()
         run()
         torch.set_num_threads(threads)
@@ -193,6 +198,87 @@ def test_every_candidate_is_in_the_table_once(finished):
     assert {row["generation"] for row in rows} == set(range(options.generations))
 
 
+# -- what wandb keeps -------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tracked(finished):
+    """Stage -> what was kept of it, as after `stp run` with `tracking.wandb=offline`."""
+    files = (finished.folder / "wandb").glob("offline-run-*/*.wandb")
+    return {kept.run.display_name: kept for kept in map(Kept, files)}
+
+
+def test_wandb_keeps_metrics_and_summary_of_every_stage(finished, tracked):
+    budgets = [f"finalize/{label}" for label in BUDGETS]
+    assert set(tracked) == {"baseline", "supernet", "explore", *budgets, "report"}
+    assert {kept.run.run_group for kept in tracked.values()} == {finished.folder.name}
+    for stage in ("baseline", "supernet", *budgets):
+        kept, kind = tracked[stage], stage.partition("/")[0]
+        epochs = kept.column(f"{kind}/epoch")
+        assert epochs == list(range(1, len(epochs) + 1)) and epochs
+        assert len(kept.column(f"{kind}/loss")) == len(kept.column(f"{kind}/step"))
+        assert kept.axes[f"{kind}/*"] == f"{kind}/step"
+        assert "memory_percent" in kept.stats
+    generations = tracked["explore"].column("explore/generation")
+    assert generations[:3] == [1, 2, 3]
+    assert len(tracked["explore"].column("explore/best/0.15")) == 3
+    assert tracked["explore"].axes["explore/*"] == "explore/generation"
+    summary = finished.summary
+    assert tracked["supernet"].summary["top1"] == summary["main_top1"]
+    assert tracked["supernet"].summary["macs"] == summary["macs"]
+    for label in BUDGETS:
+        kept, budget = tracked[f"finalize/{label}"], summary["budgets"][label]
+        for name in ("top1", "macs", "params"):
+            assert kept.summary[name] == budget[name]
+
+
+def test_wandb_keeps_every_candidate_and_every_budget_as_tables(finished, tracked):
+    rows = Store(finished.folder).read_table("explore/candidates.parquet").to_pylist()
+    table = tracked["explore"].table("explore/scored")
+    assert [dict(zip(table["columns"], row, strict=True)) for row in table["data"]] == [
+        {name: value for name, value in row.items() if name != "subnet"} for row in rows
+    ]
+    (plot,) = tracked["explore"].column("explore/scored_plot_table")
+    assert plot["nrows"] == len(rows)
+    table = tracked["report"].table("report/budgets")
+    found = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
+    assert {row.pop("budget"): row for row in found} == finished.summary["budgets"]
+
+
+def test_wandb_keeps_the_pictures_of_the_architecture_and_the_accuracy(finished, tracked):
+    for name in ("architecture", "accuracy"):
+        (picture,) = tracked["report"].column(f"report/{name}")
+        with Image.open(tracked["report"].folder / "files" / picture["path"]) as image:
+            assert image.width > 500 and image.height > 300
+            assert len(image.convert("RGB").getcolors(1 << 20)) > 10, "something is drawn"
+
+
+def test_wandb_keeps_lineage_by_reference_and_no_weights(finished, tracked):
+    lineage = {}
+    for stage, left in tracked.items():
+        for name, kind, used, references in left.artifacts:
+            if kind == "run_table":
+                continue
+            lineage.setdefault(stage, ([], []))[0 if used else 1].append(
+                name.removeprefix(f"{finished.folder.name}-")
+            )
+            for uri in references.values():
+                assert Path(uri.removeprefix(f"file://{finished.folder}/")).parts[0] != "wandb"
+                assert (finished.folder / uri.removeprefix(f"file://{finished.folder}/")).is_file()
+            if stage == "finalize/0.5" and not used:
+                assert {"model.safetensors", "subnet.json"} <= set(references)
+    exports = [f"export-{label}" for label in BUDGETS]
+    assert lineage == {
+        "baseline": ([], ["baseline"]),
+        "supernet": ([], ["supernet"]),
+        "explore": (["supernet"], ["subnet"]),
+        **{f"finalize/{b}": (["supernet", "subnet"], [f"export-{b}"]) for b in BUDGETS},
+        "report": (["subnet", *exports], ["report"]),
+    }
+    copies = [path for path in (finished.folder / "wandb").rglob("*") if "safetensors" in path.name]
+    assert copies == []
+
+
 # -- what is skipped and what is made again ---------------------------------------------
 
 
@@ -214,6 +300,7 @@ def test_only_the_report_is_missing(finished, tmp_path, monkeypatch):
     changed = {name for name, time in before.items() if times(run.folder, [name])[name] != time}
     cards = {f"budget-{label}/README.md" for label in BUDGETS}
     documents = {"config.json", "environment.json", "manifest.json", "summary.json"}
+    documents.add("logs/report.jsonl")
     assert changed <= cards | documents
     assert "manifest.json" in changed
 

@@ -1,23 +1,16 @@
 import io
 import json
 import logging
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from stp_ray.artifacts import Store
 from stp_ray.errors import StorageError
-from stp_ray.tracking import (
-    ConsoleTracker,
-    JsonlTracker,
-    MultiTracker,
-    WandbTracker,
-    make_trackers,
-    wandb_folder,
-)
+from stp_ray.tracking import Artifact, MultiTracker, Tracking, wandb_upload
+from stp_ray.tracking.console import ConsoleTracker
+from stp_ray.tracking.jsonl import JsonlTracker
+from stp_ray.tracking.wandb_files import WandbTracker
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -43,8 +36,14 @@ class Recorder:
     def summary(self, metrics):
         self._call("summary", metrics)
 
-    def artifact(self, name, uri):
-        self._call("artifact", name, uri)
+    def table(self, name, rows, axes=None):
+        self._call("table", name, rows, axes)
+
+    def picture(self, name, draw):
+        self._call("picture", name, draw)
+
+    def artifact(self, artifact):
+        self._call("artifact", artifact)
 
     def finish(self):
         self._call("finish")
@@ -70,19 +69,23 @@ def use(tracker):
     tracker.log({"loss": 2.0}, 1)
     tracker.log({"loss": 1.0}, 2)
     tracker.summary({"top1": 97.5})
-    tracker.artifact("model", "s3://bucket/model.safetensors")
+    tracker.table("candidates", [{"macs": 1, "score": 0.5}], axes=("macs", "score"))
+    tracker.picture("architecture", lambda: pytest.fail("nobody here keeps pictures"))
+    tracker.artifact(Artifact("model", "model", "s3://bucket/model"))
     tracker.finish()
 
 
 # -- several --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("call", ["start", "log", "summary", "artifact", "finish"])
+@pytest.mark.parametrize(
+    "call", ["start", "log", "summary", "table", "picture", "artifact", "finish"]
+)
 def test_a_tracker_that_fails_is_named_once_and_stops_nothing(call, caplog):
     bad, good = Recorder(fails=[call]), Recorder()
     with caplog.at_level(logging.WARNING):
         use(MultiTracker([bad, good]))
-    assert len(good.calls) == 6
+    assert len(good.calls) == 8
     assert [name for name, *_ in bad.calls].count(call) == 1
     assert len(caplog.records) == 1
     assert "Recorder failed" in caplog.text
@@ -98,8 +101,28 @@ def test_a_tracker_that_fails_is_named_once_and_stops_nothing(call, caplog):
 )
 def test_trackers_follow_the_options(tmp_path, console, wandb, kinds):
     options = SimpleNamespace(console=console, wandb=wandb, project="p")
-    tracker = make_trackers(options, "demo-1", "supernet", Store(tmp_path))
+    tracker = Tracking(options, "demo-1", Store(tmp_path)).of("supernet")
     assert [type(one) for one in tracker._trackers] == kinds
+
+
+def test_sending_that_fails_stops_nothing(tmp_path, monkeypatch, caplog):
+    def refuse(*args, **kwargs):
+        raise OSError("no more processes")
+
+    monkeypatch.setattr(wandb_upload, "_no_login", lambda: None)
+    monkeypatch.setattr(wandb_upload, "_server", lambda: "http://nowhere")
+    monkeypatch.setattr(wandb_upload, "probe", lambda url: None)
+    monkeypatch.setattr(wandb_upload, "_errand", refuse)
+    options = SimpleNamespace(console=False, wandb="online", project="p")
+    tracking = Tracking(options, "demo-1", Store(tmp_path))
+    for _ in range(2):
+        tracking._uploads.start(tmp_path / "run.wandb")
+    assert [r.message.partition(";")[0] for r in caplog.records] == [
+        "no process to send with (no more processes)"
+    ]
+    monkeypatch.setattr(tracking._uploads, "finish", refuse)
+    tracking.close()
+    assert "the run goes on" in caplog.text
 
 
 # -- console --------------------------------------------------------------------------
@@ -113,7 +136,7 @@ def console_lines(stream, total=100, seconds=100.0, **extra):
         clock.now += seconds / total
         tracker.log({"loss": 2.0 / step, "kd": 0.25, "epoch": 3, "lr": 0.1, **extra}, step)
     tracker.summary({"top1": 97.512})
-    tracker.artifact("model", "runs/model.safetensors")
+    tracker.artifact(Artifact("model", "model", "runs/model"))
     tracker.finish()
     tracker.finish()
     return stream.getvalue()
@@ -125,7 +148,7 @@ def test_plain_lines_come_every_ten_seconds():
     assert steps == [f"{n}/100" for n in (1, 11, 21, 31, 41, 51, 61, 71, 81, 91, 100)]
     assert "supernet  51/100  epoch 3  64 images/s  loss 0.03922  kd 0.25  ETA 0:49" in lines
     assert "supernet  done in 1:40  top1 97.51" in lines
-    assert "supernet  wrote model: runs/model.safetensors" in lines
+    assert "supernet  wrote model: runs/model" in lines
     assert "\x1b" not in "".join(lines)
 
 
@@ -194,13 +217,15 @@ def test_every_call_is_a_line_and_a_restart_adds_to_them(tmp_path, remote, reque
         "log",
         "log",
         "summary",
+        "table",
         "artifact",
     ]
+    assert (lines[4]["rows"], lines[4]["columns"]) == (1, ["macs", "score"])
     assert lines[1]["metrics"] == {"loss": 2.0}
     assert lines[1]["step"] == 1
     assert {line["stage"] for line in lines} == {"supernet"}
     use(JsonlTracker(store))
-    assert len(lines_of(store)) == 10
+    assert len(lines_of(store)) == 12
 
 
 def test_numbers_that_json_lacks_become_null(tmp_path):
@@ -218,7 +243,7 @@ def test_half_a_line_of_a_killed_process_spoils_no_other(tmp_path):
     path.write_text(path.read_text() + '{"time": 1')
     use(JsonlTracker(store))
     lines = path.read_text().splitlines()
-    assert len(lines) == 11
+    assert len(lines) == 13
     assert [line for line in lines if not line.endswith("}")] == ['{"time": 1']
 
 
@@ -248,159 +273,3 @@ def test_storage_that_goes_away_stops_nothing(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(Store, "write_bytes", refuse)
     tracker.finish()
     assert "JsonlTracker failed" in caplog.text
-
-
-# -- wandb ----------------------------------------------------------------------------
-
-
-def test_wandb_files_lie_with_the_run_or_in_a_cache_and_never_in_the_current_folder(
-    tmp_path, monkeypatch
-):
-    work, cache = tmp_path / "work", tmp_path / "cache"
-    work.mkdir()
-    monkeypatch.chdir(work)
-    monkeypatch.delenv("WANDB_DIR", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
-    monkeypatch.setattr(sys, "platform", "linux")
-    assert wandb_folder(Store(tmp_path / "run"), "demo-1") == tmp_path / "run"
-    remote = Store("memory://bucket/run")
-    assert wandb_folder(remote, "demo-1") == cache / "stp_ray" / "wandb" / "demo-1"
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    folder = wandb_folder(remote, "demo-1")
-    assert "stp_ray-" in str(folder)
-    assert work not in folder.parents
-    monkeypatch.setenv("WANDB_DIR", str(tmp_path / "mine"))
-    assert wandb_folder(remote, "demo-1") == tmp_path / "mine"
-
-
-WANDB_SCRIPT = """
-import sys
-from pathlib import Path
-from types import SimpleNamespace
-from stp_ray.artifacts import Store
-from stp_ray.tracking import make_trackers
-options = SimpleNamespace(console=False, wandb=sys.argv[1], project="proof")
-store = Store("memory://bucket/run")
-for stage in ("supernet", "finalize/0.15"):
-    tracker = make_trackers(options, "demo-1", stage, store)
-    tracker.start(stage, {"supernet": {"lr": 0.125}})
-    tracker.log({"loss": 0.5}, 3)
-    tracker.log({"loss": 0.25}, 2)
-    tracker.summary({"top1": 97.5})
-    tracker.artifact("model", "s3://bucket/run/model.safetensors")
-    tracker.finish()
-"""
-
-
-def run_wandb(tmp_path, mode, **extra):
-    """Run a stage's tracking in a process of its own: home, cache and folder are empty."""
-    work = tmp_path / "work"
-    work.mkdir()
-    environment = {
-        "HOME": str(tmp_path / "home"),
-        "PATH": "/usr/bin:/bin",
-        "PYTHONPATH": str(Path(__file__).resolve().parent.parent),
-        "OMP_NUM_THREADS": "1",
-        **extra,
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", WANDB_SCRIPT, mode],
-        cwd=work,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=True,
-    )
-    assert list(work.iterdir()) == []
-    files = sorted(
-        (tmp_path / "home" / ".cache" / "stp_ray").rglob("*.wandb"), key=lambda p: p.name
-    )
-    return files, done.stderr
-
-
-def records(path):
-    """The records of a .wandb file: LevelDB's log format after a header of 7 bytes."""
-    from wandb.proto import wandb_internal_pb2
-
-    data, place, part = path.read_bytes(), 7, b""
-    while place + 7 <= len(data):
-        left = 32768 - place % 32768
-        if left < 7:
-            place += left
-            continue
-        length = int.from_bytes(data[place + 4 : place + 6], "little")
-        kind = data[place + 6]
-        part += data[place + 7 : place + 7 + length]
-        place += 7 + length
-        if kind in (1, 4):
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(part)
-            part = b""
-            yield record
-
-
-def test_wandb_offline_keeps_metrics_config_group_and_references(tmp_path):
-    pytest.importorskip("wandb")
-    files, errors = run_wandb(tmp_path, "offline")
-    assert errors == ""
-    assert [path.name for path in files] == [
-        "run-demo-1-finalize-0.15.wandb",
-        "run-demo-1-supernet.wandb",
-    ]
-    content = list(records(files[1]))
-    started = next(record.run for record in content if record.HasField("run"))
-    assert (started.run_group, started.display_name, started.project) == (
-        "demo-1",
-        "supernet",
-        "proof",
-    )
-    config = {item.key: item.value_json for item in started.config.update}
-    assert json.loads(config["supernet"]) == {"lr": 0.125}
-    history = [
-        {(item.key or "/".join(item.nested_key)): item.value_json for item in record.history.item}
-        for record in content
-        if record.HasField("history")
-    ]
-    assert [(row["step"], row["loss"]) for row in history] == [("3", "0.5"), ("2", "0.25")]
-    text = files[1].read_bytes()
-    assert b"s3://bucket/run/model.safetensors" in text
-    assert b"top1" in text
-
-
-def test_wandb_online_without_login_goes_on_offline_and_says_how_to_sync(tmp_path):
-    pytest.importorskip("wandb")
-    files, errors = run_wandb(tmp_path, "online")
-    assert len(files) == 2
-    assert "wandb login" in errors
-    assert "wandb sync" in errors
-    assert "Traceback" not in errors
-
-
-def test_wandb_with_an_unreachable_server_goes_on_offline(tmp_path, monkeypatch, caplog):
-    wandb = pytest.importorskip("wandb")
-    begun = []
-
-    class Run(Recorder):
-        def define_metric(self, *args, **kwargs):
-            begun.append("defined")
-
-    def init(**options):
-        begun.append(options["mode"])
-        if options["mode"] == "online":
-            raise wandb.errors.CommError("no\nroute")
-        return Run()
-
-    monkeypatch.setattr(wandb, "login", lambda **options: True)
-    monkeypatch.setattr(wandb, "init", init)
-    tracker = WandbTracker("p", "demo-1", online=True, folder=tmp_path / "w")
-    tracker.start("supernet", {})
-    tracker.finish()
-    tracker.finish()
-    tracker.log({}, 1)
-    tracker.summary({})
-    tracker.artifact("model", "s3://bucket/x")
-    assert begun == ["online", "offline", "defined"]
-    assert "no route" in caplog.text
-    assert f"wandb sync {tmp_path}" in caplog.text

@@ -1,0 +1,7 @@
+"""Where metrics go. A producer of metrics knows none of this, and no tracker stops a run."""
+
+from .base import Artifact, MultiTracker, Tracker, file_name
+from .run import Tracking
+from .wandb_files import wandb_folder
+
+__all__ = ["Artifact", "MultiTracker", "Tracker", "Tracking", "file_name", "wandb_folder"]
