@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .show import table
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -19,6 +21,13 @@ class Cost:
     macs: int
     params: int
     latency_s: float | None = None
+
+    def _repr_html_(self) -> str:
+        rows: list[tuple[str, object]] = [("MACs of one sample", self.macs)]
+        rows.append(("parameters", self.params))
+        if self.latency_s is not None:
+            rows.append(("latency, ms", f"{1e3 * self.latency_s:.2f}"))
+        return table(("cost", ""), rows)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import numpy as np
 
 from ..errors import BudgetError
 from .cost import Budget, Cost, CostTable, Term
+from .show import folded, table
 from .subnet import Subnet
 
 
@@ -101,6 +102,20 @@ class SearchSpace:
             f"SearchSpace({len(self.axes)} axes, {len(self.blocks)} droppable blocks, "
             f"{least.macs:,} to {full.macs:,} MACs)"
         )
+
+    def _repr_html_(self) -> str:
+        ends = [("main network", self.cost()), ("smallest subnet", self.cost(self.smallest))]
+        costs = table(
+            ("", "MACs of one sample", "parameters"),
+            [(name, cost.macs, cost.params) for name, cost in ends],
+            caption=f"{len(self.axes)} axes, {len(self.blocks)} blocks that can be dropped",
+        )
+        axes = table(
+            ("axis", "unit", "smallest", "full", "choices"),
+            [(a.name, a.unit, a.choices[0], a.size, len(a.choices)) for a in self.axes],
+        )
+        blocks = table(("block", "layers"), [(b.name, len(b.layers)) for b in self.blocks])
+        return costs + folded("axes", axes) + folded("blocks", blocks)
 
     @cached_property
     def full(self) -> Subnet:

@@ -10,6 +10,7 @@ from .cost import Cost, Extent
 from .dims import Frozen
 from .extract import extract
 from .ranking import rank
+from .show import folded, table
 from .slicing import Layout, Merge, Ranges, Segments, narrowed
 from .space import SearchSpace
 from .subnet import Subnet
@@ -178,6 +179,11 @@ class Supernet(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.space!r}, {len(self.frozen)} frozen layers"
+
+    def _repr_html_(self) -> str:
+        frozen = table(("frozen", "size", "why"), [(f.name, f.size, f.reason) for f in self.frozen])
+        shown = folded(f"{len(self.frozen)} frozen layers", frozen) if self.frozen else ""
+        return self.space._repr_html_() + shown
 
     # -- the sliced run -------------------------------------------------------------
 

@@ -19,7 +19,7 @@ from ..elastic import Supernet
 from ..lease import held
 from ..method import Optimisation
 from ..models import find_factory
-from ..report import with_space, write_report
+from ..report import Summary, with_space, write_report
 from ..tracking import Tracker, make_trackers
 from . import cluster
 from .explore import CANDIDATES, FRONT, explore
@@ -52,7 +52,8 @@ def run(
         until: stop after this stage ("baseline", "supernet" or "explore").
 
     Returns:
-        The run's summary, as in `summary.json`; with `until` the figures of the stages so far.
+        The run's summary, as in `summary.json`, which a notebook shows as a table; with `until`
+        the figures of the stages so far.
 
     Raises:
         StpError: bad input (before anything expensive starts), or a stage that had to stop.
@@ -62,7 +63,7 @@ def run(
     store = Store(config.storage).child(run_id(config))
     store.probe()
     if finished(Manifest(store)):
-        return store.read_json(SUMMARY)
+        return Summary(store.read_json(SUMMARY))
     with _session(config), held(store) as lease:
         manifest = Manifest(store, guard=lease.require)
         return _Pipeline(config, store, images_summary, net, manifest).walk(until)
@@ -226,7 +227,7 @@ class _Pipeline:
     def _report(self) -> dict[str, Any]:
         started = time.monotonic()
         self.store.write_json(SUMMARY, self._summary())
-        summary = self.store.read_json(SUMMARY)
+        summary = Summary(self.store.read_json(SUMMARY))
         for label in summary["budgets"]:
             home = self.store.child(folder(label))
             pruned, description = home.read_json(PRUNED), home.read_json(export.DESCRIPTION)

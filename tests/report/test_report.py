@@ -9,7 +9,15 @@ import yaml
 
 from stp_ray.artifacts import Store
 from stp_ray.errors import StorageError
-from stp_ray.report import accuracy_against_macs, page, plots, render, with_space, write_report
+from stp_ray.report import (
+    Summary,
+    accuracy_against_macs,
+    page,
+    plots,
+    render,
+    with_space,
+    write_report,
+)
 from stp_ray.report.architecture import drawing
 from stp_ray.report.sides import changed, classes
 from stp_ray.report.spending import spending
@@ -71,6 +79,22 @@ def test_budgets_come_first_with_how_much_smaller_faster_and_better(text, summar
         assert f"−{98 - entry['top1']:.2f} points: dense has 98.00" in first
     assert first.count("3.5<small>×") == 2  # 1.75 ms / 0.5 ms
     assert "1 h 2 min" in first
+
+
+def test_a_notebook_shows_every_network_of_a_run(summary):
+    summary["budgets"]["0.15"]["control_top1"] = 91.25
+    shown = Summary(summary)._repr_html_()
+    Page(shown)
+    assert "<script>" not in shown and "&lt;script&gt;" in shown
+    rows = re.findall(r"<tr><td>(.*?)</td><td>(.*?)</td>", shown)
+    assert rows == [
+        ("dense, trained alone", "98.00"),
+        ("main network", "97.50"),
+        ("pruned, 0.5", "97.31"),
+        ("pruned, 0.15", "96.12"),
+        ("same shape from scratch, 0.15", "91.25"),
+    ]
+    assert f"<td>{summary['budgets']['0.5']['macs']:,}</td>" in shown
 
 
 def test_a_control_stands_below_its_pruned_network(summary, config, candidates, curves):

@@ -95,6 +95,7 @@ def test_a_run_leaves_exactly_its_artifacts(finished):
 def test_the_summary_has_exactly_the_keys_that_scripts_read(finished):
     summary = json.loads((finished.folder / "summary.json").read_text())
     assert summary == finished.summary
+    assert f"pruned, {BUDGETS[0]}" in finished.summary._repr_html_()
     assert set(summary) == {
         "run_id", "storage", "dense_top1", "main_top1", "macs", "params", "budgets", "seconds",
     }  # fmt: skip
