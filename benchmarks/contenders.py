@@ -403,6 +403,8 @@ OWN_SHAPE: dict[str, Callable[[Bench, float, Limit], Trained]] = {
     "stp, no expansion": replace(STP, expansion=DIRECT),
     "stp, main let go": replace(STP, expansion=replace(STP.expansion, main="drop")),
     "stp, a third stimulative": replace(STP, share=1 / 3),
+    "stp, a sixth stimulative": replace(STP, share=1 / 6),
+    "stp, two rungs": replace(STP, expansion=replace(STP.expansion, rungs=2)),
     "stp, two subnets a step": replace(STP, stimulation=replace(STP.stimulation, subnets=2)),
     "stp, stratified sampler": replace(
         STP, stimulation=replace(STP.stimulation, sampler="stratified")

@@ -168,11 +168,10 @@ def wandb_sync(
     uri: Annotated[str, typer.Argument(help="A run's folder or URI.")],
 ) -> None:
     """Say how to upload what a run kept for Weights & Biases while it was offline."""
-    from .artifacts import Store
     from .tracking import wandb_folder
 
-    store = Store(uri)
-    run_id = os.path.basename(os.path.realpath(store.local_path or store.uri))
+    store = _folder(uri)
+    run_id = store.uri.rstrip("/").rpartition("/")[2]
     folder = wandb_folder(store, run_id) / "wandb"
     kept = sorted(path for path in folder.glob("offline-run-*") if run_id in path.name)
     if not kept:

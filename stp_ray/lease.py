@@ -68,7 +68,8 @@ def held(run: Store, duration: float = DURATION) -> Iterator["Lease"]:
     """Hold the run's lease while the block runs. One that lapsed is waited for and taken over.
 
     If another driver takes the run over, because this one was cut off from the storage or stood
-    still for longer than the lease lasts, the block is interrupted.
+    still for longer than the lease lasts, the block is interrupted in the main thread; in any
+    other, `Lease.require` says so.
 
     Args:
         run: the run's folder.
@@ -97,6 +98,7 @@ class Lease:
         self._number = 0
         self._lost = False
         self._renewed = 0.0
+        self._renewing = threading.Lock()
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -114,7 +116,8 @@ class Lease:
             # read back: the number may have been used and deleted since it was looked up
             if self._renew() and (now := holder(self._run)) and now.owner == self._owner:
                 break
-        self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
+        here = threading.current_thread()
+        self._thread = threading.Thread(target=self._keep, args=(here,), name="lease", daemon=True)
         self._thread.start()
 
     def require(self) -> None:
@@ -164,16 +167,22 @@ class Lease:
             "renewed": datetime.now(UTC).isoformat(timespec="seconds"),
             "released": released,
         }
-        started = time.monotonic()
-        if not self._store.create_bytes(_name(self._number + 1), json.dumps(content).encode()):
-            return False
-        self._number += 1
-        self._renewed = started
-        with contextlib.suppress(StorageError):
-            self._store.delete(_name(self._number - 1))
+        data = json.dumps(content).encode()
+        with self._renewing:
+            started = time.monotonic()
+            while not self._store.create_bytes(_name(self._number + 1), data):
+                found = holder(self._run)
+                if found is None or found.owner != self._owner or found.number <= self._number:
+                    return False
+                # ours: it was written, though the storage answered with an error
+                self._number = found.number
+            self._number += 1
+            self._renewed = started
+            with contextlib.suppress(StorageError):
+                self._store.delete(_name(self._number - 1))
         return True
 
-    def _keep(self) -> None:
+    def _keep(self, driver: threading.Thread) -> None:
         while not self._ended.wait(self._duration / 4):
             try:
                 if self._renew():
@@ -182,8 +191,9 @@ class Lease:
                 log.warning("the lease was not renewed, trying again: %s", error)
                 continue
             self._lost = True
-            # a real signal, to wake it from whatever it waits for
-            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+            if driver is threading.main_thread():
+                # a real signal, to wake it from whatever it waits for
+                signal.pthread_kill(driver.ident or 0, signal.SIGINT)
             return
 
 

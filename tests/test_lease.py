@@ -131,3 +131,69 @@ def test_storage_that_is_away_for_a_moment_loses_no_lease(tmp_path, monkeypatch)
         monkeypatch.setattr(Store, "create_bytes", real)
         time.sleep(1.0)
         lease.require()
+
+
+def test_a_renewal_whose_answer_was_lost_is_known_again(tmp_path, monkeypatch):
+    store = Store(tmp_path)
+    lease = Lease(store, duration=60)
+    assert lease._renew()
+    create = Store.create_bytes
+
+    def lost(self, name, data):
+        create(self, name, data)
+        raise StorageError("written, but nobody said so")
+
+    monkeypatch.setattr(Store, "create_bytes", lost)
+    with pytest.raises(StorageError):
+        lease._renew()
+    monkeypatch.setattr(Store, "create_bytes", create)
+    time.sleep(1.1)  # the next one says another time, so it is not the same file
+    assert lease._renew()
+    assert holder(store).number == 3
+    lease.require()
+
+
+def test_two_renewals_at_once_are_two_numbers(tmp_path, monkeypatch):
+    store = Store(tmp_path)
+    lease = Lease(store, duration=60)
+    create = Store.create_bytes
+
+    def slow(self, name, data):
+        time.sleep(0.2)  # long enough for the other one to ask for the same number
+        return create(self, name, data)
+
+    monkeypatch.setattr(Store, "create_bytes", slow)
+    renewed = []
+    threads = [threading.Thread(target=lambda: renewed.append(lease._renew())) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert renewed == [True] * 4
+    assert holder(store).number == 4
+
+
+def test_outside_of_the_main_thread_nobody_else_is_interrupted(tmp_path):
+    store = Store(tmp_path)
+    ended = []
+
+    def drive():
+        try:
+            with held(store, SHORT) as lease:
+                taken.wait(60)
+                time.sleep(2 * SHORT)
+                lease.require()
+        except RunError as error:
+            ended.append(error)
+
+    taken = threading.Event()
+    thread = threading.Thread(target=drive)
+    thread.start()
+    while holder(store) is None:
+        time.sleep(SHORT / 20)
+    content = {"owner": "x", "host": "elsewhere", "pid": 7, "renewed": "", "released": False}
+    for place in range(holder(store).number + 1, holder(store).number + 9):
+        store.child("lease").create_bytes(f"lease-{place:08d}.json", json.dumps(content).encode())
+    taken.set()
+    thread.join(60)
+    assert "process 7 on elsewhere took over" in str(ended[0])

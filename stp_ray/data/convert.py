@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..errors import DataError
+from .folders import IMAGE_SUFFIXES, TEST_FOLDERS
 from .source import Stored
 from .storage import open_filesystem, reading, writing
 
@@ -19,9 +20,8 @@ OnProgress = Callable[[int, int], None]
 
 _ROWS_PER_GROUP = 256
 _GROUPS_PER_FILE = 16
-_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 _SPLITS: tuple[Stored, ...] = ("train", "test")
-_TEST = ("test", "val", "validation")
+_TEST = (*TEST_FOLDERS, "validation")
 
 
 class _Images(Protocol):
@@ -52,7 +52,7 @@ def folder_to_parquet(
         Number of images written of each split.
 
     Raises:
-        DataError: the folder cannot be used, or the target holds something already.
+        DataError: the folder cannot be used or read, or the target holds something already.
         StorageError: the target cannot be written.
     """
     return _write(_Folder(folder), uri, on_progress)
@@ -86,7 +86,7 @@ class _Folder:
             if not self._filesystem.isdir(root):
                 raise DataError(f"{uri} is not a folder; expected train and test or val in it")
             found = {PurePosixPath(path).name for path in self._filesystem.ls(root, detail=False)}
-            test = next((name for name in _TEST if name in found), None)
+            test = next((name for name in TEST_FOLDERS if name in found), None)
             if test is None or "train" not in found:
                 raise DataError(
                     f"{uri} lacks a split (it holds {', '.join(sorted(found)[:8]) or 'nothing'}); "
@@ -115,7 +115,7 @@ class _Folder:
         return sorted(
             (path.parts[depth], str(path))
             for path in paths
-            if len(path.parts) > depth + 1 and path.suffix.lower() in _SUFFIXES
+            if len(path.parts) > depth + 1 and path.suffix.lower() in IMAGE_SUFFIXES
         )
 
     def read(self, split: Stored) -> Iterator[tuple[bytes | None, int]]:
@@ -123,10 +123,11 @@ class _Folder:
         files, labels = self._files[split], {n: i for i, n in enumerate(self.class_names)}
         for row in np.random.default_rng(0).permutation(len(files)):
             name, path = files[row]
-            try:
-                data: bytes | None = self._filesystem.cat_file(path)
-            except OSError:
-                data = None  # counts as corrupt where the set is read
+            with reading(path):
+                try:
+                    data: bytes | None = self._filesystem.cat_file(path)
+                except (FileNotFoundError, PermissionError):
+                    data = None  # counts as corrupt where the set is read
             yield data, labels[name]
 
 
@@ -167,7 +168,8 @@ class _Dataset:
             data = row[image]["bytes"]
             if data is None:
                 filesystem, path = open_filesystem(row[image]["path"])
-                data = filesystem.cat_file(path)
+                with reading(path):
+                    data = filesystem.cat_file(path)
             yield data, row[label]
 
 

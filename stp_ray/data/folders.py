@@ -12,6 +12,11 @@ from ..errors import DataError
 from .decode import image_shape
 from .source import ArraySource, Chunk, Layout, Stored
 
+#: The folder beside "train", by the first of these names that is there.
+TEST_FOLDERS = ("test", "val")
+#: Files that torchvision's ImageFolder takes for images.
+IMAGE_SUFFIXES = frozenset(datasets.folder.IMG_EXTENSIONS)
+
 _PART_FILES = 256
 
 
@@ -86,7 +91,7 @@ class FolderSource:
         """
         folder = local_folder("ImageFolder", uri)
         self._folder = folder
-        test = next((folder / name for name in ("test", "val") if (folder / name).is_dir()), None)
+        test = next((folder / name for name in TEST_FOLDERS if (folder / name).is_dir()), None)
         if test is None or not (folder / "train").is_dir():
             found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
             raise DataError(

@@ -17,14 +17,14 @@ from ..artifacts import Checkpoints, Store
 from ..config import RunConfig
 from ..elastic import Subnet
 from ..errors import RunError, StpError
-from ..method import Optimisation, calibrate, evaluate
+from ..method import Optimisation, calibrate
 from ..method.modes import inspecting
 from ..tracking import Tracker
 from . import cluster
 from .images import Images, SharedImages
 from .jobs import METRICS, RESULT, SHARED, WEIGHTS, Job, Place, Report, train
 from .network import build_supernet
-from .predictions import PREDICTIONS, compare
+from .predictions import PREDICTIONS, compare, top1
 from .relay import relayed
 from .supernet import fit, fit_group
 
@@ -193,7 +193,6 @@ def prune(job: Job, images: Images, device: torch.device) -> dict[str, Any]:
     reference = "baseline" if job.run.exists(f"baseline/{WEIGHTS}") else "supernet"
     net.model.load_state_dict(job.run.child(reference).load_tensors(WEIGHTS))
     with inspecting(small):
-        metrics = evaluate(small, images.batches("test", device))
         said = compare(
             net, small, images.batches("test", device), config.data, images.summary.class_names
         )
@@ -220,7 +219,7 @@ def prune(job: Job, images: Images, device: torch.device) -> dict[str, Any]:
     trained = store.read_json(RESULT)
     cost = net.cost(target)
     pruned = {
-        "top1": metrics["top1"],
+        "top1": top1(said),
         "shared_main_top1": trained["metrics"]["top1"],
         "subnet_id": target.id,
         "macs": cost.macs,

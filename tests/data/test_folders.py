@@ -4,6 +4,7 @@ from hashlib import md5
 import fsspec
 import numpy as np
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 from PIL import Image
 from torchvision import datasets
 
@@ -191,6 +192,28 @@ def test_folders_are_converted_between_object_stores(tmp_path):
     bucket.rm("/convert/images/test", recursive=True)
     with pytest.raises(DataError, match="lacks a split"):
         folder_to_parquet("memory://convert/images", "memory://convert/other")
+
+
+def test_an_image_that_is_gone_is_corrupt_and_an_outage_ends_the_conversion(tmp_path, monkeypatch):
+    images = tmp_path / "images"
+    folder_of_images(images, "train")
+    folder_of_images(images, "test", each=2, seed=9)
+    read = LocalFileSystem.cat_file
+
+    def fails(error):
+        def cat_file(self, path, **more):
+            if path.endswith("train/cat/3.png"):
+                raise error
+            return read(self, path, **more)
+
+        return cat_file
+
+    monkeypatch.setattr(LocalFileSystem, "cat_file", fails(FileNotFoundError("gone")))
+    folder_to_parquet(str(images), str(tmp_path / "set"))
+    assert load(options(tmp_path / "set", name="parquet", max_corrupt=0.5)).corrupt == 1
+    monkeypatch.setattr(LocalFileSystem, "cat_file", fails(OSError(5, "connection reset")))
+    with pytest.raises(DataError, match=r"train/cat/3.png cannot be read .*connection reset"):
+        folder_to_parquet(str(images), str(tmp_path / "other"))
 
 
 def test_a_hugging_face_data_set_becomes_parquet(tmp_path):

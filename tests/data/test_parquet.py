@@ -298,33 +298,19 @@ def test_any_fsspec_filesystem_will_do(tmp_path):
     assert ParquetSource(str(tmp_path)).full_uri == f"file://{tmp_path}"
 
 
-def test_s3_by_the_endpoint_of_the_environment(tmp_path, monkeypatch):
+def test_s3_by_the_endpoint_of_the_environment(s3, tmp_path):
     boto3 = pytest.importorskip("boto3")
-    server_module = pytest.importorskip("moto.server")
-    pytest.importorskip("s3fs")
     write_parquet(tmp_path)
-    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    try:
-        host, port = server.get_host_and_port()
-        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
-        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-        monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        fsspec.filesystem("s3").clear_instance_cache()
-        bucket = boto3.client("s3")
-        bucket.create_bucket(Bucket="images")
-        for split in ("train", "test"):
-            bucket.upload_file(str(tmp_path / f"{split}.parquet"), "images", f"a/{split}.parquet")
-        data, expected = load(options("s3://images/a")), load(options(tmp_path))
-        np.testing.assert_array_equal(data.train.images, expected.train.images)
-        with pytest.raises(DataError, match="s3://images/b does not exist"):
-            describe(options("s3://images/b"))
-        with pytest.raises(DataError, match="s3://nobucket/b does not exist"):
-            describe(options("s3://nobucket/b"))
-    finally:
-        server.stop()
-        fsspec.filesystem("s3").clear_instance_cache()
+    bucket = boto3.client("s3")
+    bucket.create_bucket(Bucket="images")
+    for split in ("train", "test"):
+        bucket.upload_file(str(tmp_path / f"{split}.parquet"), "images", f"a/{split}.parquet")
+    data, expected = load(options("s3://images/a")), load(options(tmp_path))
+    np.testing.assert_array_equal(data.train.images, expected.train.images)
+    with pytest.raises(DataError, match="s3://images/b does not exist"):
+        describe(options("s3://images/b"))
+    with pytest.raises(DataError, match="s3://nobucket/b does not exist"):
+        describe(options("s3://nobucket/b"))
 
 
 def test_cifar10_is_read_quickly():

@@ -19,23 +19,7 @@ pytestmark = pytest.mark.timeout(240)
 
 
 @pytest.fixture(scope="module")
-def endpoint():
-    """An S3 server whose address is in the environment, as it is on a cluster's nodes."""
-    moto = pytest.importorskip("moto.server")
-    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        patch.setenv("AWS_ACCESS_KEY_ID", "test")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        yield
-    server.stop()
-
-
-@pytest.fixture(scope="module")
-def cluster(endpoint):
+def cluster(s3):  # its address is in the environment, as it is on a cluster's nodes
     import ray
 
     with pytest.MonkeyPatch.context() as patch:
