@@ -206,7 +206,8 @@ class _Pipeline:
                 for label in missing
                 for kind, options in kinds.items()
             }
-            for label, pruned in finalize(self.config, self.store, missing, self.images, trackers):
+            outcomes = finalize(self.config, self.store, missing, self.images, trackers)
+            for label, pruned, held_s in outcomes:
                 home = folder(label)
                 tracker = trackers[f"finalize/{label}"]
                 tracker.summary({"top1": pruned["top1"], "macs": pruned["macs"]})
@@ -220,7 +221,8 @@ class _Pipeline:
                         **{f"{home}/{name}": d for name, d in pruned["outputs"].items()},
                     },
                     seconds=seconds,
-                    device_seconds=seconds * self._devices(self.config.finalize.num_workers),
+                    # without the time that it waited for the devices of another budget
+                    device_seconds=held_s * self._devices(self.config.finalize.num_workers),
                     metrics={"top1": pruned["top1"], "macs": pruned["macs"]},
                 )
 

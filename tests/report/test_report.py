@@ -195,7 +195,7 @@ def test_runtimes_and_spending(text, stages):
     assert [row["share"] for row in found["rows"]] == [75, 25]
     assert found["total"]["money"] == pytest.approx(2.4)
     assert spending(stages, None)["total"]["money"] is None
-    assert "2.40" in text and spending({}, 1.0) is None
+    assert "2.40" in text and "Money is not shown" not in text and spending({}, 1.0) is None
 
 
 def test_a_subnet_counts_once_with_its_best_score(candidates):
@@ -222,14 +222,14 @@ def test_curves_skip_holes_and_stay_small(curves):
     assert series["top1"][-1] == (999.0, 50.0 + 999 / 25)
 
 
-def test_a_run_without_dense_baseline_latency_or_history_still_reports(summary, config):
+def test_a_run_without_dense_baseline_latency_or_history_still_reports(summary, config, stages):
     summary["dense_top1"] = None
     for entry in summary["budgets"].values():
         entry.update(retention_dense=None, latency_ms=None, dense_latency_ms=None)
     empty = pa.table({"macs": pa.array([], pa.int64()), "score": pa.array([], pa.float64())})
-    text = render(summary, config, empty, {})
+    text = render(summary, {**config, "cluster": {}}, empty, {}, stages=stages)
     Page(text)
-    assert "not measured" in text
+    assert "not measured" in text and "Money is not shown" in text
     shown = text[text.index("<body>") :]
     for word in ("faster", "Training", "Architecture", "changed sides", "Other runtimes"):
         assert word not in shown

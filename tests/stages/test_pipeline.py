@@ -115,6 +115,15 @@ def test_the_summary_has_exactly_the_keys_that_scripts_read(finished):
     assert summary["seconds"] > 0
 
 
+def test_devices_are_counted_once_where_budgets_wait_for_each_other(finished):
+    stages = Manifest(Store(finished.folder)).stages()
+    records = [stages[f"finalize/{label}"] for label in BUDGETS]
+    devices = finished.config.cluster.threads_per_worker
+    held, wall = sum(r["device_seconds"] for r in records), max(r["seconds"] for r in records)
+    assert 0.8 * wall * devices < held <= wall * devices
+    assert all(r["device_seconds"] > 0 for r in records)
+
+
 def test_predictions_are_those_of_the_dense_and_the_pruned_network(finished):
     for label, budget in finished.summary["budgets"].items():
         table = Store(finished.folder).read_table(f"budget-{label}/predictions.parquet")
