@@ -240,7 +240,13 @@ def to_onnx(module: nn.Module, example: Tensor, tolerance: float = TOLERANCE) ->
 def to_pt2(module: nn.Module, example: Tensor, tolerance: float = TOLERANCE) -> Program:
     """A `torch.export` program (`.pt2`) with a dynamic batch size, checked before writing.
 
-    Arguments, result and errors as for `to_onnx`.
+    Args:
+        module: a classifier; exported in evaluation mode, left as it is.
+        example: images [N, 3, H, W]; only the batch size stays free.
+        tolerance: largest relative difference to the module's own output.
+
+    Raises:
+        ExportError: the model cannot be expressed, or the program computes something else.
     """
     began = time.perf_counter()
     with _frozen(module, example) as (frozen, images):
@@ -254,7 +260,13 @@ def to_pt2(module: nn.Module, example: Tensor, tolerance: float = TOLERANCE) -> 
 def to_openvino(module: nn.Module, example: Tensor, tolerance: float = TOLERANCE) -> Program:
     """OpenVINO's pair of files, in float32, checked with its runtime on the CPU.
 
-    Arguments and errors as for `to_onnx`; needs the `openvino` extra.
+    Args:
+        module: a classifier; exported in evaluation mode, left as it is.
+        example: images [N, 3, H, W]; only the batch size stays free.
+        tolerance: largest relative difference to the module's own output.
+
+    Raises:
+        ExportError: as for `to_onnx`; needs the `openvino` extra.
     """
     began = time.perf_counter()
     try:
@@ -410,6 +422,9 @@ def latency(module: nn.Module, example: Tensor, repeats: int = 30, threads: int 
         repeats: timed passes, after a third as many (at least three) that are not timed.
         threads: threads PyTorch may use, so that figures compare between machines with
             different numbers of cores.
+
+    Raises:
+        ValueError: `repeats` or `threads` is below 1.
     """
     if repeats < 1 or threads < 1:
         raise ValueError(f"latency: repeats={repeats}, threads={threads}; expected at least 1 each")

@@ -44,7 +44,7 @@ class Subnet:
 
     @classmethod
     def from_json(cls, text: str) -> "Subnet":
-        """Read what `to_json` wrote. Raises ValueError for anything else."""
+        """Read a text that `to_json` wrote. Raises ValueError for anything else."""
         try:
             content = json.loads(text)
             widths, dropped = content["widths"], content["dropped"]

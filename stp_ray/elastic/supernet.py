@@ -31,7 +31,8 @@ class StatsRecorder:
         self._buffers: dict[str, dict[str, Tensor]] = {}
 
     def buffers(self, layer: str, like: Tensor, count: Tensor) -> dict[str, Tensor]:
-        """The running buffers of a layer; `like` [C] gives their size, type and device."""
+        """The running buffers of a layer; `like` [C] gives their size, type and device, the scalar
+        `count` those of the number of batches."""
         if layer not in self._buffers:
             self._buffers[layer] = {
                 "running_mean": like.new_zeros(like.shape),
@@ -124,7 +125,8 @@ class Supernet(nn.Module):
         return self._run(images, subnet or self.space.full, stats)
 
     def cost(self, subnet: Subnet | None = None) -> Cost:
-        """MACs for one sample of the example input's shape, and parameters."""
+        """MACs for one sample of the example input's shape, and parameters, of a subnet or, without
+        one, of the main network. Touches no tensor."""
         return self.space.cost(subnet)
 
     def extract(self, subnet: Subnet, stats: Stats | None = None) -> nn.Module:
@@ -178,6 +180,7 @@ class Supernet(nn.Module):
         return cuts
 
     def extra_repr(self) -> str:
+        """The line that stands above the layers in `repr`."""
         return f"{self.space!r}, {len(self.frozen)} frozen layers"
 
     def _repr_html_(self) -> str:
