@@ -2,11 +2,15 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
+
+from stp_ray.cli import app
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -43,6 +47,10 @@ def test_code_runs(page, tmp_path, monkeypatch):
                 Path(title).write_text(code)
             elif language == "python":
                 exec(compile(code, f"{page.name}: {code[:40]!r}", "exec"), names)
+            elif page.stem != "tutorial" and re.fullmatch(r"stp [^\n|;&]*\n", code):
+                # in this process, which has imported torch; the newcomer's path is taken in earnest
+                done = CliRunner().invoke(app, shlex.split(code)[1:])
+                assert done.exit_code == 0, f"{code}\n{done.output}"
             else:
                 assert language == "sh", f"{page.name} has a block in {language!r}"
                 done = subprocess.run(
