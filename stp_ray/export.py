@@ -316,8 +316,11 @@ def to_executorch(module: nn.Module, example: Tensor, tolerance: float = TOLERAN
 
         def lowered() -> bytes:
             program = torch.export.export(frozen, (_batch(images, 1),))
-            edge = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
-            return edge.to_executorch().buffer
+            try:
+                edge = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
+                return edge.to_executorch().buffer
+            except Exception as error:  # errors of its own, with no base class but this
+                raise RuntimeError(str(error)) from error
 
         data = _attempt("ExecuTorch", lowered)
         portable_lib._unsafe_reset_threadpool(1)  # the other programs are measured on one thread
