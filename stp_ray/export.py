@@ -320,7 +320,11 @@ def to_executorch(module: nn.Module, example: Tensor, tolerance: float = TOLERAN
                 edge = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
                 return edge.to_executorch().buffer
             except Exception as error:  # errors of its own, with no base class but this
-                raise RuntimeError(str(error)) from error
+                reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+                raise ExportError(
+                    f"no ExecuTorch file: its compiler refused this model ({reason}); "
+                    "set export.executorch=false to leave it out"
+                ) from error
 
         data = _attempt("ExecuTorch", lowered)
         portable_lib._unsafe_reset_threadpool(1)  # the other programs are measured on one thread

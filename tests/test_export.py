@@ -6,6 +6,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from types import ModuleType
 
 import numpy
 import pytest
@@ -310,6 +311,26 @@ def test_a_missing_package_becomes_a_note(module, example, store, monkeypatch):
     assert written == {"model.pt2": store.checksum("model.pt2")}
     assert figures.keys() == {"pt2"}
     assert figures["pt2"].keys() == {"difference", "latency_ms", "seconds"}
+
+
+def test_an_error_of_executorchs_own_becomes_a_note(module, example, store, monkeypatch):
+    def refuse(*_, **__):
+        raise type("SpecViolationError", (Exception,), {})("unsupported\nby this backend")
+
+    for name, content in {
+        "executorch.backends.xnnpack.partition.xnnpack_partitioner": {"XnnpackPartitioner": dict},
+        "executorch.exir": {"to_edge_transform_and_lower": refuse},
+        "executorch.extension.pybindings": {"portable_lib": None},
+        "executorch.runtime": {"Runtime": None},
+    }.items():
+        parts = name.split(".")
+        for end in range(1, len(parts) + 1):
+            path = ".".join(parts[:end])
+            monkeypatch.setitem(sys.modules, path, sys.modules.get(path) or ModuleType(path))
+        vars(sys.modules[name]).update(content)
+    _, _, (note,) = export.write_programs(store, module, example, ["executorch"])
+    assert "(unsupported)" in note and "export.executorch=false" in note
+    assert store.names() == []
 
 
 def test_nothing_is_exported_unasked(module, example, store):
