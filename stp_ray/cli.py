@@ -309,6 +309,7 @@ class Format(StrEnum):
     onnx = "onnx"
     pt2 = "pt2"
     openvino = "openvino"
+    executorch = "executorch"
 
 
 @app.command()

@@ -196,6 +196,8 @@ class ExportOptions(_Section):
     """model.pt2, a torch.export archive."""
     openvino: bool = False
     """model.xml and model.bin, where the package openvino is installed."""
+    executorch: bool = False
+    """model.pte, where the package executorch is installed."""
 
 
 class RunConfig(_Section):

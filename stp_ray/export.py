@@ -38,6 +38,7 @@ DESCRIPTION = "model.json"
 ONNX = "model.onnx"
 PT2 = "model.pt2"
 OPENVINO = "model.xml"
+PTE = "model.pte"
 
 #: What model.json says it is; a reader refuses a format that it does not know.
 FORMAT = "stp_ray.model/1"
@@ -239,7 +240,13 @@ def to_onnx(module: nn.Module, example: Tensor, tolerance: float = TOLERANCE) ->
 def to_pt2(module: nn.Module, example: Tensor, tolerance: float = TOLERANCE) -> Program:
     """A `torch.export` program (`.pt2`) with a dynamic batch size, checked before writing.
 
-    Arguments, result and errors as for `to_onnx`.
+    Args:
+        module: a classifier; exported in evaluation mode, left as it is.
+        example: images [N, 3, H, W]; only the batch size stays free.
+        tolerance: largest relative difference to the module's own output.
+
+    Raises:
+        ExportError: the model cannot be expressed, or the program computes something else.
     """
     began = time.perf_counter()
     with _frozen(module, example) as (frozen, images):
@@ -253,7 +260,13 @@ def to_pt2(module: nn.Module, example: Tensor, tolerance: float = TOLERANCE) -> 
 def to_openvino(module: nn.Module, example: Tensor, tolerance: float = TOLERANCE) -> Program:
     """OpenVINO's pair of files, in float32, checked with its runtime on the CPU.
 
-    Arguments and errors as for `to_onnx`; needs the `openvino` extra.
+    Args:
+        module: a classifier; exported in evaluation mode, left as it is.
+        example: images [N, 3, H, W]; only the batch size stays free.
+        tolerance: largest relative difference to the module's own output.
+
+    Raises:
+        ExportError: as for `to_onnx`; needs the `openvino` extra.
     """
     began = time.perf_counter()
     try:
@@ -277,16 +290,65 @@ def to_openvino(module: nn.Module, example: Tensor, tolerance: float = TOLERANCE
         return _checked("OpenVINO", files, frozen, forward, images, tolerance, began)
 
 
+def to_executorch(module: nn.Module, example: Tensor, tolerance: float = TOLERANCE) -> Program:
+    """An ExecuTorch program (`.pte`) for phones and small devices, lowered to XNNPACK, checked
+    with ExecuTorch's runtime on the CPU.
+
+    It takes one image at a time: a device plans its memory for the largest batch [ours].
+
+    Args:
+        module: a classifier; exported in evaluation mode, left as it is.
+        example: images [N, 3, H, W]; only H and W matter.
+        tolerance: largest relative difference to the module's own output.
+
+    Raises:
+        ExportError: as for `to_onnx`; needs the `executorch` extra.
+    """
+    began = time.perf_counter()
+    try:
+        from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+        from executorch.exir import to_edge_transform_and_lower
+        from executorch.extension.pybindings import portable_lib
+        from executorch.runtime import Runtime
+    except ImportError as error:
+        raise _missing("executorch", "ExecuTorch", "executorch", error) from error
+    with _frozen(module, example) as (frozen, images):
+
+        def lowered() -> bytes:
+            program = torch.export.export(frozen, (_batch(images, 1),))
+            try:
+                edge = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
+                return edge.to_executorch().buffer
+            except Exception as error:  # errors of its own, with no base class but this
+                reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+                raise ExportError(
+                    f"no ExecuTorch file: its compiler refused this model ({reason}); "
+                    "set export.executorch=false to leave it out"
+                ) from error
+
+        data = _attempt("ExecuTorch", lowered)
+        portable_lib._unsafe_reset_threadpool(1)  # the other programs are measured on one thread
+        loaded = _attempt("ExecuTorch", lambda: Runtime.get().load_program(data))
+        method = _attempt("ExecuTorch", lambda: loaded.load_method("forward"))
+
+        def forward(batch: Tensor) -> Tensor:
+            return method.execute([batch])[0].clone()
+
+        one = (1,)
+        return _checked("ExecuTorch", {PTE: data}, frozen, forward, images, tolerance, began, one)
+
+
 #: What `stp export --to` and a recipe's `export` section offer.
 FORMATS: Mapping[str, Callable[[nn.Module, Tensor], Program]] = {
     "onnx": to_onnx,
     "pt2": to_pt2,
     "openvino": to_openvino,
+    "executorch": to_executorch,
 }
 
 
 #: The file that each format is known by.
-FILES = {"onnx": ONNX, "pt2": PT2, "openvino": OPENVINO}
+FILES = {"onnx": ONNX, "pt2": PT2, "openvino": OPENVINO, "executorch": PTE}
 
 
 def write_programs(
@@ -347,9 +409,10 @@ def _checked(
     images: Tensor,
     tolerance: float,
     began: float,
+    sizes: Sequence[int] = (1, 3),
 ) -> Program:
     """The program with its figures; raises ExportError if it is not the same function."""
-    difference = _compare(kind, frozen, program, images, tolerance)
+    difference = _compare(kind, frozen, program, images, tolerance, sizes)
     one = images[:1].contiguous()
     with _threads(1):
         seconds = _median_seconds(lambda: program(one), 30)
@@ -366,6 +429,9 @@ def latency(module: nn.Module, example: Tensor, repeats: int = 30, threads: int 
         repeats: timed passes, after a third as many (at least three) that are not timed.
         threads: threads PyTorch may use, so that figures compare between machines with
             different numbers of cores.
+
+    Raises:
+        ValueError: `repeats` or `threads` is below 1.
     """
     if repeats < 1 or threads < 1:
         raise ValueError(f"latency: repeats={repeats}, threads={threads}; expected at least 1 each")
@@ -516,6 +582,16 @@ _LOADING = {
             "logits = model(numpy.zeros((1, 3, SIZE, SIZE), numpy.float32))[0]",
         ),
     ),
+    "executorch": (
+        "in ExecuTorch, one image at a time",
+        (
+            "import torch",
+            "from executorch.runtime import Runtime",
+            "",
+            f'method = Runtime.get().load_program("{PTE}").load_method("forward")',
+            "logits = method.execute([torch.zeros(1, 3, SIZE, SIZE)])[0]",
+        ),
+    ),
 }
 
 
@@ -578,12 +654,13 @@ def _compare(
     program: Callable[[Tensor], Tensor],
     images: Tensor,
     tolerance: float,
+    sizes: Sequence[int],
 ) -> float:
-    """The largest relative difference at batch sizes 1 and 3; raises ExportError if it is too
+    """The largest relative difference at these batch sizes; raises ExportError if it is too
     large."""
     generator = torch.Generator().manual_seed(0)
     largest = 0.0
-    for size in (1, 3):
+    for size in sizes:
         batch = _batch(images, size)
         # Random images as well: an example of zeros would agree for the wrong reason.
         batch = batch + torch.randn(batch.shape, generator=generator).to(batch)

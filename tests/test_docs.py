@@ -2,11 +2,15 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
+
+from stp_ray.cli import app
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -43,6 +47,10 @@ def test_code_runs(page, tmp_path, monkeypatch):
                 Path(title).write_text(code)
             elif language == "python":
                 exec(compile(code, f"{page.name}: {code[:40]!r}", "exec"), names)
+            elif page.stem != "tutorial" and re.fullmatch(r"stp [^\n|;&]*\n", code):
+                # in this process, which has imported torch; the newcomer's path is taken in earnest
+                done = CliRunner().invoke(app, shlex.split(code)[1:])
+                assert done.exit_code == 0, f"{code}\n{done.output}"
             else:
                 assert language == "sh", f"{page.name} has a block in {language!r}"
                 done = subprocess.run(
@@ -73,15 +81,6 @@ def test_the_loop_of_ones_own_has_ten_lines():
     given = re.compile("import|from|loader")
     code = [line for line in first.splitlines() if line and not given.match(line)]
     assert len(code) <= 10 and "Supernet.trace" in first and "backward" in first
-
-
-def test_every_public_name_is_in_the_reference_with_a_docstring():
-    import stp_ray
-
-    text = (ROOT / "docs/reference.md").read_text()
-    for name in stp_ray.__all__:
-        assert re.search(rf"^::: stp_ray\.[\w.]*\b{name}$", text, re.M), name
-        assert (getattr(stp_ray, name).__doc__ or "").strip(), name
 
 
 def test_the_site_builds_without_a_warning(tmp_path):

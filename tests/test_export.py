@@ -1,3 +1,4 @@
+import functools
 import io
 import random
 import re
@@ -5,6 +6,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from types import ModuleType
 
 import numpy
 import pytest
@@ -14,12 +16,13 @@ from torch import nn
 
 from stp_ray import export
 from stp_ray.artifacts import Store
-from stp_ray.data import DataOptions, eval_batches, load
+from stp_ray.config import load_config
+from stp_ray.data import eval_batches, load
 from stp_ray.elastic.subnet import Subnet
 from stp_ray.elastic.supernet import Supernet
 from stp_ray.errors import ConfigError, StorageError
 from stp_ray.method import calibrate
-from stp_ray.models import resnet20, resnet56
+from stp_ray.models import build_model, resnet20, resnet56
 
 
 class Small(nn.Module):
@@ -216,6 +219,12 @@ elif kind == "openvino":
     import openvino
     settings = {"INFERENCE_PRECISION_HINT": "f32"}
     logits = openvino.Core().compile_model("model.xml", "CPU", settings)(images)[0]
+elif kind == "executorch":
+    import torch
+    from executorch.runtime import Runtime
+    method = Runtime.get().load_program("model.pte").load_method("forward")
+    one = lambda image: method.execute([torch.from_numpy(image[None])])[0].numpy().copy()
+    logits = numpy.concatenate([one(image) for image in images])
 else:
     import torch
     logits = torch.export.load("model.pt2").module()(torch.from_numpy(images)).detach().numpy()
@@ -240,33 +249,46 @@ def alone(folder, code, *arguments):
 
 @pytest.fixture(scope="module")
 def held_out():
-    """Real digits of the test split, normalised, and a pruned network with statistics of digits."""
-    options = DataOptions(holdout=32, image_size=16)
-    data = load(options)
-    images = torch.cat([x for x, _ in eval_batches(data.test, options, 512)])
+    """The test images of the demo, and a network of its smallest budget with their statistics: its
+    logits lie closer together than those of a trained one."""
+    config = load_config("demo")
+    data = load(config.data)
+    images = torch.cat([x for x, _ in eval_batches(data.test, config.data, 512)])
     torch.manual_seed(0)
-    net = Supernet.trace(resnet20(), torch.zeros(1, 3, 16, 16))
-    subnet = net.space.sample(random.Random(3))
+    net = Supernet.trace(build_model(config.model.name, num_classes=10), images[:1])
+    subnet = net.space.sample(random.Random(3), budget=config.budgets[-1])
     return net.extract(subnet, calibrate(net, subnet, images.split(90))).eval(), images
 
 
-@pytest.mark.parametrize("kind", ["onnx", "pt2", "openvino"])
-def test_a_program_answers_as_the_module_where_stp_ray_is_not_installed(held_out, kind, tmp_path):
+@pytest.fixture(scope="module")
+def write(held_out, tmp_path_factory):
+    """Writes that network in a format, once: the folder, and what `write_programs` returned."""
+    folder = tmp_path_factory.mktemp("programs")
+    module, images = held_out
+
+    @functools.cache
+    def written(kind):
+        return folder, export.write_programs(Store(folder), module, images[:2], [kind])
+
+    return written
+
+
+@pytest.mark.parametrize("kind", ["onnx", "pt2", "openvino", "executorch"])
+def test_a_program_answers_as_the_module_where_stp_ray_is_not_installed(held_out, write, kind):
     pytest.importorskip({"onnx": "onnxruntime", "pt2": "torch"}.get(kind, kind))
     module, images = held_out
-    store = Store(tmp_path)
-    written, figures, notes = export.write_programs(store, module, images[:2], [kind])
-    assert notes == [] and written
+    folder, (written, figures, notes) = write(kind)
+    assert notes == [] and export.FILES[kind] in written
     assert figures[kind]["difference"] <= export.TOLERANCE
     assert 0 < figures[kind]["latency_ms"] < 1e3 * figures[kind]["seconds"]
-    numpy.save(tmp_path / "images.npy", images.numpy())
-    alone(tmp_path, STRANGER, kind)
-    found = torch.from_numpy(numpy.load(tmp_path / "logits.npy"))
+    numpy.save(folder / "images.npy", images.numpy())
+    alone(folder, STRANGER, kind)
+    found = torch.from_numpy(numpy.load(folder / "logits.npy"))
     with torch.no_grad():
         expected = module(images)
     assert (found - expected).abs().max() <= export.TOLERANCE * expected.abs().max()
     assert torch.equal(found.argmax(1), expected.argmax(1))
-    assert len(set(expected.argmax(1).tolist())) > 1
+    assert len(found) == 360 and len(set(expected.argmax(1).tolist())) > 1
 
 
 def test_a_program_that_computes_something_else_is_refused(example):
@@ -289,6 +311,28 @@ def test_a_missing_package_becomes_a_note(module, example, store, monkeypatch):
     assert written == {"model.pt2": store.checksum("model.pt2")}
     assert figures.keys() == {"pt2"}
     assert figures["pt2"].keys() == {"difference", "latency_ms", "seconds"}
+
+
+def test_an_error_of_executorchs_own_becomes_a_note(module, example, store, monkeypatch):
+    def refuse(*_, **__):
+        raise type("SpecViolationError", (Exception,), {})("unsupported\nby this backend")
+
+    for name, content in {
+        "executorch.backends.xnnpack.partition.xnnpack_partitioner": {"XnnpackPartitioner": dict},
+        "executorch.exir": {"to_edge_transform_and_lower": refuse},
+        "executorch.extension.pybindings": {"portable_lib": None},
+        "executorch.runtime": {"Runtime": None},
+    }.items():
+        parts = name.split(".")
+        for end in range(1, len(parts)):
+            path = ".".join(parts[:end])
+            monkeypatch.setitem(sys.modules, path, ModuleType(path))
+        stand_in = ModuleType(name)
+        vars(stand_in).update(content)
+        monkeypatch.setitem(sys.modules, name, stand_in)
+    _, _, (note,) = export.write_programs(store, module, example, ["executorch"])
+    assert "(unsupported)" in note and "export.executorch=false" in note
+    assert store.names() == []
 
 
 def test_nothing_is_exported_unasked(module, example, store):
@@ -372,14 +416,14 @@ def test_model_card_is_one_that_hugging_face_reads():
     assert data.model_name == "demo-1a2b/budget-0.15"
 
 
-def test_the_code_of_a_model_card_runs_without_stp_ray(held_out, tmp_path):
+def test_the_code_of_a_model_card_runs_without_stp_ray(held_out, write):
     pytest.importorskip("onnxruntime")
-    module, images = held_out
     formats = ["onnx", "pt2"]
-    export.write_programs(Store(tmp_path), module, images[:2], formats)
-    described = {**DESCRIPTION, "image_size": 16}
+    for kind in formats:
+        folder, _ = write(kind)
+    described = {**DESCRIPTION, "image_size": held_out[1].shape[-1]}
     card = export.model_card(SUMMARY, "0.15", described, programs=formats)
     first, *blocks = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     assert "stp_ray" in first and len(blocks) == 2
     code = "".join(f"{block}\nassert logits.shape == (1, 10)\n" for block in blocks)
-    alone(tmp_path, f"import sys\nsys.path.append(sys.argv[1])\n{code}")
+    alone(folder, f"import sys\nsys.path.append(sys.argv[1])\n{code}")

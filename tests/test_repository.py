@@ -35,6 +35,13 @@ def test_files_that_the_documents_name_exist(path):
         assert (ROOT / name).exists(), f"{path.name} names {name}"
 
 
+def test_tests_that_the_documents_name_exist():
+    for path in ROOT.glob("docs/*.md"):
+        for file, name in re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", path.read_text()):
+            assert f"def {name}(" in (ROOT / file).read_text(), f"{path.name} names {file}::{name}"
+    assert "::test_" in (ROOT / "docs/reliability.md").read_text()
+
+
 def test_license_is_apache_2_in_full():
     text = (ROOT / "LICENSE").read_text()
     assert "Version 2.0, January 2004" in text

@@ -25,7 +25,8 @@ _ATTEMPTS = 10
 
 
 def steps_per_epoch(rows: int, batch_size: int) -> int:
-    """Number of whole global batches in `rows` images; what is left over waits for another epoch.
+    """Number of whole global batches, of `batch_size` each, in `rows` images; what is left over
+    waits for another epoch.
 
     Raises:
         DataError: there is not even one.
@@ -39,7 +40,7 @@ def steps_per_epoch(rows: int, batch_size: int) -> int:
 
 
 def local_batch_size(batch_size: int, world_size: int) -> int:
-    """Images per rank and step.
+    """Images per rank and step: `batch_size` shared among `world_size` workers.
 
     Raises:
         DataError: the global batch cannot be divided evenly.
@@ -111,6 +112,12 @@ def eval_batches(
     split: Split, options: DataOptions, batch_size: int, device: torch.device | str = "cpu"
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """All rows of a split in order, normalised and not augmented.
+
+    Args:
+        split: the images.
+        options: how they are normalised, and at what size.
+        batch_size: images in a batch.
+        device: where to.
 
     Yields:
         Images float32 [B, 3, H, W] and labels int64 [B]; the last batch may be smaller.

@@ -31,6 +31,8 @@ class DataSummary:
     """What a data set will be, before it is loaded."""
 
     class_names: list[str]
+    """Name of each class, in the order of the labels."""
+
     train_rows: int
     """Images to train on, without the held-out ones."""
 
@@ -38,6 +40,8 @@ class DataSummary:
     """Training images kept out of training."""
 
     test_rows: int
+    """Images that only accuracies are measured on."""
+
     image_size: int
     """Height and width that the network sees, in pixels."""
 
@@ -45,7 +49,7 @@ class DataSummary:
     """Height and width of the images in memory, in pixels; larger for random resized crops."""
 
     bytes: int
-    """Size of all decoded images."""
+    """Size of all decoded images, in bytes."""
 
     streams: bool
     """Whether training images are streamed instead of kept in memory."""
@@ -57,7 +61,7 @@ class DataSummary:
 
 
 def describe(options: DataOptions) -> DataSummary:
-    """Look at a data set without decoding it.
+    """Look at the data set that `options` name, without decoding it.
 
     Raises:
         DataError: it is unknown, missing, empty or unreadable, lacks a split or a column, has
@@ -68,7 +72,7 @@ def describe(options: DataOptions) -> DataSummary:
 
 
 def load(options: DataOptions) -> ImageData:
-    """Decode a whole data set into memory.
+    """Decode the whole data set that `options` name into memory.
 
     Unreadable images are left out, counted and warned of.
 
@@ -100,7 +104,7 @@ def load(options: DataOptions) -> ImageData:
 
 
 def load_split(options: DataOptions, split: SplitName, count: int | None = None) -> Split:
-    """Decode one split into memory, or only its first `count` images.
+    """Decode one split of what `options` name into memory, or only its first `count` images.
 
     For a data set that is streamed: its held-out images, and a few to calibrate with.
 

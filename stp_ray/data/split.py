@@ -40,8 +40,14 @@ class ImageData:
     """A data set in memory: the images to train on, to score candidates on, and to test on."""
 
     train: Split
+    """Images to train on."""
+
     holdout: Split
+    """Training images kept out of training, to score candidates on."""
+
     test: Split
+    """Images that only accuracies are measured on."""
+
     class_names: list[str]
     """Name of each class, in the order of the labels."""
 

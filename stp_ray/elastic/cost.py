@@ -11,14 +11,26 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .show import table
+
 
 @dataclass(frozen=True)
 class Cost:
-    """Multiply-accumulates for one sample, parameters, and seconds where measured."""
+    """What one network costs."""
 
     macs: int
+    """Multiply-accumulates for one sample, of convolutions, linear layers and attention."""
     params: int
+    """Number of parameters."""
     latency_s: float | None = None
+    """Seconds of a forward pass, where it was measured."""
+
+    def _repr_html_(self) -> str:
+        rows: list[tuple[str, object]] = [("MACs of one sample", self.macs)]
+        rows.append(("parameters", self.params))
+        if self.latency_s is not None:
+            rows.append(("latency, ms", f"{1e3 * self.latency_s:.2f}"))
+        return table(("cost", ""), rows)
 
 
 @dataclass(frozen=True)
@@ -29,7 +41,9 @@ class Budget:
     """
 
     macs: int | float | None = None
+    """Most multiply-accumulates for one sample; None for no bound."""
     params: int | float | None = None
+    """Most parameters; None for no bound."""
 
     def __post_init__(self) -> None:
         if self.macs is None and self.params is None:

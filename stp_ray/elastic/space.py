@@ -15,6 +15,7 @@ import numpy as np
 
 from ..errors import BudgetError
 from .cost import Budget, Cost, CostTable, Term
+from .show import folded, table
 from .subnet import Subnet
 
 
@@ -102,6 +103,20 @@ class SearchSpace:
             f"{least.macs:,} to {full.macs:,} MACs)"
         )
 
+    def _repr_html_(self) -> str:
+        ends = [("main network", self.cost()), ("smallest subnet", self.cost(self.smallest))]
+        costs = table(
+            ("", "MACs of one sample", "parameters"),
+            [(name, cost.macs, cost.params) for name, cost in ends],
+            caption=f"{len(self.axes)} axes, {len(self.blocks)} blocks that can be dropped",
+        )
+        axes = table(
+            ("axis", "unit", "smallest", "full", "choices"),
+            [(a.name, a.unit, a.choices[0], a.size, len(a.choices)) for a in self.axes],
+        )
+        blocks = table(("block", "layers"), [(b.name, len(b.layers)) for b in self.blocks])
+        return costs + folded("axes", axes) + folded("blocks", blocks)
+
     @cached_property
     def full(self) -> Subnet:
         """The main network."""
@@ -181,7 +196,10 @@ class SearchSpace:
 
     def uniform_within(self, budget: Budget) -> Subnet:
         """The largest uniform-width subnet that keeps the budget; blocks are dropped from
-        the end only if even the smallest widths are too many."""
+        the end only if even the smallest widths are too many [ours].
+
+        Raises BudgetError if no subnet keeps the budget.
+        """
         self.require(budget)
         candidates = [self.uniform(step / 200) for step in range(201)]
         for count in range(1, len(self.blocks) + 1):
@@ -198,7 +216,8 @@ class SearchSpace:
         return self.canonical(candidates[max(fitting)[-1]])
 
     def sample(self, rng: random.Random, budget: Budget | None = None) -> Subnet:
-        """A random subnet; with a budget, one that keeps it and comes near to it [ours].
+        """A random subnet, drawn from `rng`; with a budget, one that keeps it and comes near to it
+        [ours].
 
         Each axis draws u in [0, 1) for the place of its width among its choices, and each
         block is dropped at a rate drawn once. With a budget, u becomes u ** g with the
@@ -241,10 +260,11 @@ class SearchSpace:
     def mutate(
         self, subnet: Subnet, rng: random.Random, p: float, budget: Budget | None = None
     ) -> Subnet:
-        """Change each axis and each block with probability p [ours].
+        """Change each axis and each block of a subnet with probability p [ours].
 
         An axis moves by one or two choices half of the time and anywhere otherwise. With a
-        budget the result is brought back under it, and close to it, by single steps.
+        budget the result is brought back under it, and close to it, by single steps. `rng`
+        alone decides. Raises BudgetError if no subnet keeps the budget.
         """
         widths, dropped = dict(subnet.widths), set(subnet.dropped)
         for block in self.blocks:
@@ -264,7 +284,11 @@ class SearchSpace:
     def crossover(
         self, one: Subnet, other: Subnet, rng: random.Random, budget: Budget | None = None
     ) -> Subnet:
-        """Each block, with the axes inside it, and each other axis comes from either parent."""
+        """Each block, with the axes inside it, and each other axis comes from `one` or from
+        `other`, as `rng` decides [ours]. A budget is kept as by `mutate`.
+
+        Raises BudgetError if no subnet keeps the budget.
+        """
         widths: dict[str, int] = {}
         dropped: set[str] = set()
         source = {block.name: rng.choice((one, other)) for block in self.blocks}
@@ -277,9 +301,11 @@ class SearchSpace:
         return self._settle(widths, dropped, rng, budget)
 
     def expand(self, subnet: Subnet, rng: random.Random, p: float) -> Subnet:
-        """A mutation upwards: subnet within result within full (METHOD: subnet mutating
-        expansion). Each axis moves, with probability p, to a random width between its own
-        and the full one; each dropped block comes back with probability p."""
+        """A mutation upwards, subnet within result within full: subnet mutating expansion [paper].
+
+        Each axis moves, with probability p, to a random width between its own and the full one;
+        each dropped block comes back with probability p; `rng` draws [ours].
+        """
         dropped = {name for name in sorted(subnet.dropped) if rng.random() >= p}
         widths = {}
         for axis in self.axes:
@@ -290,7 +316,8 @@ class SearchSpace:
         return self.canonical(Subnet(widths, dropped))
 
     def canonical(self, subnet: Subnet) -> Subnet:
-        """The same network with axes that lie wholly inside dropped blocks at their floor."""
+        """The same network as `subnet`, with axes that lie wholly inside dropped blocks at their
+        floor."""
         dead = {name for name, homes in self._homes.items() if homes & subnet.dropped}
         if not dead:
             return subnet

@@ -5,10 +5,13 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from html import escape
 from types import MappingProxyType
 
+from .show import folded, table
 
-@dataclass(frozen=True, eq=False)
+
+@dataclass(frozen=True, eq=False, repr=False)
 class Subnet:
     """An immutable, hashable description of a subnet; names and integers, no tensors.
 
@@ -41,7 +44,7 @@ class Subnet:
 
     @classmethod
     def from_json(cls, text: str) -> "Subnet":
-        """Read what `to_json` wrote. Raises ValueError for anything else."""
+        """Read a text that `to_json` wrote. Raises ValueError for anything else."""
         try:
             content = json.loads(text)
             widths, dropped = content["widths"], content["dropped"]
@@ -71,6 +74,14 @@ class Subnet:
 
     def __hash__(self) -> int:
         return hash(self._json)
+
+    def __repr__(self) -> str:
+        dropped = f", without {', '.join(sorted(self.dropped))}" if self.dropped else ""
+        return f"Subnet({self.id}: {len(self.widths)} widths{dropped})"
+
+    def _repr_html_(self) -> str:
+        widths = table(("axis", "width"), self.widths.items())
+        return f"<p>{escape(repr(self))}</p>{folded('widths', widths)}"
 
     def __reduce__(self) -> tuple:
         return Subnet, (dict(self.widths), tuple(sorted(self.dropped)))

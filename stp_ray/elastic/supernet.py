@@ -10,6 +10,7 @@ from .cost import Cost, Extent
 from .dims import Frozen
 from .extract import extract
 from .ranking import rank
+from .show import folded, table
 from .slicing import Layout, Merge, Ranges, Segments, narrowed
 from .space import SearchSpace
 from .subnet import Subnet
@@ -30,7 +31,8 @@ class StatsRecorder:
         self._buffers: dict[str, dict[str, Tensor]] = {}
 
     def buffers(self, layer: str, like: Tensor, count: Tensor) -> dict[str, Tensor]:
-        """The running buffers of a layer; `like` [C] gives their size, type and device."""
+        """The running buffers of a layer; `like` [C] gives their size, type and device, the scalar
+        `count` those of the number of batches."""
         if layer not in self._buffers:
             self._buffers[layer] = {
                 "running_mean": like.new_zeros(like.shape),
@@ -128,7 +130,8 @@ class Supernet(nn.Module):
         return self._run(images, subnet or self.space.full, stats, direct)
 
     def cost(self, subnet: Subnet | None = None) -> Cost:
-        """MACs for one sample of the example input's shape, and parameters."""
+        """MACs for one sample of the example input's shape, and parameters, of a subnet or, without
+        one, of the main network. Touches no tensor."""
         return self.space.cost(subnet)
 
     def extract(self, subnet: Subnet, stats: Stats | None = None) -> nn.Module:
@@ -182,7 +185,13 @@ class Supernet(nn.Module):
         return cuts
 
     def extra_repr(self) -> str:
+        """The line that stands above the layers in `repr`."""
         return f"{self.space!r}, {len(self.frozen)} frozen layers"
+
+    def _repr_html_(self) -> str:
+        frozen = table(("frozen", "size", "why"), [(f.name, f.size, f.reason) for f in self.frozen])
+        shown = folded(f"{len(self.frozen)} frozen layers", frozen) if self.frozen else ""
+        return self.space._repr_html_() + shown
 
     # -- the sliced run -------------------------------------------------------------
 

@@ -75,6 +75,7 @@ class Candidate:
     images: int
     """Held-out images to score it on; 0 for all of them."""
     generation: int
+    """The generation that it belongs to, counted from 0."""
     rung: int
     """0 when it is scored first, 1 when it was promoted."""
 
@@ -86,18 +87,22 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Scored:
-    """A candidate with its score, the mean distillation loss (lower is better), and price."""
+    """A candidate with its score and price."""
 
     subnet: Subnet
+    """What was scored."""
     score: float
+    """Mean distillation loss of an image, in nats; lower is better."""
     images: int
     """Held-out images that it was scored on; 0 for all of them."""
     generation: int
+    """The generation that it belongs to, counted from 0."""
     cost: Cost
+    """What it costs."""
 
 
 class Explorer:
-    """Evolution under several budgets at once, with successive halving.
+    """Evolution under several budgets at once, with successive halving [ours].
 
     Generation 0 holds the uniform-width subnet of each budget and random subnets near the
     budgets; later ones hold offspring of the best candidates of each budget. Each
@@ -113,6 +118,7 @@ class Explorer:
             `options.scoring_images`, every candidate is scored on all of them at once.
 
     Raises:
+        ValueError: there is no budget, or the population is smaller than their number.
         BudgetError: no subnet keeps one of the budgets.
     """
 
@@ -317,7 +323,12 @@ class Explorer:
 
 
 def reference_logits(net: Supernet, images: Iterable[Tensor]) -> Tensor:
-    """The main network's logits [N, C] in eval mode, for `score`; computed once and shared."""
+    """The main network's logits [N, C] in eval mode, for `score`; computed once and shared.
+
+    Args:
+        net: the supernet.
+        images: batches [B, C, H, W], N images in all.
+    """
     device = device_of(net)
     with inspecting(net):
         return torch.cat([net(batch.to(device)) for batch in images])

@@ -166,7 +166,16 @@ def _precise(logits: Tensor) -> Tensor:
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Mean cross-entropy of logits [B, C] with class indices [B] or soft targets [B, C]."""
+    """Mean cross-entropy of logits [B, C] with class indices [B] or soft targets [B, C].
+
+    Args:
+        logits: [B, C].
+        labels: int64 [B] or floating [B, C].
+        label_smoothing: share of a label that is spread over all classes, in [0, 1).
+
+    Returns:
+        A scalar of at least single precision.
+    """
     logits = _precise(logits)
     if labels.is_floating_point():
         labels = labels.to(logits.dtype)
@@ -174,7 +183,12 @@ def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) 
 
 
 class DenseObjective(nn.Module):
-    """Plain cross-entropy: the baseline, and networks of a fixed shape."""
+    """Plain cross-entropy: the baseline, and networks of a fixed shape.
+
+    Args:
+        model: images [B, C, H, W] -> logits [B, classes].
+        label_smoothing: of the cross-entropy, in [0, 1).
+    """
 
     uses_all_parameters = True
 
@@ -190,7 +204,8 @@ class DenseObjective(nn.Module):
         subnets: Sequence[Subnet] = (),
         backward: Backward | None = None,
     ) -> dict[str, Tensor]:
-        """{"loss"}; the subnets are not looked at."""
+        """{"loss"} of images [B, C, H, W] with labels [B] or [B, classes]; the subnets are not
+        looked at."""
         return {"loss": cross_entropy(self.model(images), labels, self.label_smoothing)}
 
 
@@ -219,7 +234,8 @@ class StimulativeObjective(nn.Module):
         subnets: Sequence[Subnet],
         backward: Backward | None = None,
     ) -> dict[str, Tensor]:
-        """{"loss", "ce": of the main network, "kd": mean over the subnets}."""
+        """{"loss", "ce": of the main network, "kd": mean over the subnets}, scalars, of images
+        [B, C, H, W] with labels [B] or [B, classes]."""
         options, direct = self.options, backward is not None
         main = self.net(images)
         ce = cross_entropy(main, labels, self.label_smoothing)
@@ -277,7 +293,10 @@ class ExpansionObjective(nn.Module):
         backward: Backward | None = None,
     ) -> dict[str, Tensor]:
         """{"loss", "ce": of the teacher(s), "ce_target", "kd": sum over the expanded subnets,
-        "kd_target"}."""
+        "kd_target"}, scalars, of images [B, C, H, W] with labels [B] or [B, classes].
+
+        Raises ValueError where there are neither subnets nor a main network.
+        """
         options, direct = self.options, backward is not None
         with_main = options.main == "train"
         require(

@@ -14,7 +14,7 @@ from .training import Draw
 
 
 def sampler(options: Stimulation, space: SearchSpace, budgets: Sequence[Budget]) -> Draw:
-    """The subnets of a stimulative step: `options.subnets` of them.
+    """The subnets of a stimulative step, `options.subnets` of them, by one of four rules [ours].
 
     - uniform: any subnet of the space.
     - stratified: a MACs limit drawn uniformly between the smallest and the full network; of
@@ -94,10 +94,10 @@ def _narrowed(least: int, full: int, limit: float, progress: float, place: float
 
 
 def ladder(space: SearchSpace, target: Subnet, options: Expansion) -> Draw:
-    """The expanded subnets of a step, nested: target within the last within ... the first.
+    """The expanded subnets of a step, nested: target within the last within ... the first [paper].
 
-    Each is expanded from the one below it with a probability that moves linearly from
-    `options.p_start` to `options.p_end`.
+    Each is expanded in the space from the one below it with a probability that moves linearly
+    from `options.p_start` to `options.p_end` [ours].
     """
     foot = space.canonical(target)
 

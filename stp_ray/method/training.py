@@ -127,14 +127,17 @@ class Progress:
     epoch: int
     """The epoch that the step belongs to, counted from 0."""
     steps_per_epoch: int
+    """Optimiser steps in one pass over the data."""
     total_steps: int
+    """Optimiser steps of the whole training."""
     lr: float
     """The learning rate that the step used."""
     end_of_epoch: bool
+    """Whether it was the last step of its epoch."""
     checkpoint_due: bool
     """Whether a checkpoint should be saved now; true at the end of each epoch."""
     parts: Mapping[str, Tensor] = field(repr=False)
-    """The loss and its parts on the device, detached."""
+    """The loss and its parts, scalars on the device, detached."""
 
     @cached_property
     def metrics(self) -> dict[str, float]:
@@ -159,6 +162,9 @@ class Trainer:
             in a cluster.
         check_every: steps between checks that the loss is finite; by default 1 on the CPU
             and 50 elsewhere, where each check waits for the device.
+
+    Raises:
+        ValueError: an epoch has no step.
     """
 
     def __init__(
@@ -401,6 +407,10 @@ class Trainer:
 
     def load(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
         """Go on from what `state` returned.
+
+        Args:
+            tensors: by name, on any device.
+            meta: the description.
 
         Raises:
             StorageError: the state belongs to another model, optimiser, data size or seed.

@@ -4,5 +4,13 @@ from .architecture import with_space
 from .files import architecture_picture, write_report
 from .page import render
 from .plots import accuracy_against_macs
+from .summary import Summary
 
-__all__ = ["accuracy_against_macs", "architecture_picture", "render", "with_space", "write_report"]
+__all__ = [
+    "Summary",
+    "accuracy_against_macs",
+    "architecture_picture",
+    "render",
+    "with_space",
+    "write_report",
+]

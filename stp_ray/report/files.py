@@ -15,7 +15,7 @@ _ORDER = ("baseline", "supernet")
 
 
 def write_report(store: Store) -> str:
-    """Write `report.html` into a run's folder from its artifacts alone; returns its URI.
+    """Write `report.html` into a run's folder, `store`, from its artifacts alone; returns its URI.
 
     Every folder of the run that holds a `metrics.parquet` becomes a training curve. What an
     older run did not leave is left out of the page.

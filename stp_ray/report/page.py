@@ -17,6 +17,7 @@ from . import plots
 from .architecture import drawing
 from .sides import changed, classes
 from .spending import spending
+from .summary import networks
 
 _MOST_POINTS = 400
 _NOT_CURVES = {"epoch", "step", "lr", "time", "seconds", "images_per_s", "steps_per_epoch"}
@@ -30,7 +31,12 @@ _NAMES = {
     "kd_target": "expanded → chosen",
 }
 _LADDER = {**_NAMES, "kd": "main network → expanded"}
-_RUNTIMES = {"onnx": "ONNX Runtime", "pt2": "torch.export", "openvino": "OpenVINO"}
+_RUNTIMES = {
+    "onnx": "ONNX Runtime",
+    "pt2": "torch.export",
+    "openvino": "OpenVINO",
+    "executorch": "ExecuTorch",
+}
 
 
 def render(
@@ -76,7 +82,7 @@ def render(
     return jinja.get_template("page.html.j2").render(
         summary=summary,
         cards=[_card(budget, entry, summary) for budget, entry in summary["budgets"].items()],
-        rows=_rows(summary),
+        rows=networks(summary),
         figures=_figures(summary, points, chosen, curves),
         architecture=drawing(candidates, chosen),
         classes=classes(predictions),
@@ -156,22 +162,6 @@ def _runtimes(
         for budget in summary["budgets"]
         for kind, figures in (pruned.get(budget, {}).get("programs") or {}).items()
     ]
-
-
-def _rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """One row for each network: dense, main, and each budget with its control."""
-    latency = next((entry.get("dense_latency_ms") for entry in summary["budgets"].values()), None)
-    full = {"macs": summary["macs"], "params": summary["params"], "latency_ms": latency}
-    rows = []
-    if summary.get("dense_top1") is not None:
-        rows.append({"name": "dense, trained alone", "top1": summary["dense_top1"], **full})
-    rows.append({"name": "main network", "top1": summary.get("main_top1"), **full})
-    for budget, entry in summary["budgets"].items():
-        rows.append({"name": f"pruned, {budget}", **entry})
-        if entry.get("control_top1") is not None:
-            name = f"same shape from scratch, {budget}"
-            rows.append({**entry, "name": name, "top1": entry["control_top1"]})
-    return [{"retention_dense": None, "retention_main": None, **row} for row in rows]
 
 
 def _best_fidelity(candidates: pa.Table) -> list[dict[str, Any]]:

@@ -5,6 +5,7 @@ The extracted network is final: there is no fine-tuning after it.
 """
 
 import contextlib
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -46,8 +47,9 @@ def finalize(
     targets: Mapping[str, str],
     images: Images | SharedImages,
     trackers: Trackers,
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Prune the supernet to each target; yields (budget label, `pruned.json`) as they finish.
+) -> Iterator[tuple[str, dict[str, Any], float]]:
+    """Prune the supernet to each target; yields (budget label, `pruned.json`, seconds that it held
+    its workers) as they finish.
 
     Args:
         config: the run's configuration.
@@ -63,9 +65,11 @@ def finalize(
     jobs = {label: _jobs(config, run, label, target) for label, target in targets.items()}
     if config.cluster.in_process:
         for label, trainings in jobs.items():
+            started = time.monotonic()
             for job in trainings:
                 fit(job, images, 1, trackers[job.stage])
-            yield label, prune(trainings[0], images.here(), torch.device("cpu"))
+            pruned = prune(trainings[0], images.here(), torch.device("cpu"))
+            yield label, pruned, time.monotonic() - started
         return
     with relayed(trackers) as relay:
         yield from _side_by_side(config, jobs, images, relay)
@@ -73,7 +77,7 @@ def finalize(
 
 def _side_by_side(
     config: RunConfig, jobs: dict[str, list[Job]], images: Images | SharedImages, relay: Any
-) -> Iterator[tuple[str, dict[str, Any]]]:
+) -> Iterator[tuple[str, dict[str, Any], float]]:
     """A task per budget, as many at a time as the cluster has room for."""
     options, workers = config.cluster, config.finalize.num_workers
     cluster.require_resources(options, workers)
@@ -92,12 +96,12 @@ def _side_by_side(
         (done,), _ = ray.wait(list(running), num_returns=1)
         label = running.pop(done)
         try:
-            pruned = ray.get(done)
+            outcome = ray.get(done)
         except ray.exceptions.RayError as error:
             failed[label] = error
         else:
-            if pruned is not None:
-                yield label, pruned
+            if outcome is not None:
+                yield label, *outcome
     told = ray.get(relay.error.remote())
     if told is not None:
         raise told
@@ -132,8 +136,10 @@ def control_options(config: RunConfig) -> Optimisation:
 
 def _finalize_task(
     jobs: list[Job], images: Images | SharedImages, relay: Any
-) -> dict[str, Any] | None:
-    """Train and prune one budget; None if an error for the user was recorded."""
+) -> tuple[dict[str, Any], float] | None:
+    """Train and prune one budget; `pruned.json` and the seconds that it took, or None if an error
+    for the user was recorded."""
+    started = time.monotonic()
     config = jobs[0].config
     workers = config.finalize.num_workers
     try:
@@ -143,12 +149,13 @@ def _finalize_task(
             else:
                 train(job, images, _place(config), _to(relay, job))
         if workers == 1:
-            return prune(jobs[0], images.here(), _place(config).device)
+            pruned = prune(jobs[0], images.here(), _place(config).device)
+            return pruned, time.monotonic() - started
         resources = cluster.worker_resources(config.cluster)
         pruning = ray.remote(_prune_task).options(
             num_cpus=resources["CPU"], num_gpus=resources.get("GPU", 0)
         )
-        return ray.get(pruning.remote(jobs[0], images))
+        return ray.get(pruning.remote(jobs[0], images)), time.monotonic() - started
     except StpError as error:
         ray.get(relay.fail.remote(error))
         return None

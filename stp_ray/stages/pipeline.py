@@ -19,7 +19,13 @@ from ..elastic import Supernet
 from ..lease import held
 from ..method import Optimisation
 from ..models import find_factory
-from ..report import accuracy_against_macs, architecture_picture, with_space, write_report
+from ..report import (
+    Summary,
+    accuracy_against_macs,
+    architecture_picture,
+    with_space,
+    write_report,
+)
 from ..tracking import Artifact, Tracker, Tracking
 from . import cluster
 from .explore import CANDIDATES, FRONT, explore
@@ -55,7 +61,8 @@ def run(
         until: stop after this stage ("baseline", "supernet" or "explore").
 
     Returns:
-        The run's summary, as in `summary.json`; with `until` the figures of the stages so far.
+        The run's summary, as in `summary.json`, which a notebook shows as a table; with `until`
+        the figures of the stages so far.
 
     Raises:
         StpError: bad input (before anything expensive starts), or a stage that had to stop.
@@ -65,7 +72,7 @@ def run(
     store = Store(config.storage).child(run_id(config))
     store.probe()
     if finished(Manifest(store)):
-        return store.read_json(SUMMARY)
+        return Summary(store.read_json(SUMMARY))
     with _session(config), held(store) as lease:
         manifest = Manifest(store, guard=lease.require)
         tracking = Tracking(config.tracking, run_id(config), store)
@@ -212,7 +219,8 @@ class _Pipeline:
                 for label in missing
                 for kind, options in kinds.items()
             }
-            for label, pruned in finalize(self.config, self.store, missing, self.images, trackers):
+            outcomes = finalize(self.config, self.store, missing, self.images, trackers)
+            for label, pruned, held_s in outcomes:
                 home = folder(label)
                 tracker = trackers[f"finalize/{label}"]
                 metrics = {"top1": pruned["top1"], "macs": pruned["macs"]}
@@ -229,7 +237,8 @@ class _Pipeline:
                         **{f"{home}/{name}": d for name, d in pruned["outputs"].items()},
                     },
                     seconds=seconds,
-                    device_seconds=seconds * self._devices(self.config.finalize.num_workers),
+                    # without the time that it waited for the devices of another budget
+                    device_seconds=held_s * self._devices(self.config.finalize.num_workers),
                     metrics=metrics,
                 )
                 tracker.artifact(self._artifact(f"finalize/{label}"))
@@ -237,7 +246,7 @@ class _Pipeline:
     def _report(self) -> dict[str, Any]:
         started = time.monotonic()
         self.store.write_json(SUMMARY, self._summary())
-        summary = self.store.read_json(SUMMARY)
+        summary = Summary(self.store.read_json(SUMMARY))
         for label in summary["budgets"]:
             home = self.store.child(folder(label))
             pruned, description = home.read_json(PRUNED), home.read_json(export.DESCRIPTION)

@@ -61,7 +61,8 @@ def compare(
 
 def top1(said: pa.Table) -> float:
     """How often the network after is right, in per cent of the rows of `compare`."""
-    return float(100 * np.mean(said["after"].to_numpy() == said["label"].to_numpy()))
+    hits = int(np.count_nonzero(said["after"].to_numpy() == said["label"].to_numpy()))
+    return 100.0 * hits / said.num_rows  # as `evaluate` rounds it
 
 
 def _png(image: Tensor) -> bytes:

@@ -2,6 +2,7 @@
 
 import copy
 import random
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.ops import StochasticDepth
 
-from stp_ray.elastic import StatsRecorder, Subnet, Supernet
+from stp_ray.elastic import Cost, Frozen, StatsRecorder, Subnet, Supernet
 
 from .networks import Own, Tokens, Written, pixels, supernet
 
@@ -224,3 +225,34 @@ def test_a_subnet_of_another_space_is_refused():
 def test_it_describes_itself():
     net = supernet(Own())
     assert "droppable blocks" in repr(net) and "0 frozen layers" in repr(net)
+
+
+def cells(html: str) -> list[list[str]]:
+    """The rows of every table in HTML, which has to be well-formed."""
+    tree = ElementTree.fromstring(f"<div>{html}</div>")
+    return [["".join(cell.itertext()) for cell in row] for row in tree.iter("tr")]
+
+
+def test_a_notebook_shows_axes_costs_and_what_is_frozen():
+    net = supernet(Own())
+    net.frozen = (Frozen("<odd>", 8, "a & b"),)
+    shown, full, least = cells(net._repr_html_()), net.cost(), net.cost(net.space.smallest)
+    assert ["main network", f"{full.macs:,}", f"{full.params:,}"] in shown
+    assert ["smallest subnet", f"{least.macs:,}", f"{least.params:,}"] in shown
+    for axis in net.space.axes:
+        sizes = [str(n) for n in (axis.choices[0], axis.size, len(axis.choices))]
+        assert [axis.name, axis.unit, *sizes] in shown
+    assert ["<odd>", "8", "a & b"] in shown
+    assert all([block.name, str(len(block.layers))] in shown for block in net.space.blocks)
+
+
+def test_a_notebook_shows_a_subnet_and_its_cost():
+    subnet = Subnet({"a": 4, "b<i>": 2048}, ["block"])
+    assert repr(subnet) == f"Subnet({subnet.id}: 2 widths, without block)"
+    assert cells(subnet._repr_html_()) == [["axis", "width"], ["a", "4"], ["b<i>", "2,048"]]
+    shown = cells(Cost(macs=1000, params=20, latency_s=0.0025)._repr_html_())
+    assert shown[1:] == [
+        ["MACs of one sample", "1,000"],
+        ["parameters", "20"],
+        ["latency, ms", "2.50"],
+    ]

@@ -1,3 +1,4 @@
+import copy
 import io
 import json
 import random
@@ -11,7 +12,7 @@ from stp_ray.elastic.space import ResidualBlock, SearchSpace, WidthAxis
 from stp_ray.report import render, with_space
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def space():
     axes = [
         WidthAxis("stem", 16, (4, 8, 16), layers=("stem", "block.last")),
@@ -22,7 +23,7 @@ def space():
     return SearchSpace(axes, blocks, macs, macs)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def candidates(space):
     rng = random.Random(0)
     subnets = [space.sample(rng) for _ in range(40)]
@@ -42,8 +43,8 @@ def candidates(space):
     return with_space(pa.Table.from_pylist(rows), space)
 
 
-@pytest.fixture
-def summary(candidates):
+@pytest.fixture(scope="session")
+def _summary(candidates):
     rows = candidates.to_pylist()
 
     def entry(row, top1, **changes):
@@ -73,6 +74,12 @@ def summary(candidates):
 
 
 @pytest.fixture
+def summary(_summary):
+    """A copy of its own for each test, which may change it."""
+    return copy.deepcopy(_summary)
+
+
+@pytest.fixture(scope="session")
 def config():
     return {
         "name": "demo",
@@ -83,7 +90,7 @@ def config():
     }
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def curves():
     steps = list(range(1000))
     return {
@@ -105,14 +112,14 @@ def curves():
     }
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def pruned():
     """Of one budget only: a run may have lost the other's."""
     figures = {"difference": 2e-7, "latency_ms": 0.25, "seconds": 1.5}
     return {"0.15": {"compared_with": "baseline", "programs": {"onnx": figures}}}
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def predictions():
     """Three cats and a dog: one cat is lost, the dog is won."""
     file = io.BytesIO()
@@ -127,7 +134,7 @@ def predictions():
     return {"0.15": pa.Table.from_pylist(rows).replace_schema_metadata(names)}
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def stages():
     return {
         "supernet": {"seconds": 90.0, "device_seconds": 180.0},
@@ -135,9 +142,10 @@ def stages():
     }
 
 
-@pytest.fixture
-def text(summary, config, candidates, curves, stages, pruned, predictions):
+@pytest.fixture(scope="session")
+def text(_summary, config, candidates, curves, stages, pruned, predictions):
+    """The page, which takes two seconds to draw."""
     return render(
-        summary, config, candidates, curves, environment={"torch": "2.15"}, stages=stages,
+        _summary, config, candidates, curves, environment={"torch": "2.15"}, stages=stages,
         pruned=pruned, predictions=predictions,
     )  # fmt: skip

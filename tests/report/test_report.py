@@ -9,7 +9,15 @@ import yaml
 
 from stp_ray.artifacts import Store
 from stp_ray.errors import StorageError
-from stp_ray.report import accuracy_against_macs, page, plots, render, with_space, write_report
+from stp_ray.report import (
+    Summary,
+    accuracy_against_macs,
+    page,
+    plots,
+    render,
+    with_space,
+    write_report,
+)
 from stp_ray.report.architecture import drawing
 from stp_ray.report.sides import changed, classes
 from stp_ray.report.spending import spending
@@ -71,6 +79,22 @@ def test_budgets_come_first_with_how_much_smaller_faster_and_better(text, summar
         assert f"−{98 - entry['top1']:.2f} points: dense has 98.00" in first
     assert first.count("3.5<small>×") == 2  # 1.75 ms / 0.5 ms
     assert "1 h 2 min" in first
+
+
+def test_a_notebook_shows_every_network_of_a_run(summary):
+    summary["budgets"]["0.15"]["control_top1"] = 91.25
+    shown = Summary(summary)._repr_html_()
+    Page(shown)
+    assert "<script>" not in shown and "&lt;script&gt;" in shown
+    rows = re.findall(r"<tr><td>(.*?)</td><td>(.*?)</td>", shown)
+    assert rows == [
+        ("dense, trained alone", "98.00"),
+        ("main network", "97.50"),
+        ("pruned, 0.5", "97.31"),
+        ("pruned, 0.15", "96.12"),
+        ("same shape from scratch, 0.15", "91.25"),
+    ]
+    assert f"<td>{summary['budgets']['0.5']['macs']:,}</td>" in shown
 
 
 def test_a_control_stands_below_its_pruned_network(summary, config, candidates, curves):
@@ -171,7 +195,7 @@ def test_runtimes_and_spending(text, stages):
     assert [row["share"] for row in found["rows"]] == [75, 25]
     assert found["total"]["money"] == pytest.approx(2.4)
     assert spending(stages, None)["total"]["money"] is None
-    assert "2.40" in text and spending({}, 1.0) is None
+    assert "2.40" in text and "Money is not shown" not in text and spending({}, 1.0) is None
 
 
 def test_a_subnet_counts_once_with_its_best_score(candidates):
@@ -198,14 +222,14 @@ def test_curves_skip_holes_and_stay_small(curves):
     assert series["top1"][-1] == (999.0, 50.0 + 999 / 25)
 
 
-def test_a_run_without_dense_baseline_latency_or_history_still_reports(summary, config):
+def test_a_run_without_dense_baseline_latency_or_history_still_reports(summary, config, stages):
     summary["dense_top1"] = None
     for entry in summary["budgets"].values():
         entry.update(retention_dense=None, latency_ms=None, dense_latency_ms=None)
     empty = pa.table({"macs": pa.array([], pa.int64()), "score": pa.array([], pa.float64())})
-    text = render(summary, config, empty, {})
+    text = render(summary, {**config, "cluster": {}}, empty, {}, stages=stages)
     Page(text)
-    assert "not measured" in text
+    assert "not measured" in text and "Money is not shown" in text
     shown = text[text.index("<body>") :]
     for word in ("faster", "Training", "Architecture", "changed sides", "Other runtimes"):
         assert word not in shown

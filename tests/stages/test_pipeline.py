@@ -100,6 +100,7 @@ def test_a_run_leaves_exactly_its_artifacts(finished):
 def test_the_summary_has_exactly_the_keys_that_scripts_read(finished):
     summary = json.loads((finished.folder / "summary.json").read_text())
     assert summary == finished.summary
+    assert f"pruned, {BUDGETS[0]}" in finished.summary._repr_html_()
     assert set(summary) == {
         "run_id", "storage", "dense_top1", "main_top1", "macs", "params", "budgets", "seconds",
     }  # fmt: skip
@@ -117,6 +118,15 @@ def test_the_summary_has_exactly_the_keys_that_scripts_read(finished):
     assert summary["run_id"] == finished.folder.name
     assert 0 <= summary["dense_top1"] <= 100 and 0 <= summary["main_top1"] <= 100
     assert summary["seconds"] > 0
+
+
+def test_devices_are_counted_once_where_budgets_wait_for_each_other(finished):
+    stages = Manifest(Store(finished.folder)).stages()
+    records = [stages[f"finalize/{label}"] for label in BUDGETS]
+    devices = finished.config.cluster.threads_per_worker
+    held, wall = sum(r["device_seconds"] for r in records), max(r["seconds"] for r in records)
+    assert 0.8 * wall * devices < held <= wall * devices
+    assert all(r["device_seconds"] > 0 for r in records)
 
 
 def test_predictions_are_those_of_the_dense_and_the_pruned_network(finished):
@@ -173,7 +183,9 @@ def test_the_manifest_names_what_each_stage_made_and_from_what(finished):
     assert stages["explore"]["inputs"]["supernet"] == stages["supernet"]["outputs"]
     for stage in budgets:
         assert set(stages[stage]["inputs"]) == {"supernet", "explore"}
-        assert stages[stage]["device_seconds"] == stages[stage]["seconds"] > 0
+        assert set(stages[stage]["outputs"]) > {
+            f"{stage.replace('finalize/', 'budget-')}/pruned.json"
+        }
     made = {name for record in stages.values() for name in record["outputs"]}
     documents = {"config.json", "environment.json", "manifest.json"}
     assert ARTIFACTS - documents - made == {f"budget-{label}/README.md" for label in BUDGETS}

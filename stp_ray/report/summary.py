@@ -1,0 +1,54 @@
+"""What a run came to, network by network."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..elastic.show import table
+
+
+class Summary(dict[str, Any]):
+    """A run's summary: the dictionary that summary.json holds (top-1 and retention in per cent,
+    MACs of one image, latency in milliseconds), which a notebook shows as a table."""
+
+    def _repr_html_(self) -> str:
+        headings = ("network", "top-1, %", "of dense, %", "MACs", "params", "latency, ms")
+        rows = [
+            (
+                row["name"],
+                _rounded(row["top1"]),
+                _rounded(row["retention_dense"]),
+                row["macs"],
+                row["params"],
+                _rounded(row["latency_ms"]),
+            )
+            for row in networks(self)
+        ]
+        return table(headings, rows, caption=self["run_id"])
+
+
+def networks(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One row for each network: dense, main, and each budget with its control.
+
+    Args:
+        summary: as in summary.json.
+
+    Returns:
+        Rows of `name` and the keys of an entry of `summary["budgets"]`, None where it was not
+        measured.
+    """
+    latency = next((entry.get("dense_latency_ms") for entry in summary["budgets"].values()), None)
+    full = {"macs": summary["macs"], "params": summary["params"], "latency_ms": latency}
+    rows = []
+    if summary.get("dense_top1") is not None:
+        rows.append({"name": "dense, trained alone", "top1": summary["dense_top1"], **full})
+    rows.append({"name": "main network", "top1": summary.get("main_top1"), **full})
+    for budget, entry in summary["budgets"].items():
+        rows.append({"name": f"pruned, {budget}", **entry})
+        if entry.get("control_top1") is not None:
+            name = f"same shape from scratch, {budget}"
+            rows.append({**entry, "name": name, "top1": entry["control_top1"]})
+    return [{"retention_dense": None, "retention_main": None, **row} for row in rows]
+
+
+def _rounded(value: float | None) -> str | None:
+    return None if value is None else f"{value:.2f}"
