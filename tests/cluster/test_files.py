@@ -198,6 +198,17 @@ def test_a_secret_that_is_not_there_does_not_keep_the_head_down(name, tmp_path):
     assert not any(line.startswith("WANDB_API_KEY") for line in seen)
 
 
+def test_a_secret_reaches_the_head_by_its_role(s3, tmp_path):
+    boto3 = pytest.importorskip("boto3")
+    client = boto3.client("ssm", region_name="us-west-2")
+    key = "planted-0123456789"
+    client.put_parameter(Name="/stp-ray/wandb", Value=key, Type="SecureString")
+    seen = start_head(read("aws.yaml"), tmp_path)
+    assert f"WANDB_API_KEY={key}" in seen
+    assert key not in seen[0]  # the command line, which every user of the machine sees
+    assert key not in CLUSTER.joinpath("aws.yaml").read_text()
+
+
 @pytest.mark.parametrize("name", CLOUDS)
 def test_the_code_that_asks_for_a_secret_can_be_read(name):
     (code,) = re.findall(r"python -c '([^']+)'", read(name)["head_start_ray_commands"][-1])
