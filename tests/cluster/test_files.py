@@ -6,12 +6,15 @@ import os
 import re
 import subprocess
 import sys
+import time
 import tomllib
 from pathlib import Path
 
 import jsonschema
 import pytest
 import yaml
+
+from stp_ray import preemption
 
 ROOT = Path(__file__).resolve().parents[2]
 CLUSTER = ROOT / "cluster"
@@ -207,6 +210,37 @@ def test_a_secret_reaches_the_head_by_its_role(s3, tmp_path):
     assert f"WANDB_API_KEY={key}" in seen
     assert key not in seen[0]  # the command line, which every user of the machine sees
     assert key not in CLUSTER.joinpath("aws.yaml").read_text()
+
+
+@pytest.mark.parametrize("name", CLOUDS)
+def test_workers_watch_for_the_notice_of_their_cloud(name, tmp_path):
+    launcher = read(name)
+    mounted = launcher["file_mounts"]["~/stp/preemption.py"]
+    assert (ROOT / mounted).samefile(preemption.__file__)
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "$@"; exec sleep 2\n')
+    python.chmod(0o755)
+    given = {**os.environ, "HOME": str(tmp_path), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    # As Ray does; it has to come back while the watcher goes on.
+    command = f"({launcher['worker_start_ray_commands'][-1]})"
+    subprocess.run(["bash", "-c", command], env=given, timeout=1.5, check=True)
+    log = tmp_path / "preemption.log"
+    deadline = time.monotonic() + 10
+    while not (log.exists() and log.read_text()):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    cloud = Path(name).stem
+    assert log.read_text().split() == [f"{tmp_path}/stp/preemption.py", cloud]
+    assert cloud in preemption.NOTICES
+
+
+def test_pods_that_are_ended_drain_first(cluster):
+    for group in cluster["workerGroupSpecs"]:
+        pod = group["template"]["spec"]
+        (container,) = pod["containers"]
+        command = container["lifecycle"]["preStop"]["exec"]["command"]
+        assert command == ["python", "-m", "stp_ray.preemption", "now"]
+        assert preemption.NOTICES["now"]("") <= pod["terminationGracePeriodSeconds"]
 
 
 @pytest.mark.parametrize("name", CLOUDS)
