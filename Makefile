@@ -9,13 +9,14 @@ STAMP  := $(VENV)/.stamp-setup
 ARGS ?=
 
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-models docs lint format clean
+.PHONY: help setup demo test test-models test-cluster docs lint format clean
 
 help:
 	@echo "make setup   build $(VENV) with the package and its development dependencies"
 	@echo "make demo    run the whole pipeline on real handwritten digits, results in runs/latest"
 	@echo "make test    every check: lint, format, types, layers, tests with coverage"
 	@echo "make test-models   trace torchvision's and timm's classifiers, and check each"
+	@echo "make test-cluster  runs on machines that are cut off and killed (root, iproute2)"
 	@echo "make docs    build the documentation in site/"
 	@echo "make lint    the checks that start no process"
 	@echo "make format  rewrite the code in the house style"
@@ -46,6 +47,9 @@ test: lint
 
 test-models: setup
 	$(BIN)/pytest -m models tests/elastic
+
+test-cluster: setup
+	$(BIN)/pytest -m cluster tests/cluster
 
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -29,7 +29,7 @@ from fsspec.implementations.local import LocalFileSystem
 from torch import Tensor
 
 from .errors import StorageError
-from .uris import refuse_credentials
+from .uris import refuse_credentials, refuse_detours
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +71,8 @@ class Store:
             AWS_ENDPOINT_URL is honoured. Credentials in the URI are refused.
 
     Raises:
-        StorageError: the back-end is unknown or not installed, or the URI holds credentials.
+        StorageError: the back-end is unknown or not installed, or the URI holds credentials or
+            what could lead out of it.
     """
 
     def __init__(self, uri: str | os.PathLike[str]) -> None:
@@ -79,7 +80,10 @@ class Store:
         refuse_credentials(text)
         if not text:
             raise StorageError("the storage is empty; expected a folder or a URI")
+        refuse_detours(text)
         self._fs, path = _open_filesystem(text)
+        if isinstance(self._fs, LocalFileSystem):
+            path = os.path.abspath(path)  # without the ".." of "../runs"
         self._path = path.rstrip("/")
         self._pauses = () if isinstance(self._fs, LocalFileSystem) else PAUSES
 

@@ -143,14 +143,20 @@ def status(
 
 
 @app.command()
-def resume(uri: Annotated[str, typer.Argument(help="A run's folder or URI.")]) -> None:
+def resume(
+    uri: Annotated[str, typer.Argument(help="A run's folder or URI.")],
+    factory: Annotated[
+        str | None,
+        typer.Option(help='For a dense model of yours: its function as "package.module:name".'),
+    ] = None,
+) -> None:
     """Go on with a run from its folder alone, whoever started it."""
     _see_current_folder()
     from .stages import pipeline
-    from .status import configuration
+    from .status import resumable
 
     run = _folder(uri)
-    print_summary(pipeline.run(configuration(run)), f"{run.uri}/report.html")
+    print_summary(pipeline.run(resumable(run, factory)), f"{run.uri}/report.html")
 
 
 @app.command()

@@ -1,6 +1,7 @@
 """Where a run stands, from its folder alone: what is done, what is under way, who drives it."""
 
 import json
+import shlex
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -99,6 +100,29 @@ def configuration(run: Store) -> RunConfig:
             f"{run.uri} holds the settings of {run_id(config)}; expected those of {name}; the "
             "folder was renamed, or begun by another version of stp_ray: give it its name back or "
             "start the run anew from its recipe"
+        )
+    return config
+
+
+def resumable(run: Store, factory: str | None = None) -> RunConfig:
+    """The configuration to go on with. Code of yours that a run needs has to be named again: the
+    folder may have been written by somebody else, and building the model would run what it names.
+
+    Args:
+        run: the run's folder.
+        factory: the function that builds the dense model, as "package.module:name".
+
+    Raises:
+        StorageError: as `configuration`.
+        ConfigError: the model is somebody's own, and is not the one that was named.
+    """
+    config = configuration(run)
+    named = config.model.name
+    if ":" in named and factory != named:
+        raise ConfigError(
+            f"{run.uri} builds its model with {named!r}, which is not ours; expected the same name "
+            f"from you{f', found {factory!r}' if factory else ''}; if you trust that code, add "
+            f"--factory {shlex.quote(named)}"
         )
     return config
 

@@ -44,3 +44,35 @@ def refuse_credentials(uri: str) -> None:
     if found:
         scheme = uri.partition("://")[0]
         raise StorageError(f"a {scheme}:// URI contains {found}; {HOW_TO_MEND}")
+
+
+def refuse_detours(uri: str) -> None:
+    """Raise StorageError if files named below a URI could land elsewhere than below it.
+
+    A folder may be given relative to the current one ("../runs"), but not as a way that leads
+    back; a remote URI may not hold what a back-end would resolve or take for a pattern.
+    """
+    scheme, separator, rest = uri.partition("://")
+    local = not separator or scheme.lower() in ("file", "local")
+    segments = (rest if separator else uri).split("/")
+    if not separator:
+        while segments and segments[0] in (".", ".."):
+            segments.pop(0)
+    found = None
+    if ".." in segments:
+        found = "'..'"
+    elif "::" in uri:
+        found = "'::'"
+    elif "://" in rest:
+        found = "'://' twice"
+    elif not uri.isprintable():
+        found = "a control character"
+    elif not local and (odd := re.search(r"[*?\[\]\\]", rest)):
+        found = f"{odd[0]!r}"
+    elif not local and "." in segments:
+        found = "'.'"
+    if found:
+        raise StorageError(
+            f"the storage {uri!r} contains {found}; expected the plain path of a folder, or a URI "
+            "such as s3://bucket/folder; write out the folder that is meant"
+        )

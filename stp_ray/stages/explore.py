@@ -13,6 +13,7 @@ from typing import Any
 import ray
 import torch
 from ray import tune
+from ray.tune.execution import class_cache
 from ray.tune.search import Searcher
 from torch import Tensor
 
@@ -33,6 +34,12 @@ FRONT = "front.json"
 _PARTS = "parts"
 #: Times that a batch of candidates is tried before the stage gives up.
 _ATTEMPTS = 3
+_AWS_KEYS = (
+    "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SECURITY_TOKEN",
+    "AWS_SESSION_TOKEN",
+)
 
 
 class Scorer:
@@ -264,6 +271,9 @@ def _tune(
     # in a later stage would be swallowed.
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
     logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
+    # Tune would copy the driver's keys into the runtime environment of its actors, which Ray keeps
+    # as metadata and logs. Workers have the keys of their own node.
+    class_cache.ENV_VARS_TO_PROPAGATE.difference_update(_AWS_KEYS)
     resources = {name.lower(): amount for name, amount in cluster.worker_resources(options).items()}
     weights_reference = ray.put(weights)
     main_logits = ray.get(

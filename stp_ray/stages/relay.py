@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ..errors import StpError
 
@@ -40,7 +41,10 @@ class Relay:
 @contextlib.contextmanager
 def relayed(trackers: "Mapping[str, Tracker]") -> Iterator[Any]:
     """A relay whose metrics go to the tracker of their stage while the block lasts."""
-    actor = ray.remote(Relay).options(num_cpus=0).remote()
+    # Beside the driver: an actor that asks for nothing is placed anywhere, and on a worker it would
+    # be lost with the machine.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    actor = ray.remote(Relay).options(num_cpus=0, scheduling_strategy=here).remote()
     stop = threading.Event()
 
     def drain() -> None:

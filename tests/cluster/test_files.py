@@ -2,7 +2,11 @@
 
 import copy
 import json
+import os
 import re
+import subprocess
+import sys
+import time
 import tomllib
 from pathlib import Path
 
@@ -10,14 +14,18 @@ import jsonschema
 import pytest
 import yaml
 
+from stp_ray import preemption
+
 ROOT = Path(__file__).resolve().parents[2]
 CLUSTER = ROOT / "cluster"
-LAUNCHER = ["aws.yaml", "gcp.yaml"]
+CLOUDS = ["aws.yaml", "gcp.yaml", "azure.yaml"]
+LAUNCHER = [*CLOUDS, "onprem.yaml"]
 KUBERAY = {"raycluster.yaml": "RayCluster", "rayjob.yaml": "RayJob"}
 SPOT_LABELS = {
     "cloud.google.com/gke-spot": "true",
     "eks.amazonaws.com/capacityType": "SPOT",
     "karpenter.sh/capacity-type": "spot",
+    "kubernetes.azure.com/scalesetpriority": "spot",
 }
 IDLE_MINUTES = 10
 
@@ -49,6 +57,11 @@ def launcher(request):
     return read(request.param)
 
 
+@pytest.fixture(params=CLOUDS)
+def cloud(request):
+    return read(request.param)
+
+
 @pytest.fixture(params=KUBERAY)
 def cluster(request):
     return ray_cluster(request.param)
@@ -65,53 +78,175 @@ def test_ray_accepts_the_launcher_files(launcher):
         util.validate_config(util.prepare_config(launcher))
 
 
-def workers(launcher):
-    types = dict(launcher["available_node_types"])
-    types.pop(launcher["head_node_type"])
-    return list(types.values())
+def test_the_autoscaler_finds_an_image_for_every_machine(launcher):
+    # Ray's second autoscaler needs the key `image` where an image is given per kind of machine.
+    util = pytest.importorskip("ray.autoscaler._private.util")
+    config = pytest.importorskip("ray.autoscaler.v2.instance_manager.config")
+    prepared = config.AutoscalingConfig(util.prepare_config(launcher), skip_content_hash=True)
+    version = pins()["ray"]
+    for name, machine in prepared.get_config("available_node_types").items():
+        docker = prepared.get_docker_config(name)
+        has_gpu = machine["resources"].get("GPU", 0) > 0 or launcher["provider"]["type"] == "local"
+        assert docker["image"] == f"rayproject/ray:{version}-py311" + ("-gpu" if has_gpu else "")
+        assert ("--gpus all" in docker.get("worker_run_options", [])) == has_gpu
 
 
-def test_launcher_workers_are_gpu_machines_on_spot_from_zero(launcher):
-    assert workers(launcher)
-    for worker in workers(launcher):
-        assert worker["min_workers"] == 0 < worker["max_workers"] <= launcher["max_workers"]
-        assert worker["resources"]["GPU"] >= 1
+def is_spot(provider, node):
+    return {
+        "aws": lambda: node.get("InstanceMarketOptions") == {"MarketType": "spot"},
+        "gcp": lambda: node.get("scheduling", {}).get("provisioningModel") == "SPOT",
+        "azure": lambda: node["azure_arm_parameters"].get("priority") == "Spot",
+    }[provider]()
+
+
+def test_cloud_workers_are_on_spot_from_zero(cloud):
+    types = dict(cloud["available_node_types"])
+    head = types.pop(cloud["head_node_type"])
+    provider = cloud["provider"]["type"]
+    assert not is_spot(provider, head["node_config"])
+    assert {name: bool(each["resources"]["GPU"]) for name, each in types.items()} == {
+        "gpu_worker": True,
+        "cpu_worker": False,
+    }
+    for worker in types.values():
+        assert worker["min_workers"] == 0 < worker["max_workers"] <= cloud["max_workers"]
         node = worker["node_config"]
-        if launcher["provider"]["type"] == "aws":
-            assert node["InstanceMarketOptions"]["MarketType"] == "spot"
-            assert re.match(r"(g|p)\d", node["InstanceType"])
-        else:
-            assert node["scheduling"]["provisioningModel"] == "SPOT"
+        assert is_spot(provider, node)
+        if provider == "gcp":
             assert node["scheduling"]["onHostMaintenance"] == "TERMINATE"
-            assert node["machineType"].startswith(("g2-", "a2-", "a3-"))
+            assert node["scheduling"]["instanceTerminationAction"] == "DELETE"
+        if provider == "azure":
+            assert node["azure_arm_parameters"]["evictionPolicy"] == "Delete"
 
 
-def test_launcher_head_takes_no_work_and_is_not_spot(launcher):
-    head = launcher["available_node_types"][launcher["head_node_type"]]
-    assert head["resources"] == {"CPU": 0, "GPU": 0}
-    assert "InstanceMarketOptions" not in head["node_config"]
-    assert "scheduling" not in head["node_config"]
-    assert "guestAccelerators" not in head["node_config"]
+def test_cloud_gpu_workers_are_machines_with_a_gpu(cloud):
+    node = cloud["available_node_types"]["gpu_worker"]["node_config"]
+    pattern, kind = {
+        "aws": (r"(g|p)\d", node.get("InstanceType")),
+        "gcp": (r"(g2|a2|a3)-", node.get("machineType")),
+        "azure": (r"Standard_N[CD]", node.get("azure_arm_parameters", {}).get("vmSize")),
+    }[cloud["provider"]["type"]]
+    assert re.match(pattern, kind)
+
+
+def test_launcher_head_takes_no_work(launcher):
+    types = launcher.get("available_node_types")
+    if types:
+        assert types[launcher["head_node_type"]]["resources"] == {"CPU": 0, "GPU": 0}
     start = launcher["head_start_ray_commands"][-1]
     assert "--num-cpus=0" in start and "--num-gpus=0" in start
 
 
-def test_launcher_stops_paying(launcher):
-    assert 0 < launcher["idle_timeout_minutes"] <= IDLE_MINUTES
-    assert launcher["provider"]["cache_stopped_nodes"] is False
+def test_launcher_stops_paying(cloud):
+    assert 0 < cloud["idle_timeout_minutes"] <= IDLE_MINUTES
+    assert cloud["provider"]["cache_stopped_nodes"] is False
+
+
+def test_machines_of_ones_own_are_all_started():
+    # The autoscaler starts from zero only what it knows to have the resources asked for.
+    config = read("onprem.yaml")
+    assert config["min_workers"] == config["max_workers"] == len(config["provider"]["worker_ips"])
 
 
 def test_launcher_is_locked(launcher):
     assert any("RAY_AUTH_MODE=token" in option for option in launcher["docker"]["run_options"])
     assert launcher["file_mounts"]["~/stp/auth_token"] == "~/.ray/auth_token"
     assert "--dashboard-host=127.0.0.1" in launcher["head_start_ray_commands"][-1]
-    for name, machine in launcher["available_node_types"].items():
-        node = machine["node_config"]
-        if launcher["provider"]["type"] == "aws":
-            assert set(node["IamInstanceProfile"]) == {"Name"}
-            assert node["MetadataOptions"]["HttpTokens"] == "required"
-        elif name != launcher["head_node_type"]:
-            assert node["serviceAccounts"][0]["email"].startswith("stp-ray-worker@")
+
+
+def test_cloud_rights_come_from_roles():
+    for machine in read("aws.yaml")["available_node_types"].values():
+        assert set(machine["node_config"]["IamInstanceProfile"]) == {"Name"}
+        assert machine["node_config"]["MetadataOptions"]["HttpTokens"] == "required"
+    types = read("gcp.yaml")["available_node_types"]
+    for name in ("gpu_worker", "cpu_worker"):
+        (account,) = types[name]["node_config"]["serviceAccounts"]
+        assert account["email"].startswith("stp-ray-worker@")
+    azure = read("azure.yaml")
+    assert azure["provider"]["msi_name"]
+    assert "AZURE_STORAGE_ANON=false" in " ".join(azure["docker"]["run_options"])
+
+
+def start_head(launcher, folder, **variables):
+    """What `ray start --head` would be given: its arguments, then its environment, from the
+    launcher's own command with a `ray` that only looks."""
+    folder.joinpath("ray").write_text('#!/bin/sh\necho "$@"; env\n')
+    folder.joinpath("ray").chmod(0o755)
+    path = f"{folder}{os.pathsep}{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    given = {**os.environ, "WANDB_API_KEY": "", **variables, "PATH": path, "HOME": str(folder)}
+    given = {name: value for name, value in given.items() if value}
+    command = launcher["head_start_ray_commands"][-1]
+    done = subprocess.run(
+        ["bash", "-c", command], env=given, capture_output=True, text=True, timeout=60, check=True
+    )
+    return done.stdout.splitlines()
+
+
+@pytest.mark.parametrize("name", CLOUDS)
+def test_a_secret_that_is_not_there_does_not_keep_the_head_down(name, tmp_path):
+    # Nothing of a cloud answers here: on port 9 of the loopback nobody listens.
+    nowhere = {
+        "AWS_ENDPOINT_URL": "http://127.0.0.1:9",
+        "AWS_ACCESS_KEY_ID": "none",
+        "AWS_SECRET_ACCESS_KEY": "none",
+        "AWS_MAX_ATTEMPTS": "1",
+        "GCE_METADATA_HOST": "127.0.0.1:9",
+        "GCE_METADATA_IP": "127.0.0.1:9",
+        "NO_GCE_CHECK": "true",
+        "IDENTITY_ENDPOINT": "http://127.0.0.1:9",
+        "IDENTITY_HEADER": "none",
+    }
+    seen = start_head(read(name), tmp_path, **nowhere)
+    assert seen[0].startswith("start --head --port=6379")
+    assert not any(line.startswith("WANDB_API_KEY") for line in seen)
+
+
+def test_a_secret_reaches_the_head_by_its_role(s3, tmp_path):
+    boto3 = pytest.importorskip("boto3")
+    client = boto3.client("ssm", region_name="us-west-2")
+    key = "planted-0123456789"
+    client.put_parameter(Name="/stp-ray/wandb", Value=key, Type="SecureString")
+    seen = start_head(read("aws.yaml"), tmp_path)
+    assert f"WANDB_API_KEY={key}" in seen
+    assert key not in seen[0]  # the command line, which every user of the machine sees
+    assert key not in CLUSTER.joinpath("aws.yaml").read_text()
+
+
+@pytest.mark.parametrize("name", CLOUDS)
+def test_workers_watch_for_the_notice_of_their_cloud(name, tmp_path):
+    launcher = read(name)
+    mounted = launcher["file_mounts"]["~/stp/preemption.py"]
+    assert (ROOT / mounted).samefile(preemption.__file__)
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "$@"; exec sleep 2\n')
+    python.chmod(0o755)
+    given = {**os.environ, "HOME": str(tmp_path), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    # As Ray does; it has to come back while the watcher goes on.
+    command = f"({launcher['worker_start_ray_commands'][-1]})"
+    subprocess.run(["bash", "-c", command], env=given, timeout=1.5, check=True)
+    log = tmp_path / "preemption.log"
+    deadline = time.monotonic() + 10
+    while not (log.exists() and log.read_text()):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    cloud = Path(name).stem
+    assert log.read_text().split() == [f"{tmp_path}/stp/preemption.py", cloud]
+    assert cloud in preemption.NOTICES
+
+
+def test_pods_that_are_ended_drain_first(cluster):
+    for group in cluster["workerGroupSpecs"]:
+        pod = group["template"]["spec"]
+        (container,) = pod["containers"]
+        command = container["lifecycle"]["preStop"]["exec"]["command"]
+        assert command == ["python", "-m", "stp_ray.preemption", "now"]
+        assert preemption.NOTICES["now"]("") <= pod["terminationGracePeriodSeconds"]
+
+
+@pytest.mark.parametrize("name", CLOUDS)
+def test_the_code_that_asks_for_a_secret_can_be_read(name):
+    (code,) = re.findall(r"python -c '([^']+)'", read(name)["head_start_ray_commands"][-1])
+    compile(code, name, "exec")
 
 
 # -- KubeRay
@@ -135,6 +270,10 @@ def test_kuberay_files_keep_the_schema(name, kind):
         ({"mode": "disabled"}, lambda spec: spec["authOptions"]),
         ({"num-cpus": 4}, lambda spec: spec["headGroupSpec"]["rayStartParams"]),
         ({"hostNetwork": True}, lambda spec: spec["headGroupSpec"]["template"]["spec"]),
+        (
+            {"value": "a key"},
+            lambda spec: spec["headGroupSpec"]["template"]["spec"]["containers"][0]["env"][0],
+        ),
     ],
 )
 def test_the_schema_catches_mistakes(name, change, where):
@@ -162,14 +301,15 @@ def gpus(pod):
     )
 
 
-def test_kuberay_workers_are_gpu_pods_on_spot_from_zero(cluster):
+def test_kuberay_workers_are_on_spot_from_zero(cluster):
     assert cluster["enableInTreeAutoscaling"] is True
+    # One GPU, requested and limited.
+    found = {g["groupName"]: gpus(g["template"]["spec"]) for g in cluster["workerGroupSpecs"]}
+    assert found == {"gpu": 2, "cpu": 0}
     for group in cluster["workerGroupSpecs"]:
         assert group["minReplicas"] == group["replicas"] == 0 < group["maxReplicas"]
-        pod = group["template"]["spec"]
-        assert gpus(pod) == 2  # one, requested and limited
         # Every term is enough for the scheduler, so every term must demand spot.
-        terms = node_terms(pod)
+        terms = node_terms(group["template"]["spec"])
         assert [set(term) for term in terms] == [{label} for label in SPOT_LABELS]
         for term in terms:
             for label, (operator, values) in term.items():
@@ -201,6 +341,15 @@ def test_kuberay_is_locked(cluster):
         assert group["template"]["spec"]["serviceAccountName"] == "stp-ray"
 
 
+def test_kuberay_takes_the_key_of_wandb_from_a_secret(cluster):
+    (head,) = cluster["headGroupSpec"]["template"]["spec"]["containers"]
+    (key,) = head["env"]
+    assert key["name"] == "WANDB_API_KEY"
+    assert key["valueFrom"]["secretKeyRef"]["optional"] is True  # most runs need none
+    for group in cluster["workerGroupSpecs"]:
+        assert "env" not in group["template"]["spec"]["containers"][0]
+
+
 def test_dashboard_of_a_standing_cluster_is_on_loopback():
     start = ray_cluster("raycluster.yaml")["headGroupSpec"]["rayStartParams"]
     assert start["dashboard-host"] == "127.0.0.1"
@@ -221,9 +370,10 @@ def test_both_manifests_describe_the_same_cluster():
 def test_no_secret_is_written_down(path):
     text = path.read_text()
     assert not re.search(r"AKIA[0-9A-Z]{12}|-----BEGIN|\bghp_|\bxox[bp]-|ya29\.|AIza", text)
+    text = text.replace('WANDB_API_KEY="$key"', "")  # from a cloud's store of secrets
     assert not re.search(
-        r"(?im)^[^#\n]*(access_?key|secret|password|api_?key|auth_token|credential)\w*[\"']?\s*[:=]\s*"
-        r"(?!.*~/\.ray/auth_token)\S",
+        r"(?im)^[^#\n]*(access_?key|secret(?!KeyRef)|password|api_?key|auth_token|credential)\w*"
+        r"[\"']?\s*[:=]\s*(?!.*~/\.ray/auth_token)\S",
         text,
     )
 
@@ -239,7 +389,8 @@ def test_every_requirement_of_the_package_is_pinned():
     assert len(pins()) == sum(bool(line) and not line.startswith("#") for line in lines)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    needed = project["dependencies"] + extras["s3"] + extras["gcs"] + extras["export"]
+    needed = project["dependencies"] + extras["s3"] + extras["gcs"] + extras["azure"]
+    needed += extras["export"]
     for requirement in needed:
         name, least = re.match(r"([\w.-]+?)(?:\[[^]]*\])?>=([\d.]+)", requirement).groups()
         pinned = [int(part) for part in pins()[name.lower()].split(".")]
@@ -250,9 +401,9 @@ def test_every_node_runs_the_same_ray():
     version = pins()["ray"]
     assert f"FROM rayproject/ray:{version}-py311" in (CLUSTER / "Dockerfile").read_text()
     for name in LAUNCHER:
-        docker = read(name)["docker"]
-        for key in ("head_image", "worker_image"):
-            assert docker[key].startswith(f"rayproject/ray:{version}-py311")
+        images = re.findall(r"image: (\S+)", CLUSTER.joinpath(name).read_text())
+        assert set(images) <= {f"rayproject/ray:{version}-py311{end}" for end in ("", "-gpu")}
+        assert read(name)["file_mounts"]["~/stp/requirements.txt"] == "cluster/requirements.txt"
     for name in KUBERAY:
         spec = ray_cluster(name)
         assert spec["rayVersion"] == version

@@ -45,12 +45,14 @@ class Finished:
         recipe: path of its recipe.
         outside: what the driver left in its folders "cwd", "home" and "temporary".
         output: what it printed.
+        leaks: names of whatever it left anywhere that holds one of its keys.
     """
 
     bucket: dict[str, bytes]
     recipe: Path
     outside: dict[str, set[str]]
     output: str
+    leaks: set[str]
 
     @property
     def run_id(self) -> str:
@@ -81,7 +83,11 @@ def undisturbed(tmp_path_factory):
     server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
-    keys = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
+    keys = {
+        "AWS_ACCESS_KEY_ID": "AKIAPLANTED000000002",
+        "AWS_SECRET_ACCESS_KEY": "planted/secret+key",
+        "WANDB_API_KEY": "feed0123456789feed0123456789feed01234567",
+    }
     # Sockets lie in the folder of temporary files: its path has to be short.
     with tempfile.TemporaryDirectory(prefix="stp-", dir="/tmp") as temporary:
         folders = {"cwd": folder / "cwd", "home": folder / "home", "temporary": Path(temporary)}
@@ -99,8 +105,8 @@ def undisturbed(tmp_path_factory):
             "s3",
             endpoint_url=variables["AWS_ENDPOINT_URL"],
             region_name="us-east-1",
-            aws_access_key_id="test",
-            aws_secret_access_key="test",
+            aws_access_key_id=keys["AWS_ACCESS_KEY_ID"],
+            aws_secret_access_key=keys["AWS_SECRET_ACCESS_KEY"],
         )
         client.create_bucket(Bucket="experiments")
         arguments = ("run", str(recipe), "storage=s3://experiments/runs")
@@ -118,4 +124,10 @@ def undisturbed(tmp_path_factory):
             server.stop()
         assert code == 0, driver.output
         outside = {name: files(path) for name, path in folders.items()}
-    return Finished(bucket, recipe, outside, driver.output)
+        # Ray's logs are among them.
+        left = {path: path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+        left |= {path: path.read_bytes() for path in Path(temporary).rglob("*") if path.is_file()}
+        left |= bucket
+    secrets = [value.encode() for value in keys.values()]
+    leaks = {str(name) for name, data in left.items() if any(s in data for s in secrets)}
+    return Finished(bucket, recipe, outside, driver.output, leaks)

@@ -53,6 +53,12 @@ def test_nothing_is_written_elsewhere_but_caches(undisturbed):
     assert {name.split("/")[0] for name in undisturbed.outside["temporary"]} <= {"ray"}
 
 
+def test_its_keys_are_written_nowhere(undisturbed):
+    """Neither into the bucket nor into what it printed nor into Ray's own logs."""
+    assert undisturbed.leaks == set()
+    assert any(name.endswith(".log") for name in undisturbed.outside["temporary"])
+
+
 def test_it_tells_how_far_it_is(undisturbed):
     assert re.search(r"^supernet  \d+/54 .* images/s", undisturbed.output, re.MULTILINE)
     for stage in ("supernet", "explore", *(f"finalize/{label}" for label in BUDGETS)):
