@@ -84,6 +84,14 @@ class Machine:
         self._started.append(process)
         return process
 
+    def runs(self, name: str) -> bool:
+        """Whether a process whose command line begins with this name runs here."""
+        lines = []
+        for pid in ip("netns", "pids", self.name).split():
+            with contextlib.suppress(OSError):
+                lines.append(Path("/proc", pid, "cmdline").read_bytes().decode(errors="replace"))
+        return any(line.startswith(name) for line in lines)
+
     def cut(self) -> None:
         """Nothing gets out or in any more."""
         ip("link", "set", self._link, "down")

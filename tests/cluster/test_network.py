@@ -147,7 +147,7 @@ def test_a_run_completes_on_three_machines(undisturbed):
 
 
 def test_a_cut_link_and_killed_machines_change_nothing(cluster, undisturbed, record_property):
-    first, second = cluster.workers
+    second = cluster.workers[1]
     driver = cluster.run("disturbed")
     times = {}
 
@@ -171,17 +171,22 @@ def test_a_cut_link_and_killed_machines_change_nothing(cluster, undisturbed, rec
     time.sleep(max(0.0, 30 - (time.monotonic() - cut)))
     second.mend()
     second.kill()  # Ray does not take back a node that it has given up
-    cluster.join(second)
+    machines = [cluster.workers[0], late, cluster.join(second)]
+
+    def at_work(name):
+        """A machine that a task or an actor of this name runs on."""
+        return next((machine for machine in machines if machine.runs(name)), None)
 
     # A machine dies while candidates are scored: there are two others.
     parts = "explore/parts/"
     wait_for(lambda: cluster.found("disturbed", parts), PATIENCE_S, "a part", driver.running)
-    first.kill()
+    victim = wait_for(lambda: at_work("ray::_Trial"), 30, "a worker", driver.running)
+    victim.kill()
     killed = time.monotonic()
-    before = cluster.found("disturbed", parts)
     assert "explore/front.json" not in cluster.found("disturbed", "explore/")
-    progress("explore/", before, "a machine killed in exploration", killed)
-    cluster.join(first)
+    # What it was scoring is scored again: else the stage would not end.
+    progress("explore/front.json", set(), "a machine killed in exploration", killed)
+    cluster.join(victim)
 
     # And one while the budgets are finalised.
     states = "/checkpoint-"
@@ -190,11 +195,15 @@ def test_a_cut_link_and_killed_machines_change_nothing(cluster, undisturbed, rec
         return {n for n in cluster.found("disturbed", states) if n.startswith("budget-")}
 
     wait_for(finalising, PATIENCE_S, "a budget's state", driver.running)
-    late.kill()
+    victim = wait_for(lambda: at_work("ray::_finalize_task"), 30, "a worker", driver.running)
+    victim.kill()
     killed = time.monotonic()
-    before = cluster.found("disturbed", "budget-")
     assert not cluster.found("disturbed", "pruned.json")
-    progress("budget-", before, "a machine killed in finalising", killed)
+    # One of the budgets was on that machine.
+    before = {label: cluster.found("disturbed", f"budget-{label}/") for label in BUDGETS}
+    for label in BUDGETS:
+        what = f"a machine killed in finalising: budget {label}"
+        progress(f"budget-{label}/", before[label], what, killed)
 
     assert driver.wait(PATIENCE_S) == 0, driver.output
     for what, seconds in times.items():
