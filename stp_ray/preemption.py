@@ -3,7 +3,7 @@
     python preemption.py aws|gcp|azure|now
 
 The launcher files start it on every worker, beside Ray, as this one file: it uses the standard
-library alone. Ray then places nothing new on the node, and a training saves its state while it can.
+library alone. Ray then places nothing new on the node, and tells a training that it goes away.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import urllib.request
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from pathlib import Path
 
 log = logging.getLogger("preemption")
 
@@ -26,8 +27,11 @@ METADATA = "http://169.254.169.254"
 POLL_S = 5.0
 #: Seconds that a request may take; Azure's first one is slow.
 TIMEOUT_S = 10.0
-#: How often a drain that fails is tried.
+#: How often a drain that fails is tried, and the seconds that each try may take.
 ATTEMPTS = 3
+DRAIN_S = 20.0
+
+PROC = Path("/proc")
 
 # Never through a proxy: the service answers this machine only.
 _open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
@@ -114,11 +118,27 @@ def watch(notice: Callable[[], float | None], poll_s: float = POLL_S) -> float:
         time.sleep(poll_s)
 
 
-def drain(seconds: float, pause_s: float = 1.0) -> bool:
-    """Tell Ray that this node goes away.
+def nodes(proc: Path = PROC) -> list[tuple[str, str]]:
+    """The Ray nodes on this machine as (address of the cluster, node id), from the command lines of
+    their raylets. Left to itself, `ray drain-node` may take another node for this one."""
+    found = []
+    for path in proc.glob("[0-9]*/cmdline"):
+        try:
+            program, *arguments = path.read_bytes().decode(errors="replace").split("\0")
+        except OSError:  # it has ended
+            continue
+        flags = dict(argument.partition("=")[::2] for argument in arguments)
+        if program.rpartition("/")[2] == "raylet" and "--node_id" in flags:
+            found.append((flags["--gcs-address"], flags["--node_id"]))
+    return found
+
+
+def drain(seconds: float, proc: Path = PROC, pause_s: float = 1.0) -> bool:
+    """Tell Ray that this machine goes away.
 
     Args:
         seconds: until it does.
+        proc: where the processes of this machine are listed.
         pause_s: between two attempts.
 
     Returns:
@@ -126,18 +146,33 @@ def drain(seconds: float, pause_s: float = 1.0) -> bool:
     """
     ends = time.monotonic() + seconds
     for _ in range(ATTEMPTS):
-        command = [
-            "ray", "drain-node", "--reason", "DRAIN_NODE_REASON_PREEMPTION",
-            "--reason-message", "the cloud takes this spot machine away",
-            "--deadline-remaining-seconds", str(max(0, int(ends - time.monotonic()))),
-        ]  # fmt: skip
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        if done.returncode == 0:
-            log.info("drained, %.0f s before the end", ends - time.monotonic())
+        here = nodes(proc)
+        if here and all([_drain(*node, ends - time.monotonic()) for node in here]):
             return True
-        log.warning("ray drain-node failed: %s", done.stdout.strip()[-500:])
+        if not here:
+            log.warning("found no raylet; expected Ray to run here")
         time.sleep(pause_s)
     return False
+
+
+def _drain(address: str, node: str, seconds: float) -> bool:
+    command = [
+        "ray", "drain-node", "--address", address, "--node-id", node,
+        "--reason", "DRAIN_NODE_REASON_PREEMPTION",
+        "--reason-message", "the cloud takes this spot machine away",
+        "--deadline-remaining-seconds", str(max(0, int(seconds))),
+    ]  # fmt: skip
+    try:
+        subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True,
+            timeout=DRAIN_S,
+        )  # fmt: skip
+    except subprocess.SubprocessError as error:
+        said = str(getattr(error, "stdout", None) or "nothing").strip()[-500:]
+        log.warning("%s is not drained (%s); ray said: %s", node, error, said)
+        return False
+    log.info("drained %s, %.0f s before the end", node, seconds)
+    return True
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -145,12 +180,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Drain this Ray node when its machine is taken.")
     parser.add_argument("cloud", choices=NOTICES)
     parser.add_argument("--metadata", default=METADATA, help="Another metadata service, for tests.")
+    parser.add_argument("--proc", type=Path, default=PROC, help="Another /proc, for tests.")
     parser.add_argument("--poll", type=float, default=POLL_S, help="Seconds between two looks.")
     given = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
     left = watch(lambda: NOTICES[given.cloud](given.metadata), given.poll)
     log.info("notice: this machine is taken away in %.0f s", left)
-    return 0 if drain(left) else 1
+    return 0 if drain(left, given.proc) else 1
 
 
 def _ask(url: str, headers: dict[str, str], method: str = "GET") -> str:

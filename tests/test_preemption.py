@@ -137,6 +137,14 @@ def recorded(tmp_path):
         'test -s "$0.fail" && { : > "$0.fail"; exit 1; }\nexit 0\n'
     )
     ray.chmod(0o755)
+    processes = {
+        "1": ["bash", "--node_id=no-raylet", "--gcs-address=none"],
+        "20": ["/site-packages/ray/raylet", "--node_id=n0de", "--gcs-address=10.0.0.1:6379", ""],
+        "21": ["ray::Worker", "--node-id=n0de"],
+    }
+    for number, line in processes.items():
+        (tmp_path / "proc" / number).mkdir(parents=True)
+        (tmp_path / "proc" / number / "cmdline").write_text("\0".join(line))
 
     def calls():
         return [path.read_text().splitlines() for path in tmp_path.glob("ray.call.*")]
@@ -147,7 +155,8 @@ def recorded(tmp_path):
 def start(cloud, folder):
     path = f"{folder}{os.pathsep}{os.environ['PATH']}"
     return subprocess.Popen(
-        [sys.executable, "-I", str(SCRIPT), cloud.kind, "--metadata", cloud.url, "--poll", "0.05"],
+        [sys.executable, "-I", str(SCRIPT), cloud.kind, "--metadata", cloud.url, "--poll", "0.05",
+         "--proc", str(folder / "proc")],
         env={**os.environ, "PATH": path, "http_proxy": "http://127.0.0.1:9"},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
@@ -176,6 +185,7 @@ def test_the_node_is_drained_when_the_notice_comes_and_not_before(cloud, notice,
     ((command, *options),) = calls()
     given = dict(zip(options[::2], options[1::2], strict=True))
     assert command == "drain-node"
+    assert (given["--address"], given["--node-id"]) == ("10.0.0.1:6379", "n0de")
     assert given["--reason"] == "DRAIN_NODE_REASON_PREEMPTION"
     assert 0 <= int(given["--deadline-remaining-seconds"]) <= most
 
@@ -185,13 +195,18 @@ def test_a_drain_that_fails_is_tried_again(recorded, monkeypatch, failures):
     folder, calls = recorded
     (folder / "ray.fail").write_text("x" * failures)
     monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
-    assert preemption.drain(30.0, pause_s=0.01)
+    assert preemption.drain(30.0, folder / "proc", pause_s=0.01)
     assert len(calls()) == failures + 1
 
 
-def test_a_drain_that_is_never_accepted_is_told(tmp_path, monkeypatch, caplog):
-    (tmp_path / "ray").write_text("#!/bin/sh\necho no cluster; exit 1\n")
-    (tmp_path / "ray").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    assert not preemption.drain(30.0, pause_s=0.01)
+def test_a_drain_that_is_never_accepted_is_told(recorded, monkeypatch, caplog):
+    folder, _ = recorded
+    (folder / "ray").write_text("#!/bin/sh\necho no cluster; exit 1\n")
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+    assert not preemption.drain(30.0, folder / "proc", pause_s=0.01)
     assert caplog.text.count("no cluster") == preemption.ATTEMPTS
+
+
+def test_a_machine_without_ray_is_told(tmp_path, caplog):
+    assert not preemption.drain(30.0, tmp_path, pause_s=0.01)
+    assert "found no raylet" in caplog.text

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from stp_ray import preemption
 from tests.cluster.network import HOST, RAY_PORT, Network
 from tests.stages.runs import BUDGETS, WEIGHTS, stp, tiny, wait_for, write_recipe
 
@@ -29,6 +30,16 @@ KEYS = {
     "AWS_EC2_METADATA_DISABLED": "true",
 }
 
+#: Prints the nodes that are being drained, or that have ended since, for they had nothing to do.
+DRAINED = """
+import ray
+ray.init(logging_level="error")
+draining = ray._private.state.state.get_draining_nodes()
+for node in ray.nodes():
+    state = "draining" if node["NodeID"] in draining else node["DeathReasonMessage"] or "alive"
+    print(node["NodeManagerAddress"], state)
+"""
+
 
 class Cluster:
     """A head without work and workers of one CPU each, with a bucket that all of them reach."""
@@ -36,7 +47,7 @@ class Cluster:
     def __init__(self, network, client, folder, variables):
         self._network, self._client, self._folder = network, client, folder
         self._variables = variables
-        self.head = self._machine()
+        self.head = self.bare()
         self._started(
             self.head.start(
                 RAY, "start", "--head", "--block", f"--port={RAY_PORT}", "--num-cpus=0",
@@ -51,12 +62,13 @@ class Cluster:
         up = "Ray runtime started"
         wait_for(lambda: up in process.output, 120, "a node", process.running)
 
-    def _machine(self):
+    def bare(self):
+        """A machine on which nothing runs."""
         return self._network.machine(self._folder, **self._variables)
 
     def join(self, machine=None):
         """A machine joins, a new one unless it is given."""
-        machine = machine or self._machine()
+        machine = machine or self.bare()
         self._started(
             machine.start(
                 "env", f"RAY_ADDRESS={self.head.address}:{RAY_PORT}",
@@ -211,3 +223,25 @@ def test_a_cut_link_and_killed_machines_change_nothing(cluster, undisturbed, rec
         print(f"{what}: {seconds} s to the next progress")
     for name in WEIGHTS:
         assert cluster.read("disturbed", name) == undisturbed[name], name
+
+
+def test_a_notice_drains_the_machine_that_got_it(cluster):
+    # Processes of its own, too: Ray looks among them for the node that it is on.
+    address = f"{cluster.head.address}:{RAY_PORT}"
+    machine = cluster.bare()
+    steps = (
+        f"{RAY} start --address={address} --num-cpus=1 --node-ip-address={machine.address} "
+        f"--disable-usage-stats && {sys.executable} {preemption.__file__} now; "
+        "echo the watcher ended with $?; sleep 60"
+    )
+    alone = ("unshare", "--pid", "--fork", "--mount-proc", "--kill-child")
+    path = f"PATH={Path(RAY).parent}:{os.environ['PATH']}"
+    watched = machine.start(*alone, "env", path, "bash", "-c", steps)
+    wait_for(lambda: "the watcher ended with" in watched.output, 90, "the watcher", watched.running)
+    assert "the watcher ended with 0" in watched.output, watched.output
+    look = cluster.head.start("env", f"RAY_ADDRESS={address}", sys.executable, "-c", DRAINED)
+    assert look.wait(60) == 0, look.output
+    gone = ("draining", "the cloud takes this spot machine away")
+    states = [line.split(" ", 1) for line in look.output.splitlines() if line[:1].isdecimal()]
+    # It, and no other: machines that other tests have killed are listed as well.
+    assert [node for node, state in states if state in gone] == [machine.address], look.output
