@@ -42,6 +42,9 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# The networks of the tests are small: more threads than one would only wait for each other.
+test test-models test-cluster: export OMP_NUM_THREADS ?= 1
+
 test: lint
 	$(BIN)/pytest --cov --cov-report=term
 

@@ -68,13 +68,15 @@ class Distilled(nn.Module):
         self._teacher = [teacher.eval().requires_grad_(False)]
 
     def forward(
-        self, images: Tensor, labels: Tensor, subnets: object = (), backward: object = None
+        self, images: Tensor, labels: Tensor, subnets: object, backward: Callable[[Tensor], object]
     ) -> dict[str, Tensor]:
         logits = self.model(images)
         with torch.no_grad():
             wanted = self._teacher[0](images)
         ce, kd = cross_entropy(logits, labels), kl_divergence(wanted, logits)
-        return {"loss": (1 - self.weight) * ce + self.weight * kd}
+        loss = (1 - self.weight) * ce + self.weight * kd
+        backward(loss)
+        return {"loss": loss}
 
 
 # -- dense and from scratch -----------------------------------------------------------

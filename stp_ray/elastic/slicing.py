@@ -61,10 +61,10 @@ class Layout:
             parameter.grad = torch.zeros_like(parameter)
         grad = parameter.grad
         leaf.requires_grad_()
-        if all(len(ranges) == 1 for ranges in cuts.values()):
-            leaf.grad = self.cut(name, grad, subnet) if cuts else grad
-        else:
+        if cuts:
             leaf.register_post_accumulate_grad_hook(lambda leaf: _add(leaf, grad, cuts))
+        else:
+            leaf.grad = grad
         return leaf
 
     def ranges(self, name: str, subnet: Subnet) -> dict[int, Ranges]:
@@ -87,7 +87,7 @@ class Merge:
 
 
 def _add(leaf: Tensor, grad: Tensor, cuts: Mapping[int, Ranges]) -> None:
-    """Add the gradient of gathered parts where they were gathered from."""
+    """Move the gradient of a kept part to where the part was taken from."""
     assert leaf.grad is not None
     _scatter(leaf.grad, grad, tuple(cuts.items()))
     leaf.grad = None

@@ -1,11 +1,9 @@
-"""The losses. Each objective runs the main network and all subnets in one forward pass, and
-gives back a loss for the backward pass to start from.
+"""The losses, of the main network and of the subnets of a step.
 
-Where it gets a `backward`, it runs that on the loss of each subnet as soon as it is there: only
-one subnet's activations are held at a time, and the gradients wait in `.grad` for the main
-network's. The backward pass of the loss that comes back is then the main network's alone; it is
-the only one that data-parallel training sees, so the gradients are reduced once a step, whatever
-K is, and while that pass still runs [ours].
+An objective gives back one loss for one backward pass. Where it gets a `backward`, it runs that on
+the loss of each network as soon as it is there instead, the subnets' on views of weights and
+gradients: only one network's activations are held at a time, and a subnet costs what it costs
+alone [ours].
 
 Translated from the mathematics of METHOD: the paper's [paper], its ancestors' [ST], or a
 decision of this project's [ours], as marked.
@@ -125,7 +123,7 @@ Backward = Callable[[Tensor], object]
 
 
 def _learnt(loss: Tensor, backward: Backward | None) -> Tensor:
-    """The loss of one subnet: with its graph, or, after its backward pass, its value alone."""
+    """The loss of one network: with its graph, or, after its backward pass, its value alone."""
     if backward is None:
         return loss
     backward(loss)
@@ -206,7 +204,8 @@ class DenseObjective(nn.Module):
     ) -> dict[str, Tensor]:
         """{"loss"} of images [B, C, H, W] with labels [B] or [B, classes]; the subnets are not
         looked at."""
-        return {"loss": cross_entropy(self.model(images), labels, self.label_smoothing)}
+        ce = cross_entropy(self.model(images), labels, self.label_smoothing)
+        return {"loss": _learnt(ce, backward)}
 
 
 class StimulativeObjective(nn.Module):
@@ -239,7 +238,7 @@ class StimulativeObjective(nn.Module):
         options, direct = self.options, backward is not None
         main = self.net(images)
         ce = cross_entropy(main, labels, self.label_smoothing)
-        loss, kd = ce, ce.new_zeros(())
+        loss, kd = _learnt(ce, backward), ce.new_zeros(())
         for subnet in subnets:
             logits = self.net(self._scaled(images), subnet, direct=direct)
             divergence = kl_divergence(main, logits, options.temperature, options.direction)
@@ -310,7 +309,7 @@ class ExpansionObjective(nn.Module):
         learners = 1 if with_main else len(subnets)
         teacher = self.net(images, first)
         ce = cross_entropy(teacher, labels, self.label_smoothing) / learners
-        loss, parts = ce, {"ce": ce.detach()}
+        loss, parts = _learnt(ce, backward), {"ce": ce.detach()}
         parts["kd"] = ce.new_zeros(())
         for subnet in rungs:
             logits = self.net(images, subnet, direct=direct)

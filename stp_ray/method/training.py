@@ -150,8 +150,8 @@ class Trainer:
     """Trains an objective, one optimiser step at a time.
 
     Args:
-        objective: maps (images, labels, subnets, backward) to {"loss": scalar, further parts};
-            it may call `backward` on losses of its own before it returns the last one. An
+        objective: maps (images, labels, subnets, backward) to {"loss": scalar, further parts}, and
+            calls `backward` on every loss that is to be learnt from. An
             attribute `different_per_rank = False` makes all ranks train the same subnets.
         options: how to train.
         steps_per_epoch: optimiser steps in one pass over the data.
@@ -197,7 +197,7 @@ class Trainer:
         self._ema: dict[str, Tensor] | None = None
         if options.ema is not None:
             self._ema = {name: t.detach().clone() for name, t in self._averageable().items()}
-        self._module = wrap(objective)
+        self._module = wrap(_Step(objective))
 
     @property
     def finished(self) -> bool:
@@ -257,14 +257,12 @@ class Trainer:
             dtype=_AUTOCAST.get(options.precision),
             enabled=options.precision != "fp32",
         ):
-            parts = self._module(images, labels, subnets, self._backward)
-        loss = parts["loss"]
-        parts = {name: part.detach() for name, part in parts.items()}
+            parts, complete = self._module(images, labels, subnets, self._backward)
+        complete.backward()
         self._spoiled += ~torch.isfinite(parts["loss"])
         if due or done % self._check_every == 0:
             self._require_finite_loss(parts, epoch)
 
-        self._backward(loss)
         if options.grad_clip is not None:
             self._scaler.unscale_(self._optimizer)
             nn.utils.clip_grad_norm_(self._parameters.values(), options.grad_clip)
@@ -286,7 +284,8 @@ class Trainer:
         )
 
     def _backward(self, loss: Tensor) -> None:
-        self._scaler.scale(loss).backward()
+        with torch.autocast(self.device.type, enabled=False):
+            self._scaler.scale(loss).backward()
 
     def _require_finite_loss(self, parts: Mapping[str, Tensor], epoch: int) -> None:
         """All ranks come to the same verdict, so that none waits for another in vain."""
@@ -513,3 +512,38 @@ def _require_same(found: Mapping[str, Tensor], live: Mapping[str, Tensor], what:
             "all); expected the same names and shapes; resume with the configuration it was made "
             "with"
         )
+
+
+class _Step(nn.Module):
+    """An objective whose backward passes run within its forward, and then, as the loss for
+    DistributedDataParallel, something whose backward pass visits the gradients that are there.
+    It reduces them on that visit: once a step, whatever number of networks they come from."""
+
+    def __init__(self, objective: nn.Module) -> None:
+        super().__init__()
+        self.objective = objective
+        self.uses_all_parameters = getattr(objective, "uses_all_parameters", True)
+
+    def forward(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        subnets: Sequence[Subnet],
+        backward: Callable[[Tensor], object],
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        parts = self.objective(images, labels, subnets, backward)
+        learnt = [p for p in self.objective.parameters() if p.grad is not None]
+        return {name: part.detach() for name, part in parts.items()}, _Visit.apply(*learnt)
+
+
+class _Visit(torch.autograd.Function):
+    """Depends on its arguments and passes no gradient to them."""
+
+    @staticmethod
+    def forward(ctx: Any, *parameters: Tensor) -> Tensor:
+        ctx.count = len(parameters)
+        return parameters[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[None, ...]:
+        return (None,) * ctx.count

@@ -142,7 +142,8 @@ def gradients(net, objective, batch, subnets, backward):
     for parameter in net.parameters():
         parameter.grad = torch.ones_like(parameter)
     parts = objective(*batch, subnets, backward)
-    parts["loss"].backward()
+    if backward is None:
+        parts["loss"].backward()
     return {**parts, **{name: p.grad for name, p in net.named_parameters()}}
 
 
