@@ -43,7 +43,7 @@ lint: setup
 	$(BIN)/lint-imports
 
 # The networks of the tests are small: more threads than one would only wait for each other.
-test test-models test-cluster: export OMP_NUM_THREADS ?= 1
+test test-cluster: export OMP_NUM_THREADS ?= 1
 
 test: lint
 	$(BIN)/pytest --cov --cov-report=term

@@ -8,6 +8,7 @@ import threading
 import time
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -97,15 +98,17 @@ def instance_action(seconds):
 @pytest.mark.parametrize(
     ("cloud", "notice", "seconds"),
     [
-        ("aws", None, None), ("aws", instance_action(120), 120), ("aws", instance_action(-5), 0),
-        ("gcp", None, None), ("gcp", "TRUE", 30),
-        ("azure", None, None), ("azure", event(), 30), ("azure", event(seconds=0), 0),
-        ("azure", event(kind="Reboot"), None), ("azure", event(resource="worker-2"), None),
+        ("aws", str, None), ("aws", partial(instance_action, 120), 120),
+        ("aws", partial(instance_action, -5), 0),
+        ("gcp", str, None), ("gcp", "TRUE".strip, 30),
+        ("azure", str, None), ("azure", event, 30), ("azure", partial(event, seconds=0), 0),
+        ("azure", partial(event, "Reboot"), None),
+        ("azure", partial(event, resource="worker-2"), None),
     ],
     indirect=["cloud"],
 )  # fmt: skip
 def test_notices(cloud, notice, seconds):
-    cloud.notice = notice
+    cloud.notice = notice()  # made here: its time counts from now
     left = preemption.NOTICES[cloud.kind](cloud.url)
     assert left == (seconds if seconds is None else pytest.approx(seconds, abs=50))
     if seconds:

@@ -202,8 +202,8 @@ class DenseObjective(nn.Module):
         subnets: Sequence[Subnet] = (),
         backward: Backward | None = None,
     ) -> dict[str, Tensor]:
-        """{"loss"} of images [B, C, H, W] with labels [B] or [B, classes]; the subnets are not
-        looked at."""
+        """{"loss"} of images [B, C, H, W] with labels [B] or [B, classes], learnt by `backward` if
+        there is one; the subnets are not looked at."""
         ce = cross_entropy(self.model(images), labels, self.label_smoothing)
         return {"loss": _learnt(ce, backward)}
 
@@ -234,7 +234,8 @@ class StimulativeObjective(nn.Module):
         backward: Backward | None = None,
     ) -> dict[str, Tensor]:
         """{"loss", "ce": of the main network, "kd": mean over the subnets}, scalars, of images
-        [B, C, H, W] with labels [B] or [B, classes]."""
+        [B, C, H, W] with labels [B] or [B, classes]; learnt by `backward`, if there is one, network
+        by network."""
         options, direct = self.options, backward is not None
         main = self.net(images)
         ce = cross_entropy(main, labels, self.label_smoothing)
@@ -292,7 +293,8 @@ class ExpansionObjective(nn.Module):
         backward: Backward | None = None,
     ) -> dict[str, Tensor]:
         """{"loss", "ce": of the teacher(s), "ce_target", "kd": sum over the expanded subnets,
-        "kd_target"}, scalars, of images [B, C, H, W] with labels [B] or [B, classes].
+        "kd_target"}, scalars, of images [B, C, H, W] with labels [B] or [B, classes]; learnt by
+        `backward`, if there is one, network by network.
 
         Raises ValueError where there are neither subnets nor a main network.
         """

@@ -54,6 +54,9 @@ def write_report(store: Store) -> str:
 def architecture_picture(store: Store) -> bytes | None:
     """The network before and after as a PNG; None where the run's candidates do not say.
 
+    Args:
+        store: the folder of a finished run.
+
     Raises:
         StorageError: an artifact is missing or damaged.
     """

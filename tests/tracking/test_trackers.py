@@ -208,8 +208,8 @@ def lines_of(store, stage="supernet"):
 
 
 @pytest.mark.parametrize("remote", [False, True])
-def test_every_call_is_a_line_and_a_restart_adds_to_them(tmp_path, remote, request):
-    store = Store(f"memory://{request.node.name}/run" if remote else tmp_path)
+def test_every_call_is_a_line_and_a_restart_adds_to_them(tmp_path, remote):
+    store = Store("memory://every-call/run" if remote else tmp_path)
     use(JsonlTracker(store))
     lines = lines_of(store)
     assert [line["event"] for line in lines] == [
