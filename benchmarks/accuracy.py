@@ -61,8 +61,9 @@ def cells(protocol: Protocol, methods: list[str], accounting: list[str]) -> list
     found = []
     for count in accounting:
         for method in [*OWN_SHAPE, *GIVEN_SHAPE]:
-            ours = method.startswith("stp")
-            if method not in methods or (ours and count == "macs"):
+            if method not in methods:
+                continue
+            if count == "macs" and method.startswith("stp") and not OWN_SHAPE[method].saves:
                 continue  # STP's own expense is what equal MACs means
             budgets = (1.0,) if method == "dense" and count == "epochs" else protocol.budgets
             found += [{"method": method, "budget": b, "equal": count} for b in budgets]

@@ -30,6 +30,7 @@ from stp_ray.method import (
     sampler,
     score,
 )
+from stp_ray.method.training import Draw
 
 
 @dataclass(frozen=True)
@@ -289,19 +290,28 @@ class Stp:
     turn: float = 0.5
     """The learning rate between the phases, as a share of the protocol's: one fall over both."""
 
+    @property
+    def saves(self) -> bool:
+        """Whether an epoch costs less than one of STP's, so that equal MACs buy more of them."""
+        return self.expansion.main == "drop"
+
     def __call__(self, bench: Bench, budget: float, limit: Limit) -> Trained:
         first = max(1, round(self.share * bench.protocol.epochs))
         net, paid, weights = self._stimulated(bench, first)
         target, searched = self._target(bench, net, budget)
         cost = net.cost(target).macs
-        rest = bench.protocol.epochs - first
         full = bench.full_macs if self.expansion.main == "train" else 0
         objective = ExpansionObjective(net, target, self.expansion)
         sparsity = [sparsity_of(net, kept, target) for kept in weights]
+        draw = ladder(net.space, target, self.expansion)
+
+        def price(subnet: Subnet) -> int:
+            return STEP * net.space.cost(subnet).macs
+
+        per_image = STEP * (full + cost) + _mean(draw, price)
+        rest = limit.left(_epoch(bench, per_image), epochs=first, macs=paid + searched)
         spent = bench.train(
-            objective, rest, macs=STEP * (full + cost),
-            draw=ladder(net.space, target, self.expansion),
-            price=lambda subnet: STEP * net.space.cost(subnet).macs,
+            objective, rest, macs=STEP * (full + cost), draw=draw, price=price,
             lr=(self.turn, 0.0), warm=False,
             at_epoch=lambda _: sparsity.append(relative_sparsity(net, target)),
         )  # fmt: skip
@@ -386,6 +396,13 @@ class Stp:
         return Subnet.from_json(found["targets"][str(budget)]), found["spent"]
 
 
+def _mean(draw: Draw, price: Callable[[Subnet], int], looks: int = 256) -> int:
+    """The price of what is drawn in a step, averaged over the course of a training."""
+    rng = random.Random(0)
+    drawn = [draw(rng, look / looks) for look in range(looks)]
+    return sum(price(subnet) for subnets in drawn for subnet in subnets) // looks
+
+
 def sparsity_of(net: Supernet, weights: dict[str, Tensor], target: Subnet) -> dict[str, float]:
     """The relative sparsity of other weights than the network's own, which it gets back."""
     own = {name: tensor.clone() for name, tensor in net.model.state_dict().items()}
@@ -398,8 +415,8 @@ def sparsity_of(net: Supernet, weights: dict[str, Tensor], target: Subnet) -> di
 STP = Stp()
 DIRECT = replace(STP.expansion, rungs=0)
 
-#: Methods with a shape of their own.
-OWN_SHAPE: dict[str, Callable[[Bench, float, Limit], Trained]] = {
+#: Methods with a shape of their own: (bench, budget, limit) -> `Trained`.
+OWN_SHAPE: dict[str, Any] = {
     "dense": dense,
     "stp": STP,
     "stp, uniform widths": replace(STP, target="uniform"),

@@ -311,14 +311,14 @@ def test_no_remote_uri_touches_its_neighbours(parts, separator):
     memory = fsspec.filesystem("memory")
     memory.store.clear()
     memory.pseudo_dirs[:] = [""]
-    neighbours = [f"/{top}/{run}/gone/file.json" for top in ("root", "other") for run in "ab"]
+    neighbours = [f"/{top}/{run}/gone/file.json" for top in ("bucket", "other") for run in "ab"]
     for name in neighbours:
         memory.pipe_file(name, b"old")
     with contextlib.suppress(StpError):
-        write_and_delete(Store(f"memory://root/x{separator.join(parts)}"))
+        write_and_delete(Store(f"memory://bucket/x{separator.join(parts)}"))
     for name in neighbours:
         assert memory.cat_file(name) == b"old"
-    assert all(name.startswith(("/root/x", *neighbours)) for name in memory.store)
+    assert all(name.startswith(("/bucket/x", *neighbours)) for name in memory.store)
 
 
 @pytest.mark.parametrize(
