@@ -47,6 +47,8 @@ _NOT_IN_ID = (
     "cluster.device_price",
     "cluster.explore_workers",
     "cluster.max_failures",
+    "cluster.min_workers",  # the order of summation alone depends on it
+    "cluster.resize_every_s",
     "cluster.schedule_timeout_s",
     "baseline.checkpoint_every",
     "supernet.optimisation.checkpoint_every",
@@ -157,6 +159,12 @@ class ClusterOptions(_Section):
 
     num_workers: int = Field(default=1, ge=1)
     """Data-parallel workers of the supernet (and of the baseline)."""
+    min_workers: int | None = Field(default=None, ge=1)
+    """Fewest workers that a training begins or goes on with where machines are missing; null: it
+    waits for all. The batch stays what it is: fewer workers do the work of all, in more time."""
+    resize_every_s: float = Field(default=60.0, gt=0)
+    """Seconds between two looks whether a training that goes on with fewer workers can have more;
+    each change begins again at the last checkpoint."""
     use_gpu: bool = False
     """One GPU per worker."""
     threads_per_worker: int = Field(default=1, ge=1)
@@ -174,6 +182,10 @@ class ClusterOptions(_Section):
     the report and `--dry-run` show device-hours alone."""
     in_process: bool = False
     """Run every stage in this process, without Ray; for tests and debugging."""
+
+    def fewest(self, workers: int) -> int:
+        """The fewest that a training of so many workers goes on with."""
+        return min(self.min_workers or workers, workers)
 
 
 class TrackingOptions(_Section):

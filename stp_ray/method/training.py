@@ -1,8 +1,12 @@
 """The training loop: it yields metrics and state, and knows nothing of where they go.
 
-Everything random is derived from (seed, step, rank), so the number of steps done is all
+Everything random is derived from (seed, step, share), so the number of steps done is all
 the position that a checkpoint has to hold: a run that was stopped at a step boundary and
 loaded again goes on bit for bit as if it had not been stopped.
+
+A *share* is the part of a step that one of the recipe's workers does: its images, its subnets,
+its random numbers. When fewer workers are there, each does several of them, one after the other:
+a step stays the same arithmetic, in another order of summation [ours].
 """
 
 import hashlib
@@ -23,7 +27,7 @@ from ..errors import RunError, StorageError
 from .checks import require
 
 Batches = Callable[[int, int], Iterable[tuple[Tensor, Tensor]]]
-"""(epoch, first step of it) -> (images, labels) of this rank, from that step on."""
+"""(epoch, first step of it) -> (images, labels) of one share, from that step on."""
 
 Draw = Callable[[random.Random, float], Sequence[Subnet]]
 """(random numbers of this step, progress in [0, 1)) -> the subnets to train in this step."""
@@ -137,7 +141,8 @@ class Progress:
     checkpoint_due: bool
     """Whether a checkpoint should be saved now; true at the end of each epoch."""
     parts: Mapping[str, Tensor] = field(repr=False)
-    """The loss and its parts, scalars on the device, detached."""
+    """The loss and its parts, scalars on the device, detached; of this worker's first share, so
+    that they are the same however many workers there are."""
 
     @cached_property
     def metrics(self) -> dict[str, float]:
@@ -155,8 +160,10 @@ class Trainer:
             attribute `different_per_rank = False` makes all ranks train the same subnets.
         options: how to train.
         steps_per_epoch: optimiser steps in one pass over the data.
-        seed: all randomness of the loop follows from it, the step and the rank.
+        seed: all randomness of the loop follows from it, the step and the share.
         rank, world_size: this worker among the data-parallel ones.
+        shares: into how many parts a step is divided; by default one for each worker. Worker r
+            of w does the shares r, r + w, r + 2w and so on.
         device: where to train.
         wrap: applied to the objective once it is on the device; DistributedDataParallel
             in a cluster.
@@ -164,7 +171,7 @@ class Trainer:
             and 50 elsewhere, where each check waits for the device.
 
     Raises:
-        ValueError: an epoch has no step.
+        ValueError: an epoch has no step, or a worker no share.
     """
 
     def __init__(
@@ -176,6 +183,7 @@ class Trainer:
         seed: int,
         rank: int = 0,
         world_size: int = 1,
+        shares: int | None = None,
         device: torch.device | str = "cpu",
         wrap: Callable[[nn.Module], nn.Module] = lambda module: module,
         check_every: int | None = None,
@@ -187,8 +195,13 @@ class Trainer:
         self.step = 0
         self.device = torch.device(device)
         self.objective = objective.to(self.device)
-        self._seed, self._rank, self._world_size = seed, rank, world_size
-        self._draw_rank = rank if getattr(objective, "different_per_rank", True) else 0
+        shares = shares or world_size
+        require(shares >= world_size, "shares", shares, f"at least {world_size}", "lower workers")
+        self._seed, self._world_size = seed, world_size
+        self.shares = tuple(range(rank, shares, world_size))
+        self._draws_differ = getattr(objective, "different_per_rank", True)
+        #: DistributedDataParallel takes the mean over workers; wanted is that over shares.
+        self._weight = world_size / shares
         self._check_every = check_every or (1 if self.device.type == "cpu" else 50)
         self._spoiled = torch.zeros((), device=self.device)
         self._parameters = {name: p for name, p in objective.named_parameters() if p.requires_grad}
@@ -206,26 +219,31 @@ class Trainer:
 
     # -- the loop -------------------------------------------------------------------
 
-    def run(self, batches: Batches, draw: Draw) -> Iterator[Progress]:
+    def run(self, batches: Batches | Sequence[Batches], draw: Draw) -> Iterator[Progress]:
         """Train to the end from wherever the trainer stands, yielding after every step.
 
         The objective is put into training mode before each step, so the consumer may
         evaluate between two of them.
 
         Args:
-            batches: gives this rank's (images, labels) from a step of an epoch on; labels
-                are class indices [B] or soft targets [B, C]. It must be deterministic for
-                a restart to be exact.
+            batches: gives (images, labels) from a step of an epoch on; labels are class indices
+                [B] or soft targets [B, C]. It must be deterministic for a restart to be exact.
+                One for each of this worker's `shares`, or it alone where there is one.
             draw: gives the subnets of a step.
 
         Raises:
             RunError: the loss or a weight is not finite (on the CPU the step that would
                 have spoilt the weights is not taken), or an epoch has too few batches.
         """
+        sources = [batches] if callable(batches) else list(batches)
+        require(
+            len(sources) == len(self.shares), "the number of batches", len(sources),
+            f"{len(self.shares)}, one for each share", "pass as many",
+        )  # fmt: skip
         while not self.finished:
             epoch, first = divmod(self.step, self.steps_per_epoch)
-            for images, labels in batches(epoch, first):
-                progress = self._advance(images, labels, draw, epoch)
+            for pairs in zip(*(source(epoch, first) for source in sources), strict=True):
+                progress = self._advance(pairs, draw, epoch)
                 yield progress
                 if progress.end_of_epoch:
                     break
@@ -235,31 +253,30 @@ class Trainer:
                     f"expected {self.steps_per_epoch}; the data changed while the run read them"
                 )
 
-    def _advance(self, images: Tensor, labels: Tensor, draw: Draw, epoch: int) -> Progress:
+    def _advance(self, pairs: Sequence[tuple[Tensor, Tensor]], draw: Draw, epoch: int) -> Progress:
         options, done = self.options, self.step + 1
         end_of_epoch = done % self.steps_per_epoch == 0
         due = end_of_epoch or bool(
             options.checkpoint_every and done % options.checkpoint_every == 0
         )
-        torch.manual_seed(_seed_of(self._seed, self.step, self._rank))
-        rng = random.Random(f"{self._seed}:{self.step}:{self._draw_rank}")
-        subnets = draw(rng, self.step / self.total_steps)
+        work = [
+            self._share(share, images, labels, draw)
+            for share, (images, labels) in zip(self.shares, pairs, strict=True)
+        ]
         lr = learning_rate(options, self.step, self.total_steps)
         for group in self._optimizer.param_groups:
             group["lr"] = lr
 
         self._module.train()
         self._optimizer.zero_grad(set_to_none=True)
-        images = images.to(self.device, non_blocking=True)
-        labels = labels.to(self.device, non_blocking=True)
         with torch.autocast(
             self.device.type,
             dtype=_AUTOCAST.get(options.precision),
             enabled=options.precision != "fp32",
         ):
-            parts, complete = self._module(images, labels, subnets, self._backward)
+            parts, losses, complete = self._module(work, self._backward)
         complete.backward()
-        self._spoiled += ~torch.isfinite(parts["loss"])
+        self._spoiled += ~torch.isfinite(losses).all()
         if due or done % self._check_every == 0:
             self._require_finite_loss(parts, epoch)
 
@@ -283,9 +300,18 @@ class Trainer:
             parts=parts,
         )
 
+    def _share(self, share: int, images: Tensor, labels: Tensor, draw: Draw) -> "_Share":
+        rng = random.Random(f"{self._seed}:{self.step}:{share if self._draws_differ else 0}")
+        return _Share(
+            _seed_of(self._seed, self.step, share),
+            images.to(self.device, non_blocking=True),
+            labels.to(self.device, non_blocking=True),
+            draw(rng, self.step / self.total_steps),
+        )
+
     def _backward(self, loss: Tensor) -> None:
         with torch.autocast(self.device.type, enabled=False):
-            self._scaler.scale(loss).backward()
+            self._scaler.scale(loss * self._weight).backward()
 
     def _require_finite_loss(self, parts: Mapping[str, Tensor], epoch: int) -> None:
         """All ranks come to the same verdict, so that none waits for another in vain."""
@@ -491,8 +517,8 @@ def evaluate(
     return {"top1": 100.0 * hits / count, "loss": loss / count, "count": count}
 
 
-def _seed_of(seed: int, step: int, rank: int) -> int:
-    digest = hashlib.sha256(f"{seed}:{step}:{rank}".encode()).digest()
+def _seed_of(seed: int, step: int, share: int) -> int:
+    digest = hashlib.sha256(f"{seed}:{step}:{share}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
 
@@ -514,6 +540,16 @@ def _require_same(found: Mapping[str, Tensor], live: Mapping[str, Tensor], what:
         )
 
 
+@dataclass(frozen=True)
+class _Share:
+    """What one share of a step is done with."""
+
+    seed: int
+    images: Tensor
+    labels: Tensor
+    subnets: Sequence[Subnet]
+
+
 class _Step(nn.Module):
     """An objective whose backward passes run within its forward, and then, as the loss for
     DistributedDataParallel, something whose backward pass visits the gradients that are there.
@@ -525,15 +561,25 @@ class _Step(nn.Module):
         self.uses_all_parameters = getattr(objective, "uses_all_parameters", True)
 
     def forward(
-        self,
-        images: Tensor,
-        labels: Tensor,
-        subnets: Sequence[Subnet],
-        backward: Callable[[Tensor], object],
-    ) -> tuple[dict[str, Tensor], Tensor]:
-        parts = self.objective(images, labels, subnets, backward)
+        self, work: Sequence[_Share], backward: Callable[[Tensor], object]
+    ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """The parts of the loss of the first share, the losses of all, and what to visit."""
+        first, *others = work
+        parts = self._learn(first, backward)
+        losses = [parts["loss"]]
+        # As with as many workers as shares, running statistics are those of the first alone.
+        kept = [buffer.clone() for buffer in self.objective.buffers()] if others else []
+        losses += [self._learn(share, backward)["loss"] for share in others]
+        with torch.no_grad():
+            for buffer, value in zip(self.objective.buffers() if others else (), kept, strict=True):
+                buffer.copy_(value)
         learnt = [p for p in self.objective.parameters() if p.grad is not None]
-        return {name: part.detach() for name, part in parts.items()}, _Visit.apply(*learnt)
+        return parts, torch.stack(losses), _Visit.apply(*learnt)
+
+    def _learn(self, share: _Share, backward: Callable[[Tensor], object]) -> dict[str, Tensor]:
+        torch.manual_seed(share.seed)
+        parts = self.objective(share.images, share.labels, share.subnets, backward)
+        return {name: part.detach() for name, part in parts.items()}
 
 
 class _Visit(torch.autograd.Function):

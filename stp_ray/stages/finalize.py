@@ -67,7 +67,7 @@ def finalize(
         for label, trainings in jobs.items():
             started = time.monotonic()
             for job in trainings:
-                fit(job, images, 1, trackers[job.stage])
+                fit(job, images, config.finalize.num_workers, trackers[job.stage])
             pruned = prune(trainings[0], images.here(), torch.device("cpu"))
             yield label, pruned, time.monotonic() - started
         return
@@ -80,7 +80,7 @@ def _side_by_side(
 ) -> Iterator[tuple[str, dict[str, Any], float]]:
     """A task per budget, as many at a time as the cluster has room for."""
     options, workers = config.cluster, config.finalize.num_workers
-    cluster.require_resources(options, workers)
+    cluster.require_resources(options, options.fewest(workers))
     # A task with workers of its own only waits for them.
     own = cluster.worker_resources(options) if workers == 1 else {"CPU": 0.0}
     task = ray.remote(_finalize_task).options(

@@ -35,6 +35,8 @@ from ..method.modes import inspecting
 from ..method.training import Draw
 from .images import Images, SharedImages
 from .network import build_supernet
+from .notices import Notices
+from .saver import Saver
 
 Report = Callable[[int, Mapping[str, float]], None]
 
@@ -86,12 +88,15 @@ class Place:
 
     Args:
         rank, world_size: its number and how many there are.
+        shares: into how many parts a step is divided: the workers that the recipe asks for. Where
+            fewer are there, each does several parts.
         device: where it computes.
         threads: CPU threads it may use.
     """
 
     rank: int = 0
     world_size: int = 1
+    shares: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     threads: int = 1
 
@@ -145,6 +150,7 @@ def train(job: Job, images: Images | SharedImages, place: Place, report: Report)
         seed=derive_seed("train", job.config.seed, job.stage),
         rank=place.rank,
         world_size=place.world_size,
+        shares=place.shares,
         device=place.device,
         wrap=place.wrap,
     )
@@ -157,32 +163,38 @@ def train(job: Job, images: Images | SharedImages, place: Place, report: Report)
         history = list(meta["history"])
     reference = _reference_slice(job, net)
 
-    batches = local.epochs(
-        derive_seed("data", job.config.seed), options.batch_size, place.rank, place.world_size,
-        place.device,
-    )  # fmt: skip
+    batches = [
+        local.epochs(
+            derive_seed("data", job.config.seed), options.batch_size, share, place.shares,
+            place.device,
+        )
+        for share in trainer.shares
+    ]  # fmt: skip
     started, sums, count, last = time.monotonic(), defaultdict[str, Any](float), 0, 0.0
-    for progress in trainer.run(batches, draw):
-        if place.rank != 0:
-            continue
-        count += 1
-        for name, part in progress.parts.items():
-            sums[name] = sums[name] + part
-        row: dict[str, float] = {}
-        if progress.end_of_epoch:
-            row = {"step": progress.step, "epoch": progress.epoch + 1, "lr": progress.lr}
-            row |= {name: float(total) / count for name, total in sums.items()}
-            if reference is not None:
-                row |= relative_sparsity(net, reference)
-            history.append(row)
-            sums, count = defaultdict(float), 0
-        if progress.checkpoint_due:
-            tensors, meta = trainer.state()
-            checkpoints.save(progress.step, tensors, {**meta, "history": history})
-        now = time.monotonic()
-        if row or now - last > _REPORT_EVERY_S:
-            last = now
-            report(progress.step, row or {"lr": progress.lr, **progress.metrics})
+    with Saver(checkpoints) as saver, Notices() as notices:
+        for progress in trainer.run(batches, draw):
+            if place.rank != 0:
+                continue
+            count += 1
+            for name, part in progress.parts.items():
+                sums[name] = sums[name] + part
+            row: dict[str, float] = {}
+            if progress.end_of_epoch:
+                row = {"step": progress.step, "epoch": progress.epoch + 1, "lr": progress.lr}
+                row |= {name: float(total) / count for name, total in sums.items()}
+                if reference is not None:
+                    row |= relative_sparsity(net, reference)
+                history.append(row)
+                sums, count = defaultdict(float), 0
+            # A stream could not go on from the middle of an epoch.
+            leaving = local.data is not None and notices.taken()
+            if progress.checkpoint_due or leaving:
+                tensors, meta = trainer.state()
+                saver.save(progress.step, tensors, {**meta, "history": list(history)})
+            now = time.monotonic()
+            if row or now - last > _REPORT_EVERY_S:
+                last = now
+                report(progress.step, row or {"lr": progress.lr, **progress.metrics})
     if place.rank == 0:
         _finish(job, store, trainer, local, history, time.monotonic() - started)
 

@@ -117,7 +117,7 @@ def _session(config: RunConfig) -> Iterator[None]:
         return
     with cluster.connected(config.cluster):
         most = max(config.cluster.num_workers, config.finalize.num_workers)
-        cluster.require_resources(config.cluster, most)
+        cluster.require_resources(config.cluster, config.cluster.fewest(most))
         yield
 
 

@@ -25,7 +25,7 @@ def fit(job: Job, images: Images | SharedImages, workers: int, tracker: Tracker)
     configuration says so; returns its `result.json`. Errors as for `fit_group`."""
     store, options = job.store, job.config.cluster
     if options.in_process:
-        place = Place(threads=options.threads_per_worker)
+        place = Place(shares=workers, threads=options.threads_per_worker)
         train(job, images, place, lambda step, metrics: tracker.log(metrics, step))
         return store.read_json(RESULT)
     with relayed({job.stage: tracker}) as relay:
@@ -36,7 +36,8 @@ def fit_group(job: Job, images: Images | SharedImages, workers: int, relay: Any)
     """Train a job to the end with Ray Train, reporting through a `relay.Relay`.
 
     A worker that dies is replaced and the group goes on from the last checkpoint, up to
-    `cluster.max_failures` times.
+    `cluster.max_failures` times; with `cluster.min_workers` it goes on with fewer where there is
+    no room, and with all of them once there is. A step is the same in either case.
 
     Raises:
         StpError: what a worker raised for the user.
@@ -46,7 +47,7 @@ def fit_group(job: Job, images: Images | SharedImages, workers: int, relay: Any)
     store, options = job.store, job.config.cluster
     if store.exists(RESULT):
         return store.read_json(RESULT)
-    cluster.require_resources(options, workers)
+    cluster.require_resources(options, options.fewest(workers))
     failure: ray.train.TrainingFailedError | None = None
     with cluster.scratch() as folder:
         try:
@@ -68,14 +69,16 @@ def _trainer(
     job: Job, images: Images | SharedImages, workers: int, relay: Any, folder: str
 ) -> TorchTrainer:
     options = job.config.cluster
+    fewest = options.fewest(workers)
     return TorchTrainer(
         _worker,
-        train_loop_config={"job": job, "images": images, "relay": relay},
+        train_loop_config={"job": job, "images": images, "relay": relay, "shares": workers},
         torch_config=TorchConfig(
             backend="nccl" if options.use_gpu else "gloo", timeout_s=_COLLECTIVE_TIMEOUT_S
         ),
         scaling_config=ScalingConfig(
-            num_workers=workers,
+            num_workers=workers if fewest == workers else (fewest, workers),
+            elastic_resize_monitor_interval_s=options.resize_every_s,
             use_gpu=options.use_gpu,
             resources_per_worker=cluster.worker_resources(options),
         ),
@@ -104,6 +107,7 @@ def _worker(config: dict[str, Any]) -> None:
     place = Place(
         rank=context.get_world_rank(),
         world_size=context.get_world_size(),
+        shares=config["shares"],
         device=get_device(),
         threads=job.config.cluster.threads_per_worker,
     )

@@ -11,6 +11,7 @@ import torch
 from stp_ray.method import Stimulation, StimulativeObjective, sampler
 
 from .networks import images_and_labels, supernet
+from .workers import trained_in_shares
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +62,19 @@ def test_two_ranks_agree_and_resume_bit_for_bit(ranks):
             assert torch.equal(tensor, one[name.replace(".whole.", ".again.")]), name
         if "running" not in name:
             assert torch.equal(tensor, two[name]), name
+
+
+@pytest.mark.parametrize("shares", [2, 3])
+def test_a_worker_that_is_left_alone_does_what_both_did(ranks, shares):
+    """The same arithmetic in another order of summation: running statistics, too."""
+    both = ranks[0]["shared"][str(shares)]
+    alone = trained_in_shares(shares)
+    fresh = supernet(dropout=0.3).state_dict()
+    for name, tensor in both.items():
+        torch.testing.assert_close(alone[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
+        if name.endswith(("weight", "running_mean")) and name.startswith("model."):
+            before = fresh[name.removeprefix("model.net.")]
+            assert not torch.allclose(tensor, before), f"{name} has not changed"
 
 
 def test_all_ranks_stop_when_the_loss_of_one_is_not_finite(ranks):

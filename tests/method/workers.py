@@ -99,6 +99,34 @@ def resumed(rank: int) -> dict[str, object]:
     return found
 
 
+def trained_in_shares(shares: int, rank: int = 0, world_size: int = 1) -> dict[str, torch.Tensor]:
+    """Weights and buffers after two epochs, each step in so many shares."""
+    net = supernet(dropout=0.3)
+    trainer = Trainer(
+        StimulativeObjective(net, Stimulation()),
+        OPTIONS,
+        steps_per_epoch=3,
+        seed=5,
+        rank=rank,
+        world_size=world_size,
+        shares=shares,
+        wrap=DistributedDataParallel if world_size > 1 else lambda module: module,
+    )
+
+    def of(share: int) -> object:
+        return lambda epoch, first: (
+            (x[share::shares], y[share::shares]) for x, y in batches(3)(epoch, first)
+        )
+
+    for _ in trainer.run([of(s) for s in trainer.shares], sampler(Stimulation(), net.space, [])):
+        pass
+    return trainer.state()[0]
+
+
+def shared(rank: int) -> dict[str, object]:
+    return {str(shares): trained_in_shares(shares, rank, 2) for shares in (2, 3)}
+
+
 def spoilt_on_one_rank(rank: int) -> dict[str, object]:
     net = supernet()
     trainer = Trainer(
@@ -128,7 +156,8 @@ def spoilt_on_one_rank(rank: int) -> dict[str, object]:
 if __name__ == "__main__":
     join(int(sys.argv[1]), sys.argv[2])
     found = {
-        work.__name__: work(dist.get_rank()) for work in (one_step, resumed, spoilt_on_one_rank)
+        work.__name__: work(dist.get_rank())
+        for work in (one_step, resumed, shared, spoilt_on_one_rank)
     }
     torch.save(found, f"{sys.argv[2]}/{dist.get_rank()}.pt")
     dist.destroy_process_group()
