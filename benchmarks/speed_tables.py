@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from markdown_table import row
+
 START, END = "<!-- measured -->", "<!-- end of measured -->"
 
 
@@ -29,8 +31,8 @@ def _steps(lines: list[dict[str, Any]]) -> list[str]:
         "subnets, all sides in turn in one run (`python benchmarks/speed.py step --model MODEL "
         "--subnets K`). Ours is the whole step of the trainer.",
         "",
-        _row(["model", "px", "batch", "K", "device", "dense s", *ways]),
-        _row(["---"] * (6 + len(ways))),
+        row(["model", "px", "batch", "K", "device", "dense s", *ways]),
+        row(["---"] * (6 + len(ways))),
     ]
     for line in lines:
         cells = [line["model"], line["size"], line["batch"], line["subnets"]]
@@ -38,7 +40,7 @@ def _steps(lines: list[dict[str, Any]]) -> list[str]:
         for way in ways:
             low, high = line["quartiles"][way]
             cells.append(f"{line['ratio'][way]:.2f} ({low:.2f}, {high:.2f})")
-        found.append(_row(cells))
+        found.append(row(cells))
     found += [
         "",
         "All at once: one graph over all networks, slices taken by autograd. One by one: a "
@@ -59,12 +61,12 @@ def _memory(lines: list[dict[str, Any]]) -> list[str]:
         "Growth of the peak over three steps, median of five random sets of subnets "
         "(`python benchmarks/speed.py memory --model MODEL`).",
         "",
-        _row(["model", "K", "device", "dense MB", *(f"{way}, of dense" for way in ways[1:])]),
-        _row(["---"] * (3 + len(ways))),
+        row(["model", "K", "device", "dense MB", *(f"{way}, of dense" for way in ways[1:])]),
+        row(["---"] * (3 + len(ways))),
     ]
     for line in lines:
         cells = [line["model"], line["subnets"], _device(line), f"{line['peak_mb']['dense']:.0f}"]
-        found.append(_row(cells + [f"{line['ratio'][way]:.2f}" for way in ways[1:]]))
+        found.append(row(cells + [f"{line['ratio'][way]:.2f}" for way in ways[1:]]))
     return [*found, ""]
 
 
@@ -77,15 +79,15 @@ def _parallel(lines: list[dict[str, Any]]) -> list[str]:
         "Workers of one thread each on one machine, DistributedDataParallel over gloo "
         "(`python benchmarks/speed.py parallel`).",
         "",
-        _row(["model", "workers", "images/s (one)", "efficiency", "gradient", "reduced, by K"]),
-        _row(["---"] * 6),
+        row(["model", "workers", "images/s (one)", "efficiency", "gradient", "reduced, by K"]),
+        row(["---"] * 6),
     ]
     for line in lines:
         rates, workers = line["images_per_s"], line["workers"]
         reduced = ", ".join(f"{k}: {size:,} B" for k, size in line["reduced_bytes"].items())
         cells = [line["model"], workers, f"{rates[str(workers)]:.0f} ({rates['1']:.0f})"]
         cells += [f"{line['efficiency']:.2f}", f"{line['gradient_bytes']:,} B", reduced]
-        found.append(_row(cells))
+        found.append(row(cells))
     return [*found, ""]
 
 
@@ -97,7 +99,3 @@ def _device(line: dict[str, Any]) -> str:
 
 def _read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def _row(cells: list[Any]) -> str:
-    return "| " + " | ".join(str(cell) for cell in cells) + " |"
