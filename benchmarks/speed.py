@@ -17,7 +17,6 @@ import argparse
 import gc
 import json
 import os
-import platform
 import random
 import statistics
 import time
@@ -29,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from surroundings import surroundings
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.models import VisionTransformer
@@ -408,11 +408,10 @@ def main() -> None:
     torch.set_num_threads(arguments.threads or len(os.sched_getaffinity(0)))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     work = {"step": step, "memory": memory, "parallel": parallel}[arguments.action]
+    around = surroundings(device)
     line = {
         **work(arguments, device),
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.machine(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
+        **around,
     }
     KEPT.mkdir(parents=True, exist_ok=True)
     with (KEPT / f"{arguments.action}.jsonl").open("a") as file:

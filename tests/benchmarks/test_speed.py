@@ -2,18 +2,13 @@
 
 import argparse
 import random
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-HERE = Path(__file__).resolve().parents[2] / "benchmarks"
-
 
 @pytest.fixture
 def speed(monkeypatch):
-    monkeypatch.setattr(sys, "path", [str(HERE), *sys.path])
     import speed
 
     monkeypatch.setitem(speed.CASES, "resnet20", speed.Case(size=8, batch=4))
