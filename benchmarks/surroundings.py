@@ -1,7 +1,9 @@
 """What a line of results says about the code and the machine it comes from. Needs only torch."""
 
+import os
 import platform
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -23,3 +25,21 @@ def surroundings(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
+
+
+def cores_in_use(seconds: float = 0.5) -> float:
+    """Cores that other programs use while this one sleeps; 0 where the system does not say."""
+    before = _ticks()
+    time.sleep(seconds)
+    busy, idle = (now - then for now, then in zip(_ticks(), before, strict=True))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    return round(cores * busy / (busy + idle), 2) if busy + idle else 0.0
+
+
+def _ticks() -> tuple[int, int]:
+    """Time that the cores have worked, and waited, since the machine started."""
+    path = Path("/proc/stat")
+    if not path.exists():
+        return 0, 0
+    user, nice, system, idle, wait, *rest = map(int, path.read_text().split()[1:9])
+    return user + nice + system + sum(rest), idle + wait
