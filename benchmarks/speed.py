@@ -33,6 +33,8 @@ EVERYTHING = (
     ("step --model resnet20 --draws 8 --repeats 1 --processor-time --threads 1", 400),
     ("memory --model resnet20", 200),
     ("parallel --repeats 1", 300),
+    ("exploring --processor-time --threads 1", 300),
+    ("tuning --population 32 --threads 1", 300),
 )
 
 
@@ -57,7 +59,7 @@ def run(arguments: argparse.Namespace, command: str) -> None:
     found = list(import_module(f"measure.{arguments.action}").measure(arguments, device))
     around["others"] = max(others, cores_in_use())
     lines = [{"command": command, **line, **around} for line in found]
-    keep(command, lines, KEPT / f"{arguments.action}.jsonl")
+    keep(command, lines, arguments.out / f"{arguments.action}.jsonl")
     print("\n".join(json.dumps(line, indent=2) for line in lines))
 
 
@@ -83,6 +85,7 @@ def main() -> None:
         each = actions.add_parser(action, help=(module.__doc__ or "").partition("\n")[0])
         module.options(each)
         each.add_argument("--threads", type=int, help="default: one for each core")
+        each.add_argument("--out", type=Path, default=KEPT, help="folder of the lines")
     actions.add_parser("all", help="everything that the tables show")
     arguments = parser.parse_args()
     if arguments.action == "all":
