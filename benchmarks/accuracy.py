@@ -10,8 +10,6 @@ already is not trained again. `benchmarks/results.py render` makes the tables.
 import argparse
 import json
 import os
-import platform
-import subprocess
 import tempfile
 import time
 from dataclasses import replace
@@ -21,6 +19,7 @@ from typing import Any
 import torch
 from bench import Bench, Images, Protocol, macs_of
 from contenders import GIVEN_SHAPE, OWN_SHAPE, Limit, Trained
+from surroundings import surroundings
 
 from stp_ray.data.options import DataOptions
 from stp_ray.elastic import Subnet
@@ -101,23 +100,6 @@ def figures(bench: Bench, trained: Trained) -> dict[str, Any]:
         "training_macs": trained.spent,
         "subnet": trained.subnet.to_json() if trained.subnet else None,
         **trained.notes,
-    }
-
-
-def surroundings(device: torch.device) -> dict[str, Any]:
-    """The code, the machine and the versions, as they are when the program starts."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(HERE), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-
-    changed = "+" if git("status", "--porcelain", "--untracked-files=no") else ""
-    cuda = device.type == "cuda"
-    return {
-        "revision": git("rev-parse", "--short", "HEAD") + changed,
-        "device": torch.cuda.get_device_name(device) if cuda else platform.machine(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
     }
 
 

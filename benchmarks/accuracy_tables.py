@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+from markdown_table import row
 from matplotlib.figure import Figure
 
 Line = dict[str, Any]
@@ -72,15 +73,15 @@ def _protocol(name: str, lines: list[Line]) -> list[str]:
     for account, title in (("epochs", "Equal epochs"), ("macs", "Equal MACs of training")):
         rows = [line for line in lines if _counts(line, account)]
         methods = list(dict.fromkeys(line["method"] for line in rows))
-        out += [f"{title}, top-1:", "", _row(["method", *map(str, budgets)]), _rule(budgets)]
+        out += [f"{title}, top-1:", "", row(["method", *map(str, budgets)]), _rule(budgets)]
         for method in methods:
             cells = [
                 _spread(line["top1"] for line in _at(rows, method, budget)) for budget in budgets
             ]
-            out.append(_row([method, *cells]))
+            out.append(row([method, *cells]))
         out.append("")
     out += [*_claims(lines, budgets), "Training cost over that of the dense network's epochs:", ""]
-    out += [_row(["method", *map(str, budgets)]), _rule(budgets)]
+    out += [row(["method", *map(str, budgets)]), _rule(budgets)]
     base = {line["seed"]: line["training_macs"] for line in lines if line["budget"] == 1.0}
     epochs = [line for line in lines if _counts(line, "epochs")]
     for method in dict.fromkeys(line["method"] for line in epochs):
@@ -88,7 +89,7 @@ def _protocol(name: str, lines: list[Line]) -> list[str]:
             _spread(line["training_macs"] / base[line["seed"]] for line in _at(epochs, method, b))
             for b in budgets
         ]
-        out.append(_row([method, *cells]))
+        out.append(row([method, *cells]))
     return [*out, ""]
 
 
@@ -128,8 +129,8 @@ def _claims(lines: list[Line], budgets: list[float]) -> list[str]:
         for other in others
         if any(line["method"] == other for line in macs)
     ]
-    out = ["Differences, each within a seed:", "", _row(["", *map(str, budgets)]), _rule(budgets)]
-    out += [_row([text, *(_spread(ask(b), sign=True) for b in budgets)]) for text, ask in questions]
+    out = ["Differences, each within a seed:", "", row(["", *map(str, budgets)]), _rule(budgets)]
+    out += [row([text, *(_spread(ask(b), sign=True) for b in budgets)]) for text, ask in questions]
     return [*out, ""]
 
 
@@ -165,12 +166,8 @@ def _spread(values: Iterable[float], sign: bool = False) -> str:
     )
 
 
-def _row(cells: list[Any]) -> str:
-    return "| " + " | ".join(str(cell) for cell in cells) + " |"
-
-
 def _rule(budgets: list[float]) -> str:
-    return _row(["---"] * (len(budgets) + 1))
+    return row(["---"] * (len(budgets) + 1))
 
 
 def _accuracy_plot(lines: list[Line], path: Path) -> None:

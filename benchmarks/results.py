@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from accuracy_tables import section as comparison
+from markdown_table import row
 from speed_tables import performance
 
 from stp_ray.artifacts import Store
@@ -121,13 +122,13 @@ def _calibration() -> list[str]:
         "of augmented ones, which is what the pipeline does (`python benchmarks/calibration.py "
         "RUN`).",
         "",
-        _row(["run", "seed", "budget", "images", "plain", "augmented"]),
-        _row(["---"] * 6),
+        row(["run", "seed", "budget", "images", "plain", "augmented"]),
+        row(["---"] * 6),
     ]
     for run in found:
         for label, top1 in run["top1"].items():
             figures = [_pct(top1["plain"]), _pct(top1["augmented"])]
-            lines.append(_row([run["recipe"], run["seed"], label, run["images"], *figures]))
+            lines.append(row([run["recipe"], run["seed"], label, run["images"], *figures]))
     return [*lines, ""]
 
 
@@ -150,7 +151,7 @@ def _section(recipe: str, runs: list[dict[str, Any]]) -> list[str]:
     heading = ["seed", "dense", "main", "budget", "pruned", "retention"]
     heading += ["control"] if controls else []
     heading += ["MACs", "params", "latency ms (dense)", "seconds"]
-    lines += ["", _row(heading), _row(["---"] * len(heading))]
+    lines += ["", row(heading), row(["---"] * len(heading))]
     for run in runs:
         summary = run["summary"]
         for label, entry in summary["budgets"].items():
@@ -163,7 +164,7 @@ def _section(recipe: str, runs: list[dict[str, Any]]) -> list[str]:
                 f"{entry['latency_ms']:.2f} ({entry['dense_latency_ms']:.2f})",
                 f"{summary['seconds']:.0f}",
             ]
-            lines.append(_row(cells))
+            lines.append(row(cells))
     lines.append("")
     if len(runs) > 1:
         lines += ["Over seeds, mean ± standard deviation:", ""]
@@ -174,10 +175,6 @@ def _section(recipe: str, runs: list[dict[str, Any]]) -> list[str]:
         lines.append("")
     stages = ", ".join(f"{name} {seconds:g} s" for name, seconds in first["stage_seconds"].items())
     return [*lines, f"Time by stage, seed {first['seed']}: {stages}.", ""]
-
-
-def _row(cells: list[Any]) -> str:
-    return "| " + " | ".join(str(cell) for cell in cells) + " |"
 
 
 def _pct(value: float | None) -> str:

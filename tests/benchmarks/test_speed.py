@@ -1,52 +1,85 @@
-"""The measurements of a step run, and compare what they say they compare."""
+"""What the measurements share: their lines, the page, and what they need."""
 
-import argparse
-import random
+import json
+import runpy
+import shlex
 import sys
-from pathlib import Path
 
 import pytest
-import torch
 
-HERE = Path(__file__).resolve().parents[2] / "benchmarks"
+from .conftest import BENCHMARKS
 
 
-@pytest.fixture
-def speed(monkeypatch):
-    monkeypatch.setattr(sys, "path", [str(HERE), *sys.path])
+def test_a_command_says_again_what_it_said_before(tmp_path):
     import speed
 
-    monkeypatch.setitem(speed.CASES, "resnet20", speed.Case(size=8, batch=4))
-    return speed
+    path = tmp_path / "step.jsonl"
+    line = {"command": "step", "device": "one", "figure": 1}
+    speed.keep("step", [line], path)
+    speed.keep("step", [{**line, "device": "two"}], path)
+    speed.keep("step --repeats 9", [{**line, "command": "step --repeats 9"}], path)
+    speed.keep("step", [{**line, "figure": 2}, {**line, "figure": 3}], path)
+    kept = [json.loads(text) for text in path.read_text().splitlines()]
+    assert [(each["device"], each["figure"]) for each in kept] == [
+        ("two", 1),
+        ("one", 1),
+        ("one", 2),
+        ("one", 3),
+    ]
 
 
-def test_every_way_of_a_step_is_timed(speed):
-    chosen = argparse.Namespace(
-        model="resnet20", subnets=2, draws=2, repeats=1, processor_time=False
+def test_every_action_is_in_all_and_its_command_is_understood(monkeypatch):
+    import speed
+
+    asked = []
+    monkeypatch.setattr(speed, "run", lambda arguments, command: asked.append(arguments.action))
+    for command, _ in speed.EVERYTHING:
+        monkeypatch.setattr(sys, "argv", ["speed.py", *shlex.split(command)])
+        speed.main()
+    assert set(asked) == set(speed.ACTIONS)
+
+
+def test_all_gives_up_within_an_hour():
+    import speed
+
+    assert sum(seconds for _, seconds in speed.EVERYTHING) <= 3600
+
+
+def test_what_has_no_lines_has_no_table_and_the_rest_of_the_page_stays(tmp_path):
+    from speed_tables import END, START, performance
+
+    page = tmp_path / "performance.md"
+    page.write_text(f"before\n\n{START}\nold\n{END}\n\nafter\n")
+    kept = tmp_path / "speed"
+    kept.mkdir()
+    (kept / "memory.jsonl").write_text(
+        json.dumps(
+            {
+                "model": "resnet20",
+                "subnets": 1,
+                "device": "x86_64",
+                "threads": 1,
+                "others": 1.5,
+                "peak_mb": {"dense": 100.0, "ours": 120.0},
+                "ratio": {"dense": 1.0, "ours": 1.2},
+            }
+        )
     )
-    line = speed.step(chosen, torch.device("cpu"))
-    assert line["ratio"].keys() == {"ours", *speed.OTHERS}
-    assert all(ratio > 0 for ratio in line["ratio"].values())
+    performance(kept, page)
+    text = page.read_text()
+    assert text.startswith("before\n") and text.endswith("\n\nafter\n")
+    assert "old" not in text and "A step beside" not in text
+    assert "| resnet20 | 1 | x86_64, 1 thread, others used 1.5 cores | 100 | 1.20 |" in text
 
 
-@pytest.mark.parametrize("way", ["at_once", "one_by_one"])
-def test_the_other_ways_learn_what_ours_learns(speed, way):
-    rng, found = random.Random(), []
-    for make in (speed.Setting.our_step, getattr(speed, way)):
-        setting = speed.Setting("resnet20", torch.device("cpu"))
-        rng.seed(1)
-        make(setting, [setting.net.space.sample(rng) for _ in range(2)])()
-        found.append({name: p.grad for name, p in setting.net.named_parameters()})
-    for name, expected in found[1].items():
-        assert torch.allclose(found[0][name], expected, rtol=1e-3, atol=1e-5), name
-
-
-def test_a_mask_zeroes_what_the_subnet_drops(speed):
-    setting = speed.Setting("resnet20", torch.device("cpu"))
-    subnet = setting.net.space.smallest
-    masked = speed._masks(setting, subnet)
-    cuts = setting.net.slices(subnet)
-    assert masked
-    names = {layer: name for name, layer in setting.dense.named_modules()}
-    for layer, mask in masked:
-        assert int(mask.sum()) == cuts[f"{names[layer]}.weight"][0][0][1]
+@pytest.mark.parametrize("action", ["step", "memory", "parallel"])
+def test_training_is_measured_without_ray_and_pydantic(action, monkeypatch, capsys):
+    for name in [n for n in sys.modules if n.partition(".")[0] in ("measure", "speed", "stp_ray")]:
+        monkeypatch.delitem(sys.modules, name)
+    for name in ("ray", "pydantic"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setattr(sys, "argv", ["speed.py", action, "--help"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(BENCHMARKS / "speed.py"), run_name="__main__")
+    assert end.value.code == 0
+    assert "--model" in capsys.readouterr().out

@@ -1,0 +1,156 @@
+"""Data-parallel workers: bytes that a step reduces, images a second, efficiency."""
+
+import argparse
+import os
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from markdown_table import row
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from .setting import CASES, Line, Setting, clock, clock_option
+from .words import where
+
+#: Subnets of a step that are tried.
+COUNTS = (1, 2, 4)
+#: Seconds that a group of workers may take: a rank that hangs may not hang the measurement.
+PATIENCE = 300
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", choices=list(CASES), default="resnet20")
+    parser.add_argument("--workers", type=int, nargs="*", default=[2, 4], help="beside one")
+    parser.add_argument("--steps", type=int, default=10, help="that are timed")
+    parser.add_argument("--repeats", type=int, default=3)
+    clock_option(parser)
+
+
+def measure(arguments: argparse.Namespace, device: torch.device) -> Iterator[Line]:
+    """A group of workers for each number of them, all numbers in turn."""
+    groups = [1, *arguments.workers]
+    found: dict[int, list[Line]] = {workers: [] for workers in groups}
+    for _ in range(arguments.repeats):
+        for workers in groups:
+            found[workers].append(
+                run(arguments.model, workers, arguments.steps, arguments.processor_time)
+            )
+    rates = {
+        workers: {
+            count: statistics.median(each["rate"][count] for each in several) for count in COUNTS
+        }
+        for workers, several in found.items()
+    }
+    for workers in groups:
+        yield {
+            "model": arguments.model, "workers": workers, "cores": len(os.sched_getaffinity(0)),
+            "clock": clock(arguments),
+            "images_per_s": {str(k): round(rate, 1) for k, rate in rates[workers].items()},
+            "efficiency": {
+                str(k): round(rates[workers][k] / rates[1][k] / workers, 3) for k in COUNTS
+            },
+            "gradient_bytes": found[workers][0]["gradient_bytes"],
+            "reduced_bytes": {str(k): size for k, size in found[workers][0]["reduced"].items()},
+        }  # fmt: skip
+
+
+def run(model: str, workers: int, steps: int, processor_time: bool = False) -> dict[str, Any]:
+    """What rank 0 of so many workers of one thread each says."""
+    context = torch.multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder:
+        told = context.SimpleQueue()
+        group = torch.multiprocessing.spawn(
+            _worker,
+            (workers, CASES[model], model, steps, processor_time, folder, told),
+            workers,
+            join=False,
+        )
+        deadline = time.monotonic() + PATIENCE
+        while not group.join(timeout=1):
+            if time.monotonic() > deadline:
+                for process in group.processes:
+                    process.kill()
+                raise TimeoutError(f"{workers} workers took more than {PATIENCE} s")
+        return told.get()
+
+
+def _worker(
+    rank: int, workers: int, case: Any, model: str, steps: int, processor_time: bool,
+    folder: str, told: Any,
+) -> None:  # fmt: skip
+    torch.set_num_threads(1)
+    now = time.process_time if processor_time else time.perf_counter
+    CASES[model] = case  # as the parent has it
+    if workers > 1:
+        dist.init_process_group(
+            "gloo", init_method=f"file://{Path(folder) / 'rendezvous'}", rank=rank,
+            world_size=workers, timeout=timedelta(seconds=PATIENCE / 2),
+        )  # fmt: skip
+    rates, reduced = {}, {}
+    for count in COUNTS:
+        setting = Setting(model, torch.device("cpu"))
+        rng = random.Random(rank)
+        subnets = [setting.net.space.sample(rng) for _ in range(count)]
+        sent: list[int] = []
+        work = setting.our_step(
+            subnets, lambda module, sent=sent: _wrapped(module, workers, sent), rank, workers
+        )
+        work()  # the first step fills memory pools
+        work()  # and the second the buckets as they stay
+        sent.clear()
+        started = now()
+        for _ in range(steps):
+            work()
+        rates[count] = workers * steps * setting.case.batch / (now() - started)
+        reduced[count] = sum(sent) // steps
+    if rank == 0:
+        gradient = sum(p.nbytes for p in setting.net.parameters())
+        told.put({"rate": rates, "reduced": reduced, "gradient_bytes": gradient})
+    if workers > 1:
+        dist.destroy_process_group()
+
+
+def _wrapped(module: nn.Module, workers: int, sent: list[int]) -> nn.Module:
+    """As the stages wrap it, and noting the bytes of each reduction."""
+    if workers == 1:
+        return module
+    wrapped = DistributedDataParallel(module, gradient_as_bucket_view=True)
+
+    def hook(state: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        sent.append(bucket.buffer().nbytes)
+        future = dist.all_reduce(bucket.buffer().div_(workers), async_op=True).get_future()
+        return future.then(lambda done: done.value()[0])
+
+    wrapped.register_comm_hook(None, hook)
+    return wrapped
+
+
+def table(lines: list[Line]) -> list[str]:
+    found = [
+        "### Data-parallel workers",
+        "",
+        "Workers of one thread each on one machine, as many images each whatever their number, "
+        "DistributedDataParallel over gloo (`python benchmarks/speed.py parallel`). Efficiency is "
+        "images a second of a worker over those of one alone; by the wall it cannot exceed the "
+        "share of a core that each worker has, by processor time it leaves out waiting.",
+        "",
+        row(["model", "device", "cores", "workers", *(f"images/s, K={k}" for k in COUNTS),
+             "efficiency", "gradient, bytes", "reduced in a step, by K"]),
+        row(["---"] * (7 + len(COUNTS))),
+    ]  # fmt: skip
+    for line in lines:
+        cells = [line["model"], where(line), line["cores"], line["workers"]]
+        cells += [f"{rate:.0f}" for rate in line["images_per_s"].values()]
+        cells.append(", ".join(f"{share:.2f}" for share in line["efficiency"].values()))
+        cells.append(f"{line['gradient_bytes']:,}")
+        cells.append(", ".join(f"{size:,}" for size in line["reduced_bytes"].values()))
+        found.append(row(cells))
+    return [*found, ""]

@@ -1,0 +1,153 @@
+"""A step of supernet training beside the arithmetic that it cannot do without."""
+
+import argparse
+import random
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from markdown_table import row
+from torch import Tensor, nn
+
+from stp_ray.elastic import Subnet
+from stp_ray.method import Stimulation, StimulativeObjective, cross_entropy, kl_divergence
+
+from .setting import Line, Setting, clock, clock_option, in_turn, model_options, sgd
+from .words import where
+
+
+def at_once(setting: Setting, subnets: Sequence[Subnet]) -> Callable[[], object]:
+    """One graph over the main network and all subnets, slices taken by autograd."""
+    net, optimizer = setting.net.train(), sgd(setting.net)
+    objective = StimulativeObjective(net, Stimulation(subnets=len(subnets)))
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        objective(setting.images, setting.labels, subnets)["loss"].backward()
+        optimizer.step()
+
+    return step
+
+
+def one_by_one(setting: Setting, subnets: Sequence[Subnet]) -> Callable[[], object]:
+    """A backward pass for the main network and one for each subnet, slices taken by autograd."""
+    net, optimizer = setting.net.train(), sgd(setting.net)
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        main = net(setting.images)
+        cross_entropy(main, setting.labels).backward()
+        for subnet in subnets:
+            loss = kl_divergence(main, net(setting.images, subnet))
+            (loss / len(subnets)).backward()
+        optimizer.step()
+
+    return step
+
+
+def masking(setting: Setting, subnets: Sequence[Subnet]) -> Callable[[], object]:
+    """The whole network for each subnet, the outputs of its layers multiplied by zeros and ones."""
+    model, optimizer = setting.dense.train(), sgd(setting.dense)
+    masks = [_masks(setting, subnet) for subnet in subnets]
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        main = model(setting.images)
+        cross_entropy(main, setting.labels).backward()
+        for kept in masks:
+            hooks = [
+                layer.register_forward_hook(lambda _, __, out, mask=mask: out * mask)
+                for layer, mask in kept
+            ]
+            loss = kl_divergence(main, model(setting.images))
+            for hook in hooks:
+                hook.remove()
+            (loss / len(subnets)).backward()
+        optimizer.step()
+
+    return step
+
+
+def _masks(setting: Setting, subnet: Subnet) -> list[tuple[nn.Module, Tensor]]:
+    """Zeros and ones for the output channels of every convolution and normalisation."""
+    found = []
+    for name, cuts in setting.net.slices(subnet).items():
+        layer = setting.dense.get_submodule(name.rpartition(".")[0])
+        if name.endswith("weight") and 0 in cuts and not isinstance(layer, nn.Linear):
+            mask = torch.zeros(len(layer.weight), device=setting.device)
+            for start, stop in cuts[0]:
+                mask[start:stop] = 1
+            spatial = not isinstance(layer, nn.LayerNorm)
+            found.append((layer, mask[:, None, None] if spatial else mask))
+    return found
+
+
+OTHERS = {"all at once": at_once, "one by one": one_by_one, "masking": masking}
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    model_options(parser)
+    parser.add_argument("--draws", type=int, default=16, help="sets of K random subnets")
+    clock_option(parser)
+
+
+def measure(arguments: argparse.Namespace, device: torch.device) -> Iterator[Line]:
+    """Ratios of each way's time to that of the dense step and the subnets alone."""
+    setting = Setting(arguments.model, device)
+    rng, count = random.Random(0), arguments.subnets
+    ratios: dict[str, list[float]] = {name: [] for name in ("ours", *OTHERS)}
+    dense = []
+    for _ in range(arguments.draws):
+        subnets = [setting.net.space.sample(rng) for _ in range(count)]
+        ways = {
+            "dense": setting.dense_step(),
+            **{f"alone {i}": setting.alone(subnet) for i, subnet in enumerate(subnets)},
+            "ours": setting.our_step(subnets),
+            **{name: make(setting, subnets) for name, make in OTHERS.items()},
+        }
+        taken = in_turn(ways, arguments.repeats, device, arguments.processor_time)
+        floor = taken["dense"] + sum(taken[f"alone {i}"] for i in range(count))
+        dense.append(taken["dense"])
+        for name, ratio in ratios.items():
+            ratio.append(taken[name] / floor)
+    yield {
+        "model": arguments.model, "size": setting.case.size, "batch": setting.case.batch,
+        "subnets": count, "draws": arguments.draws, "repeats": arguments.repeats,
+        "clock": clock(arguments),
+        "dense_s": round(statistics.median(dense), 4),
+        "ratio": {name: round(statistics.median(found), 3) for name, found in ratios.items()},
+        "quartiles": {
+            name: [round(q, 3) for q in statistics.quantiles(found, n=4)[::2]]
+            for name, found in ratios.items()
+        },
+    }  # fmt: skip
+
+
+def table(lines: list[Line]) -> list[str]:
+    ways = list(lines[0]["ratio"])
+    found = [
+        "### A step beside its arithmetic",
+        "",
+        "Time of a step with the main network and K subnets, over the time of a dense step and of "
+        "the extracted subnets alone, forward and backward; median (quartiles) over random sets of "
+        "subnets, all sides in turn in one run (`python benchmarks/speed.py step --model MODEL "
+        "--subnets K`). Ours is the whole step of the trainer.",
+        "",
+        row(["model", "px", "batch", "K", "device", "dense s", *ways]),
+        row(["---"] * (6 + len(ways))),
+    ]
+    for line in lines:
+        cells = [line["model"], line["size"], line["batch"], line["subnets"]]
+        cells += [where(line), f"{line['dense_s']:.3f}"]
+        for way in ways:
+            low, high = line["quartiles"][way]
+            cells.append(f"{line['ratio'][way]:.2f} ({low:.2f}, {high:.2f})")
+        found.append(row(cells))
+    found += [
+        "",
+        "All at once: one graph over all networks, slices taken by autograd. One by one: a "
+        "backward pass for each, slices taken by autograd. Masking: the whole network for each "
+        "subnet, outputs multiplied by zeros and ones.",
+        "",
+    ]
+    return found
