@@ -35,6 +35,7 @@ EVERYTHING = (
     ("parallel --repeats 1", 300),
     ("exploring --processor-time --threads 1", 300),
     ("tuning --population 32 --threads 1", 300),
+    ("inference --processor-time --threads 1 --repeats 6 1", 600),
 )
 
 

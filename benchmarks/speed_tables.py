@@ -7,7 +7,7 @@ from pathlib import Path
 START, END = "<!-- measured -->", "<!-- end of measured -->"
 
 #: What is measured, in the order of the page: modules of `measure`.
-ACTIONS = ("step", "memory", "parallel", "exploring", "tuning")
+ACTIONS = ("step", "memory", "parallel", "exploring", "tuning", "inference")
 
 
 def performance(kept: Path, page: Path) -> None:

@@ -234,6 +234,7 @@ class Trainer:
         Raises:
             RunError: the loss or a weight is not finite (on the CPU the step that would
                 have spoilt the weights is not taken), or an epoch has too few batches.
+            ValueError: there are not as many batches as this worker has shares.
         """
         sources = [batches] if callable(batches) else list(batches)
         require(

@@ -1,0 +1,156 @@
+"""A dense network beside pruned ones where they are used: ONNX Runtime and eager PyTorch."""
+
+import argparse
+import copy
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from bench import macs_of
+from markdown_table import row
+from torch import Tensor, nn
+
+from stp_ray.elastic import Budget, Supernet
+from stp_ray.export import ONNX, to_onnx
+from stp_ray.models import build_model
+
+from .setting import Line, clock, clock_option, in_turn
+from .words import where
+
+#: Halvings of the interval in which Torch-Pruning's ratio is looked for.
+HALVINGS = 7
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default="resnet50")
+    parser.add_argument("--size", type=int, default=224, help="of the images, in pixels")
+    parser.add_argument("--budget", type=float, default=0.15, help="of the dense network's MACs")
+    parser.add_argument("--divisor", type=int, default=8, help="of all widths")
+    parser.add_argument("--batches", type=int, nargs="*", default=[1, 64])
+    parser.add_argument("--repeats", type=int, nargs="*", default=[10, 1], help="one for each")
+    clock_option(parser)
+
+
+def measure(arguments: argparse.Namespace, device: torch.device) -> Iterator[Line]:
+    """All networks in turn, on the CPU. Weights are random: time does not depend on them."""
+    torch.manual_seed(0)
+    example = torch.randn(1, 3, arguments.size, arguments.size)
+    dense = build_model(arguments.model, num_classes=1000, image_size=arguments.size).eval()
+    networks = {"dense": dense, **pruned(dense, example, arguments.budget, arguments.divisor)}
+    full = macs_of(dense, example)
+    runtimes = {
+        "eager": {name: _eager(network) for name, network in networks.items()},
+        "ONNX Runtime": {name: _onnx(network, example) for name, network in networks.items()},
+    }
+    for batch, repeats in zip(arguments.batches, arguments.repeats, strict=True):
+        images = torch.randn(batch, *example.shape[1:])
+        for runtime, programs in runtimes.items():
+            ways = {
+                name: lambda run=run, images=images: run(images) for name, run in programs.items()
+            }
+            taken = in_turn(ways, repeats, torch.device("cpu"), arguments.processor_time)
+            yield {
+                "model": arguments.model, "size": arguments.size, "budget": arguments.budget,
+                "divisor": arguments.divisor, "batch": batch, "repeats": repeats,
+                "runtime": runtime, "clock": clock(arguments),
+                "dense_ms": round(1e3 * taken["dense"], 2),
+                "macs": {n: round(macs_of(m, example) / full, 4) for n, m in networks.items()},
+                "faster": {
+                    name: round(taken["dense"] / seconds, 3)
+                    for name, seconds in taken.items() if name != "dense"
+                },
+            }  # fmt: skip
+
+
+def pruned(dense: nn.Module, example: Tensor, budget: float, divisor: int) -> dict[str, nn.Module]:
+    """Our networks and those of Torch-Pruning, all within the budget."""
+    net = Supernet.trace(dense, example, divisor=divisor)
+    space, bound = net.space, Budget(macs=budget)
+    found = {
+        "uniform widths": net.extract(space.uniform_within(bound)),
+        "random shape": net.extract(space.sample(random.Random(0), bound)),
+    }
+    for name, everywhere in (("Torch-Pruning, even", False), ("Torch-Pruning, global", True)):
+        found[name] = torch_pruned(dense, example, budget, divisor, everywhere)
+    return found
+
+
+def torch_pruned(
+    dense: nn.Module, example: Tensor, budget: float, divisor: int, everywhere: bool
+) -> nn.Module:
+    """The largest network that Torch-Pruning's group magnitudes leave within the budget.
+
+    Args:
+        everywhere: whether channels of all layers compete; else each layer loses the same share.
+    """
+    import torch_pruning as tp
+
+    most, best = budget * macs_of(dense, example), None
+    low, high = 0.0, 1.0
+    for _ in range(HALVINGS):
+        ratio, model = (low + high) / 2, copy.deepcopy(dense)
+        tp.pruner.GroupNormPruner(
+            model, example, importance=tp.importance.GroupMagnitudeImportance(p=2),
+            global_pruning=everywhere, pruning_ratio=ratio, max_pruning_ratio=0.95,
+            round_to=divisor,
+            ignored_layers=[part for part in model.modules() if isinstance(part, nn.Linear)],
+        ).step()  # fmt: skip
+        if macs_of(model, example) <= most:
+            best, high = model, ratio
+        else:
+            low = ratio
+    if best is None:
+        raise RuntimeError(f"Torch-Pruning finds no network within {budget} of the MACs")
+    return best
+
+
+def _eager(network: nn.Module) -> Callable[[Tensor], object]:
+    network.eval()
+
+    def run(images: Tensor) -> object:
+        with torch.inference_mode():
+            return network(images)
+
+    return run
+
+
+def _onnx(network: nn.Module, example: Tensor) -> Callable[[Tensor], object]:
+    """The program that the product writes, on as many threads as PyTorch has."""
+    import onnxruntime
+
+    settings = onnxruntime.SessionOptions()
+    settings.intra_op_num_threads = torch.get_num_threads()
+    settings.inter_op_num_threads = 1
+    settings.log_severity_level = 3
+    program = to_onnx(network, example).files[ONNX]
+    session = onnxruntime.InferenceSession(program, settings, providers=["CPUExecutionProvider"])
+
+    def run(images: Tensor) -> list[np.ndarray[Any, Any]]:
+        return session.run(None, {"images": images.numpy()})
+
+    return run
+
+
+def table(lines: list[Line]) -> list[str]:
+    shapes = list(lines[0]["faster"])
+    found = [
+        "### Pruned networks at work",
+        "",
+        "How many times as fast as the dense network, all networks in turn in one run (`python "
+        "benchmarks/speed.py inference`); in brackets the share of the dense network's MACs. "
+        "Weights are random: uniform widths and a random shape are what a search starts from, and "
+        "Torch-Pruning's shapes are those of its group magnitudes, every layer for itself (even) "
+        "or all together (global). Widths of both are multiples of the divisor.",
+        "",
+        row(["model", "px", "divisor", "runtime", "batch", "device", "dense, ms", *shapes]),
+        row(["---"] * (7 + len(shapes))),
+    ]
+    for line in lines:
+        cells = [line["model"], line["size"], line["divisor"], line["runtime"], line["batch"]]
+        cells += [where(line), f"{line['dense_ms']:.0f}"]
+        found.append(
+            row([*cells, *(f"{line['faster'][s]:.2f} ({line['macs'][s]:.3f})" for s in shapes)])
+        )
+    return [*found, ""]
