@@ -7,7 +7,17 @@ from pathlib import Path
 START, END = "<!-- measured -->", "<!-- end of measured -->"
 
 #: What is measured, in the order of the page: modules of `measure`.
-ACTIONS = ("step", "memory", "parallel", "exploring", "tuning", "inference")
+ACTIONS = (
+    "step",
+    "memory",
+    "parallel",
+    "exploring",
+    "tuning",
+    "inference",
+    "streaming",
+    "growth",
+    "paper",
+)
 
 
 def performance(kept: Path, page: Path) -> None:
@@ -21,4 +31,7 @@ def performance(kept: Path, page: Path) -> None:
         if path.exists():
             lines = [json.loads(line) for line in path.read_text().splitlines()]
             parts += import_module(f"measure.{action}").table(lines)
+    path = kept.parent / "scale" / "search.jsonl"
+    if path.exists():
+        parts += import_module("scale").table(list(map(json.loads, path.read_text().splitlines())))
     page.write_text("\n".join([f"{before}{START}", "", *parts, f"{END}{after}"]))

@@ -21,12 +21,14 @@ from .decode import image_shape
 from .source import Chunk, Layout, Stored
 from .storage import open_filesystem, reading
 
+#: Rows that are read and decoded at a time.
+CHUNK_ROWS = 256
+
 _IMAGE_COLUMNS = ("image", "img")
 _LABEL_COLUMNS = ("label", "fine_label")
 _SPLITS: tuple[Stored, ...] = ("train", "test")
 _SPLIT_PREFIXES: dict[Stored, tuple[str, ...]] = {"train": ("train",), "test": ("test", "val")}
 _SPLIT_WORDS: dict[Stored, str] = {"train": "training", "test": "test"}
-_CHUNK_ROWS = 256
 _FIRST_IMAGES = 16
 
 
@@ -274,7 +276,7 @@ def read_part(filesystem: Any, part: ParquetPart, columns: Columns) -> Iterator[
         parquet = pq.ParquetFile(handle, pre_buffer=True)
         first = part.first
         for batch in parquet.iter_batches(
-            _CHUNK_ROWS,
+            CHUNK_ROWS,
             row_groups=[part.group],
             columns=[columns.encoded, columns.label],
             use_threads=False,

@@ -20,6 +20,7 @@ from ..data import (
     train_batches,
 )
 from ..errors import ConfigError
+from . import cluster
 from .ingest import stream, stream_batches, stream_eval_batches
 
 Epochs = Callable[[int, int], Iterator[tuple[Tensor, Tensor]]]
@@ -122,7 +123,7 @@ class SharedImages:
 
 
 def share(options: DataOptions, summary: DataSummary, *, in_process: bool) -> Images | SharedImages:
-    """Decode a small data set once, in this process or somewhere on the cluster; a larger one is
+    """Decode a small data set once, in this process or on the driver's machine; a larger one is
     left to be streamed."""
     if summary.streams:
         if in_process:
@@ -133,4 +134,6 @@ def share(options: DataOptions, summary: DataSummary, *, in_process: bool) -> Im
         return Images(options, summary, None)
     if in_process:
         return Images(options, summary, load(options))
-    return SharedImages(options, summary, [ray.remote(load).remote(options)])
+    # Not on a worker: Ray lets none go that holds an object, and the task would ask for one more.
+    task = ray.remote(load).options(num_cpus=0, scheduling_strategy=cluster.beside_driver())
+    return SharedImages(options, summary, [task.remote(options)])

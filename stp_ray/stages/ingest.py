@@ -28,7 +28,7 @@ from torch import Tensor
 from ..data import DataOptions, DataSummary, SplitName, describe, local_batch_size, steps_per_epoch
 from ..data.batches import Augmentation, augmentation_seed, normalise_batch, to_device
 from ..data.load import check_corrupt, open_source, prepare, selection, summarise
-from ..data.parquet import Columns, ParquetPart, ParquetSource, read_part
+from ..data.parquet import CHUNK_ROWS, Columns, ParquetPart, ParquetSource, read_part
 from ..data.split import derive_seed
 from ..data.storage import open_filesystem, reading
 from ..errors import DataError, StpError
@@ -96,6 +96,9 @@ def stream(
         partial(_read_units, plan), batch_size=None, num_cpus=num_cpus
     )
     dataset.context.execution_options.preserve_order = True
+    # A chunk of large images is a block as it is; Ray would copy several into one of 128 MiB.
+    chunk = CHUNK_ROWS * 3 * plan.summary.held_size**2
+    dataset.context.target_max_block_size = max(chunk, _UNIT_BYTES)
     if world_size > 1:
         # Each rank's stream takes half of the object store for its own, unless it is told.
         memory = ray.cluster_resources().get("object_store_memory", 0) / 2 / world_size
@@ -292,15 +295,18 @@ def _arriving(
 ) -> Iterator[_Pair]:
     """Decoded batches of a shard; stops as soon as too many of its `rows` were skipped."""
     skipped = 0
-    try:
-        for batch in shard.iter_batches(
-            batch_size=batch_size, batch_format="numpy", prefetch_batches=2
-        ):
-            skipped += int(batch["skipped"].sum())
+
+    def blocks() -> Iterator[_Pair]:
+        # Whole blocks are views of the object store; batches of Ray's would be copied twice.
+        nonlocal skipped
+        for block in shard.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=2):
+            skipped += int(block["skipped"].sum())
             if skipped > options.max_corrupt * rows:
-                break
-            # Copies, for Ray's arrays are read-only.
-            yield np.array(batch["image"]), np.array(batch["label"])
+                return
+            yield block["image"], block["label"]
+
+    try:
+        yield from _rebatched(blocks(), batch_size)
     except RayError as error:
         cause = _data_error(error)
         if cause is None:
@@ -356,7 +362,7 @@ def _joined(pairs: list[_Pair]) -> _Pair:
 
 
 def _rebatched(pairs: Iterable[_Pair], size: int) -> Iterator[_Pair]:
-    """The same images in batches of exactly `size`."""
+    """Copies of the same images in batches of exactly `size`; the last one may be smaller."""
     pieces: list[_Pair] = []
     missing = size
     for images, labels in pairs:
@@ -369,3 +375,5 @@ def _rebatched(pairs: Iterable[_Pair], size: int) -> Iterator[_Pair]:
             if not missing:
                 yield _joined(pieces)
                 missing = size
+    if pieces:
+        yield _joined(pieces)

@@ -32,11 +32,13 @@ def test_every_action_is_in_all_and_its_command_is_understood(monkeypatch):
     import speed
 
     asked = []
-    monkeypatch.setattr(speed, "run", lambda arguments, command: asked.append(arguments.action))
+    monkeypatch.setattr(speed, "run", lambda arguments, command: asked.append(command))
     for command, _ in speed.EVERYTHING:
-        monkeypatch.setattr(sys, "argv", ["speed.py", *shlex.split(command)])
+        monkeypatch.setattr(sys, "argv", ["speed.py", *shlex.split(command), "--out", "elsewhere"])
         speed.main()
-    assert set(asked) == set(speed.ACTIONS)
+    # Each line is kept under the command itself, wherever it is kept.
+    assert asked == [command for command, _ in speed.EVERYTHING]
+    assert {command.split()[0] for command in asked} == set(speed.ACTIONS)
 
 
 def test_all_gives_up_within_an_hour():

@@ -48,6 +48,17 @@ def test_what_cannot_be_decoded_is_left_out_and_marked(kind):
     np.testing.assert_array_equal(decoded, decode([good[0], good[1], good[3]], 32, resize=False)[0])
 
 
+def test_many_images_are_decoded_as_each_of_them_is():
+    """They are decoded a few at a time, and what is left out moves the others up."""
+    files = [encode(image, "JPEG") for image in pixels(71, 16)]
+    for row in (0, 31, 32, 50):
+        files[row] = b"damaged"
+    decoded, mask = decode(files, 16, resize=False)
+    assert np.flatnonzero(~mask).tolist() == [0, 31, 32, 50]
+    alone = [decode([file], 16, resize=False)[0] for file in files]
+    np.testing.assert_array_equal(decoded, np.concatenate(alone))
+
+
 def test_nothing_readable_gives_an_empty_array():
     decoded, mask = decode([b"x", None], 16, resize=True)
     assert decoded.shape == (0, 3, 16, 16)

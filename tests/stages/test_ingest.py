@@ -274,6 +274,19 @@ def test_the_buffer_gives_every_image_once_before_it_repeats(sizes, capacity, se
     assert sorted(out[:total]) == list(range(total))
 
 
+@given(st.lists(st.integers(0, 9), max_size=8), st.integers(1, 7))
+def test_blocks_become_batches_of_one_size_but_the_last(sizes, size):
+    edges = np.cumsum([0, *sizes])
+    blocks = [(np.arange(a, b, dtype=np.uint8), np.arange(a, b)) for a, b in pairwise(edges)]
+    found = list(ingest._rebatched(iter(blocks), size))
+    assert [int(row) for _, labels in found for row in labels] == list(range(int(edges[-1])))
+    assert all(len(labels) == size for _, labels in found[:-1])
+    for images, labels in found:
+        assert (images == labels).all() and len(labels)
+        # Not views of the blocks: those are Ray's, and cannot be written.
+        assert not any(np.shares_memory(images, block) for block, _ in blocks)
+
+
 def test_an_empty_share_is_a_mistake():
     with pytest.raises(DataError, match="share of the training images is empty"):
         next(ingest._mixed(iter([]), 4, np.random.default_rng(0)))
