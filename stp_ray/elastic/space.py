@@ -6,7 +6,7 @@ is given a budget keeps it.
 """
 
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -377,35 +377,29 @@ class SearchSpace:
         if budget is None:
             return self.canonical(Subnet(widths, dropped))
         self.require(budget)
-
-        def admitted() -> bool:
-            return self.admits(Subnet(widths, dropped), budget)
-
-        while not admitted():
-            shrinkable = [a for a in self.axes if widths[a.name] > a.choices[0]]
-            if shrinkable:
-                self._step(widths, rng.choice(shrinkable), -1)
+        limits = budget.limits(self._full_cost)
+        # One row that is changed in place: a subnet for each step would take longer than its price.
+        row = np.array([[widths[axis.name] for axis in self.axes]], dtype=np.int64)
+        flags = self._flags(dropped)
+        while not self._table.fits(row, flags, limits)[0]:
+            shrinkable = np.flatnonzero(row[0] > self._ends[0][0])
+            if len(shrinkable):
+                place = rng.choice(shrinkable)
+                row[0, place] = self._next(place, row[0, place], -1)
             else:
                 kept = [block.name for block in self.blocks if block.name not in dropped]
                 dropped.add(rng.choice(kept))
-        self._grow(widths, dropped, rng, admitted)
-        return self.canonical(Subnet(widths, dropped))
+                flags = self._flags(dropped)
+        # One pass over the axes in random order, each one step up where the budget allows.
+        for place in rng.sample(range(len(self.axes)), len(self.axes)):
+            axis, before = self.axes[place], row[0, place]
+            if before < axis.size and not self._homes[axis.name] & dropped:
+                row[0, place] = self._next(place, before, +1)
+                if not self._table.fits(row, flags, limits)[0]:
+                    row[0, place] = before
+        return self._subnet(row[0], dropped)
 
-    def _grow(
-        self,
-        widths: dict[str, int],
-        dropped: set[str],
-        rng: random.Random,
-        admitted: Callable[[], bool],
-    ) -> None:
-        """One pass over the axes in random order, each one step up where the budget allows."""
-        for axis in rng.sample(self.axes, len(self.axes)):
-            if widths[axis.name] < axis.size and not self._homes[axis.name] & dropped:
-                before = widths[axis.name]
-                self._step(widths, axis, +1)
-                if not admitted():
-                    widths[axis.name] = before
-
-    @staticmethod
-    def _step(widths: dict[str, int], axis: WidthAxis, step: int) -> None:
-        widths[axis.name] = axis.choices[axis.choices.index(widths[axis.name]) + step]
+    def _next(self, place: int, width: int, step: int) -> int:
+        """The width so many steps further among an axis's choices."""
+        choices = self.axes[place].choices
+        return choices[choices.index(width) + step]

@@ -29,18 +29,14 @@ class Subnet:
         object.__setattr__(self, "dropped", frozenset(dropped))
 
     @cached_property
-    def _json(self) -> str:
-        content = {"dropped": sorted(self.dropped), "widths": dict(self.widths)}
-        return json.dumps(content, separators=(",", ":"), sort_keys=True)
-
-    @property
     def id(self) -> str:
         """Twelve hexadecimal digits that are the same for equal subnets on any machine."""
-        return hashlib.sha256(self._json.encode()).hexdigest()[:12]
+        return hashlib.sha256(self.to_json().encode()).hexdigest()[:12]
 
     def to_json(self) -> str:
         """Canonical JSON: equal subnets give equal text."""
-        return self._json
+        content = {"dropped": sorted(self.dropped), "widths": dict(self.widths)}
+        return json.dumps(content, separators=(",", ":"), sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> "Subnet":
@@ -70,10 +66,13 @@ class Subnet:
         )
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Subnet) and self._json == other._json
+        return isinstance(other, Subnet) and (self.widths, self.dropped) == (
+            other.widths,
+            other.dropped,
+        )
 
     def __hash__(self) -> int:
-        return hash(self._json)
+        return hash(self.id)
 
     def __repr__(self) -> str:
         dropped = f", without {', '.join(sorted(self.dropped))}" if self.dropped else ""

@@ -152,10 +152,11 @@ class Explorer:
         self._first_images = 0 if whole else options.scoring_images
         self._scored: dict[str, Scored] = {}
         self._known: set[Subnet] = set()
+        self._elders: dict[Budget, list[Scored]] = {budget: [] for budget in self.budgets}
         self._generation = 0
         self._rung = 0
         self._cohorts = self._breed()
-        self._asked = self._candidates(self._cohorts, self._first_images)
+        self._open = self._candidates(self._cohorts, self._first_images)
 
     # -- ask and tell ---------------------------------------------------------------
 
@@ -164,7 +165,7 @@ class Explorer:
 
         The same list again until some of it has been told; empty when the search is over.
         """
-        return [candidate for candidate in self._asked if candidate.key not in self._scored]
+        return list(self._open.values())
 
     def tell(self, scores: Mapping[str, float]) -> None:
         """Take in scores by `Candidate.key`, all of those asked for or some of them.
@@ -174,23 +175,26 @@ class Explorer:
         Raises:
             ValueError: a key that is not asked for.
         """
-        open_keys = {candidate.key for candidate in self.ask()}
-        unknown = sorted(scores.keys() - open_keys)
+        unknown = sorted(scores.keys() - self._open.keys())
         require(
             not unknown, "score", unknown[:3], "keys of candidates asked for", "tell these alone"
         )
-        waiting = [c for c in self.ask() if c.key in scores]
-        costs = self.space.costs([c.subnet for c in waiting]) if waiting else []
-        for candidate, cost in zip(waiting, costs, strict=True):
+        if not scores:
+            return
+        told = [self._open.pop(key) for key in scores]
+        costs = self.space.costs([candidate.subnet for candidate in told])
+        new = []
+        for candidate, cost in zip(told, costs, strict=True):
             score = float(scores[candidate.key])
-            self._scored[candidate.key] = Scored(
-                candidate.subnet,
-                math.inf if math.isnan(score) else score,
-                candidate.images,
-                candidate.generation,
-                cost,
-            )
-        while self._asked and not self.ask():
+            score = math.inf if math.isnan(score) else score
+            images, generation = candidate.images, candidate.generation
+            new.append(Scored(candidate.subnet, score, images, generation, cost))
+            self._scored[candidate.key] = new[-1]
+        again = {scored.subnet for scored in new}  # on more images: their first score is void
+        for budget, elders in self._elders.items():
+            kept = [scored for scored in elders if scored.subnet not in again]
+            self._elders[budget] = self._leading([*kept, *new], budget)
+        if not self._open:
             self._advance()
 
     def _advance(self) -> None:
@@ -198,22 +202,23 @@ class Explorer:
         if self._rung == 0 and self.options.promote > 0 and self._first_images:
             self._rung = 1
             promoted = [self._promoted(cohort) for cohort in self._cohorts]
-            self._asked = self._candidates(promoted, 0)
+            self._open = self._candidates(promoted, 0)
             return
         self._rung = 0
         self._generation += 1
         if self._generation >= self.options.generations:
-            self._asked = []
             return
         self._cohorts = self._breed()
-        self._asked = self._candidates(self._cohorts, self._first_images)
+        self._open = self._candidates(self._cohorts, self._first_images)
 
-    def _candidates(self, cohorts: Iterable[Iterable[Subnet]], images: int) -> list[Candidate]:
-        return [
+    def _candidates(self, cohorts: Iterable[Iterable[Subnet]], images: int) -> dict[str, Candidate]:
+        """By key."""
+        found = (
             Candidate(subnet, images, self._generation, self._rung)
             for cohort in cohorts
             for subnet in cohort
-        ]
+        )
+        return {candidate.key: candidate for candidate in found}
 
     def _promoted(self, cohort: Sequence[Subnet]) -> list[Subnet]:
         ranked = sorted(
@@ -227,7 +232,7 @@ class Explorer:
         """New subnets for each budget, all different from each other and from the known."""
         rng = random.Random(f"{self._seed}:{self._generation}")
         cohorts: list[list[Subnet]] = [[] for _ in self.budgets]
-        parents = [self._ranked(budget)[: self.options.parents] for budget in self.budgets]
+        parents = [[s.subnet for s in self._elders[budget]] for budget in self.budgets]
         if self._generation == 0:
             for cohort, budget in zip(cohorts, self.budgets, strict=True):
                 self._add(cohort, self.space.uniform_within(budget))
@@ -235,7 +240,7 @@ class Explorer:
             place = index % len(self.budgets)
             if len(cohorts[place]) > index // len(self.budgets):
                 continue  # the uniform-width subnet has this place
-            elders = [scored.subnet for scored in parents[place]]
+            elders = parents[place]
             for _ in range(self.TRIES):
                 child = self._child(elders, self.budgets[place], rng)
                 if self._add(cohorts[place], child):
@@ -270,17 +275,15 @@ class Explorer:
 
     def _best_known(self) -> list[Scored]:
         """One entry for each subnet: its score on the most images."""
-        found: dict[Subnet, Scored] = {}
-        for scored in self.scored:
-            if scored.images == 0 or scored.subnet not in found:
-                found[scored.subnet] = scored
-        return list(found.values())
+        return list({scored.subnet: scored for scored in self._scored.values()}.values())
 
-    def _ranked(self, budget: Budget) -> list[Scored]:
-        """Those that keep the budget, best first; a score on all images goes before others."""
+    def _leading(self, found: Iterable[Scored], budget: Budget) -> list[Scored]:
+        """The best that keep the budget, as many as have offspring, best first; a score on all
+        images goes before others."""
         full = self.space.cost()
-        fitting = [s for s in self._best_known() if budget.admits(s.cost, of=full)]
-        return sorted(fitting, key=lambda s: (s.images != 0, s.score, s.subnet.id))
+        fitting = [scored for scored in found if budget.admits(scored.cost, of=full)]
+        fitting.sort(key=lambda s: (s.images != 0, s.score, s.subnet.id))
+        return fitting[: self.options.parents]
 
     def best(self, budget: Budget) -> Scored:
         """The best candidate that keeps the budget, by its score on the most images.
@@ -289,7 +292,8 @@ class Explorer:
             BudgetError: none was scored that keeps it.
             RunError: none of those has a finite score.
         """
-        ranked = self._ranked(budget)
+        known = budget in self._elders
+        ranked = self._elders[budget] if known else self._leading(self._best_known(), budget)
         if not ranked:
             raise BudgetError(
                 f"none of the {len(self._scored)} scored candidates keeps the budget "

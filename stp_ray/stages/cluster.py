@@ -8,6 +8,7 @@ from typing import Any
 
 import ray
 from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ..config import ClusterOptions
 from ..errors import ClusterError
@@ -26,7 +27,12 @@ def connected(options: ClusterOptions) -> Iterator[None]:
         yield
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    address = options.address or os.environ.get("RAY_ADDRESS")
+    if options.min_workers is None:
+        # A machine that was lost has to be started again; its default is a minute. An elastic
+        # training does not wait for one, and a short limit ends what Ray promised it wrongly.
+        limit = str(options.schedule_timeout_s)
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", limit)
+    address = _address(options)
     settings: dict[str, Any] = {"logging_level": "warning", "log_to_driver": True}
     if address:
         settings["address"] = address
@@ -57,26 +63,35 @@ def require_resources(options: ClusterOptions, workers: int) -> None:
         ClusterError: a local cluster that never can (at once), or any other after
             `schedule_timeout_s`.
     """
-    bundle = worker_resources(options)
-    wanted = {name: amount * workers for name, amount in bundle.items()}
-    has = ray.cluster_resources()
-    if all(has.get(name, 0) >= amount for name, amount in wanted.items()):
+    if places(options) >= workers:
         return
-    joined = options.address or os.environ.get("RAY_ADDRESS")
+    joined = _address(options)
     if joined:
-        group = placement_group([bundle] * workers, strategy="PACK")
+        bundles = [worker_resources(options)] * workers
+        group = placement_group(bundles, strategy="PACK")
         ready = group.wait(timeout_seconds=options.schedule_timeout_s)
         remove_placement_group(group)
         if ready:
             return
-        has = ray.cluster_resources()
-    given = ", ".join(f"{has.get(name, 0):g} {name}" for name in wanted)
-    asked = ", ".join(f"{amount:g} {name}" for name, amount in wanted.items())
+    bundle, has = worker_resources(options), ray.cluster_resources()
+    given = ", ".join(f"{has.get(name, 0):g} {name}" for name in bundle)
+    asked = ", ".join(f"{amount * workers:g} {name}" for name, amount in bundle.items())
+    each = ", ".join(f"{amount:g} {name}" for name, amount in bundle.items())
     waited = f" after {options.schedule_timeout_s:g} s" if joined else ""
     raise ClusterError(
-        f"the cluster has {given}{waited}; {workers} workers need {asked}; lower "
-        "cluster.num_workers or threads_per_worker, or add nodes"
+        f"the cluster has {given}{waited}; {workers} workers need {asked}, {each} of one machine "
+        "each; lower cluster.num_workers or threads_per_worker, or add nodes"
     )
+
+
+def _address(options: ClusterOptions) -> str | None:
+    return options.address or os.environ.get("RAY_ADDRESS")
+
+
+def beside_driver() -> NodeAffinitySchedulingStrategy:
+    """Places what asks for no resources on the driver's machine, which stays: on a worker it would
+    be lost with the machine, or keep it from going."""
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
 def worker_resources(options: ClusterOptions) -> dict[str, float]:
@@ -89,8 +104,12 @@ def worker_resources(options: ClusterOptions) -> dict[str, float]:
 
 def places(options: ClusterOptions) -> int:
     """Workers that the cluster has room for at its present size."""
-    has = ray.cluster_resources()
-    return int(min(has.get(n, 0) // amount for n, amount in worker_resources(options).items()))
+    bundle = worker_resources(options)
+    return sum(
+        int(min(node["Resources"].get(name, 0) // amount for name, amount in bundle.items()))
+        for node in ray.nodes()
+        if node["Alive"]
+    )
 
 
 @contextlib.contextmanager

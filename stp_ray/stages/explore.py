@@ -7,6 +7,7 @@ the seed alone; a search that was stopped is told the scores that were kept and 
 
 import logging
 import os
+from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ import ray
 import torch
 from ray import tune
 from ray.tune.execution import class_cache
+from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 from torch import Tensor
 
@@ -113,51 +115,54 @@ class _Search:
     """Hands out batches of what the explorer asks for, and keeps the scores."""
 
     def __init__(self, explorer: Explorer, store: Store, batch: int, tracker: Tracker) -> None:
-        self._explorer, self._store, self._batch = explorer, store, batch
-        self._tracker = tracker
-        self._out: set[str] = set()
-        self._generation = -1
-        parts = store.child(_PARTS)
-        self._known = {
+        self._explorer, self._batch, self._tracker = explorer, batch, tracker
+        self._generation, self._told = -1, 0
+        self._parts = store.child(_PARTS)
+        #: Scores that the explorer has not heard: it is told a generation as a whole.
+        self._scores = {
             row["key"]: row["score"]
-            for name in parts.names()
-            for row in parts.read_table(name).to_pylist()
+            for name in self._parts.names()
+            for row in self._parts.read_table(name).to_pylist()
         }
+        self._waiting: deque[Candidate] = deque()
+        self._missing: set[str] = set()
         self._advance()
 
     def open(self) -> bool:
         """Whether anything is left to score."""
-        return bool(self._explorer.ask())
+        return bool(self._missing)
 
     def take(self) -> list[Candidate]:
         """Up to a batch of candidates of the current generation that nobody has; empty when all
         are handed out."""
-        taken = self._out | self._known.keys()  # the explorer hears of a generation as a whole
-        batch = [c for c in self._explorer.ask() if c.key not in taken][: self._batch]
-        self._out |= {candidate.key for candidate in batch}
-        return batch
+        return [self._waiting.popleft() for _ in range(min(self._batch, len(self._waiting)))]
 
     def put(self, batch: Sequence[Candidate], scores: Mapping[str, float]) -> None:
         """Keep the scores of a batch."""
         rows = [{"key": c.key, "score": float(scores[c.key])} for c in batch]
         first = batch[0]
         name = f"{first.generation:03d}-{first.rung}-{first.key}.parquet"
-        self._store.child(_PARTS).write_table(name, rows)
-        self._known |= {row["key"]: row["score"] for row in rows}
-        self._out -= {candidate.key for candidate in batch}
-        self._advance()
+        self._parts.write_table(name, rows)
+        self._scores |= {row["key"]: row["score"] for row in rows}
+        self._missing -= {row["key"] for row in rows}
+        if not self._missing:
+            self._advance()
 
     def give_back(self, batch: Sequence[Candidate]) -> None:
         """A batch that nobody scored may be taken again."""
-        self._out -= {candidate.key for candidate in batch}
+        self._waiting.extend(batch)
 
     def _advance(self) -> None:
-        """Tell the explorer what is known, a closed generation at a time."""
+        """Tell the explorer what is known, a closed generation at a time, up to one of which
+        something is missing."""
         while asked := self._explorer.ask():
-            scores = {c.key: self._known[c.key] for c in asked if c.key in self._known}
-            if len(scores) < len(asked):
+            missing = [candidate for candidate in asked if candidate.key not in self._scores]
+            if missing:
+                self._waiting.extend(missing)
+                self._missing = {candidate.key for candidate in missing}
                 return
-            self._explorer.tell(scores)
+            self._explorer.tell({c.key: self._scores.pop(c.key) for c in asked})
+            self._told += len(asked)
             if asked[0].generation != self._generation:
                 self._generation = asked[0].generation
                 self._log()
@@ -165,8 +170,7 @@ class _Search:
     def _log(self) -> None:
         explorer = self._explorer
         best = {f"best/{b.label}": explorer.best(b).score for b in explorer.budgets}
-        scored = {"candidates": float(len(explorer.scored))}
-        self._tracker.log({**best, **scored}, self._generation + 1)
+        self._tracker.log({**best, "candidates": float(self._told)}, self._generation + 1)
 
 
 # -- Ray Tune ---------------------------------------------------------------------------
@@ -209,7 +213,7 @@ class _Generations(Searcher):
 
     Args:
         search: hands them out.
-        most: batches that may be out at a time, waiting ones included.
+        most: batches that may be out at a time.
     """
 
     def __init__(self, search: _Search, most: int) -> None:
@@ -255,6 +259,15 @@ class _Generations(Searcher):
         """Nothing is ever read back from Tune's own state."""
 
 
+class _Keeping(FIFOScheduler):
+    """Keeps every worker for the next batch. Between two generations Tune would stop all of them
+    but one, and the others would have to start again."""
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        cache = tune_controller._tune_controller._actor_cache
+        cache.increase_max(trial.placement_group_factory)
+
+
 def _tune(
     config: RunConfig,
     search: _Search,
@@ -274,6 +287,8 @@ def _tune(
     # Tune would copy the driver's keys into the runtime environment of its actors, which Ray keeps
     # as metadata and logs. Workers have the keys of their own node.
     class_cache.ENV_VARS_TO_PROPAGATE.difference_update(_AWS_KEYS)
+    # All that are wanted are asked for at once: machines that have to start do so side by side.
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(workers)
     resources = {name.lower(): amount for name, amount in cluster.worker_resources(options).items()}
     weights_reference = ray.put(weights)
     main_logits = ray.get(
@@ -281,10 +296,6 @@ def _tune(
         .options(num_cpus=resources["cpu"], num_gpus=resources.get("gpu", 0))
         .remote(config, images, weights_reference)
     )
-    # Tune keeps an actor for the next batch only if one waits already. So that none waits where
-    # fewer workers are wanted than there is room for, there nothing is handed out ahead.
-    ahead = workers if workers >= cluster.places(options) else 0
-    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(max(1, ahead))
     trial = tune.with_parameters(
         _Trial, run_config=config, images=images, weights=weights, main_logits=main_logits
     )
@@ -292,7 +303,8 @@ def _tune(
         tuner = tune.Tuner(
             tune.with_resources(trial, resources),
             tune_config=tune.TuneConfig(
-                search_alg=_Generations(search, workers + ahead),
+                search_alg=_Generations(search, workers),
+                scheduler=_Keeping(),
                 num_samples=-1,
                 reuse_actors=True,
                 trial_dirname_creator=lambda trial: trial.trial_id,

@@ -78,7 +78,8 @@ def finalize(
 def _side_by_side(
     config: RunConfig, jobs: dict[str, list[Job]], images: Images | SharedImages, relay: Any
 ) -> Iterator[tuple[str, dict[str, Any], float]]:
-    """A task per budget, as many at a time as the cluster has room for."""
+    """A task per budget. All are asked for at once, so that a cluster that can grows for them; but
+    those with workers of their own only while there is room for these."""
     options, workers = config.cluster, config.finalize.num_workers
     cluster.require_resources(options, options.fewest(workers))
     # A task with workers of its own only waits for them.
@@ -90,7 +91,9 @@ def _side_by_side(
     running: dict[Any, str] = {}
     failed: dict[str, BaseException] = {}
     while waiting or running:
-        while waiting and len(running) < max(1, cluster.places(options) // workers):
+        while waiting and (
+            workers == 1 or len(running) < max(1, cluster.places(options) // workers)
+        ):
             label = waiting.pop(0)
             running[task.remote(jobs[label], images, relay)] = label
         (done,), _ = ray.wait(list(running), num_returns=1)

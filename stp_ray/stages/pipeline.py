@@ -4,7 +4,7 @@ import contextlib
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -71,9 +71,10 @@ def run(
     images_summary, net = preflight(config)
     store = Store(config.storage).child(run_id(config))
     store.probe()
-    if finished(Manifest(store)):
+    done = Manifest(store)
+    if finished(done):
         return Summary(store.read_json(SUMMARY))
-    with _session(config), held(store) as lease:
+    with _session(config, _workers(config, done.stages())), held(store) as lease:
         manifest = Manifest(store, guard=lease.require)
         tracking = Tracking(config.tracking, run_id(config), store)
         with contextlib.closing(tracking):
@@ -110,15 +111,23 @@ def _trainings(config: RunConfig) -> list[Optimisation]:
 
 
 @contextlib.contextmanager
-def _session(config: RunConfig) -> Iterator[None]:
+def _session(config: RunConfig, workers: int) -> Iterator[None]:
     """A Ray session that can place the workers, unless everything runs in this process."""
     if config.cluster.in_process:
         yield
         return
     with cluster.connected(config.cluster):
-        most = max(config.cluster.num_workers, config.finalize.num_workers)
-        cluster.require_resources(config.cluster, config.cluster.fewest(most))
+        cluster.require_resources(config.cluster, workers)
         yield
+
+
+def _workers(config: RunConfig, done: Collection[str]) -> int:
+    """Workers that the stages left to do cannot start without: a run that goes on with its search
+    starts no machines for the training that is behind it."""
+    options = config.cluster
+    trained = "supernet" in done and ("baseline" in done or config.baseline is None)
+    most = max(1 if trained else options.num_workers, config.finalize.num_workers)
+    return options.fewest(most)
 
 
 class _Pipeline:

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ..errors import StpError
+from . import cluster
 
 if TYPE_CHECKING:
     from ..tracking import Tracker
@@ -41,9 +41,7 @@ class Relay:
 @contextlib.contextmanager
 def relayed(trackers: "Mapping[str, Tracker]") -> Iterator[Any]:
     """A relay whose metrics go to the tracker of their stage while the block lasts."""
-    # Beside the driver: an actor that asks for nothing is placed anywhere, and on a worker it would
-    # be lost with the machine.
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    here = cluster.beside_driver()
     actor = ray.remote(Relay).options(num_cpus=0, scheduling_strategy=here).remote()
     stop = threading.Event()
 
