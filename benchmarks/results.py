@@ -5,7 +5,7 @@
 
 `record` keeps a finished run's summary, the settings that matter and the hardware as one JSON
 file in benchmarks/results/; `render` writes docs/results.md, docs/accuracy.svg and the tables of
-docs/performance.md from all that is there. No figure is typed by hand.
+docs/performance.md and docs/reliability.md from all that is there. No figure is typed by hand.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from accuracy_tables import section as comparison
+from chaos_table import render as chaos
 from markdown_table import row
 from speed_tables import performance
 
@@ -103,6 +104,7 @@ def render() -> None:
     ]
     (DOCS / "results.md").write_text("\n".join(parts))
     performance(KEPT / "speed", DOCS / "performance.md")
+    chaos(KEPT / "chaos" / "runs.jsonl", DOCS / "reliability.md")
     for recipe in ("cifar10_resnet20_cpu", "demo"):
         if recipe in runs:
             picture = accuracy_against_macs(runs[recipe][0]["summary"], "svg")

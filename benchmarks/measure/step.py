@@ -73,7 +73,7 @@ def _masks(setting: Setting, subnet: Subnet) -> list[tuple[nn.Module, Tensor]]:
     found = []
     for name, cuts in setting.net.slices(subnet).items():
         layer = setting.dense.get_submodule(name.rpartition(".")[0])
-        if name.endswith("weight") and 0 in cuts and not isinstance(layer, nn.Linear):
+        if name.endswith(".weight") and 0 in cuts and not isinstance(layer, nn.Linear):
             mask = torch.zeros(len(layer.weight), device=setting.device)
             for start, stop in cuts[0]:
                 mask[start:stop] = 1

@@ -51,9 +51,10 @@ class Network:
 
     def close(self) -> None:
         """End every process on every machine, and take all away."""
-        for machine in self.machines:
-            machine.close()
-        ip("link", "delete", self._bridge)
+        while self.machines:
+            self.machines.pop().close()
+        with contextlib.suppress(RuntimeError):  # it may have gone before
+            ip("link", "delete", self._bridge)
 
 
 class Machine:
@@ -62,6 +63,8 @@ class Machine:
     def __init__(self, name: str, address: str, folder: Path, variables: dict[str, str]) -> None:
         self.name, self.address, self._folder = name, address, folder
         self._link = f"v{name.removeprefix('stp')}"
+        #: Where its own disk is seen from here, if it has one.
+        self.disk: Path | None = None
         self._variables = environment(GLOO_SOCKET_IFNAME="eth0", **HEALTH, **variables)
         self._started: list[Process] = []
         ip("netns", "add", name)
@@ -84,13 +87,18 @@ class Machine:
         self._started.append(process)
         return process
 
-    def runs(self, name: str) -> bool:
-        """Whether a process whose command line begins with this name runs here."""
-        lines = []
+    def pids(self, name: str) -> list[int]:
+        """Processes here whose command lines begin with this name."""
+        found = []
         for pid in ip("netns", "pids", self.name).split():
             with contextlib.suppress(OSError):
-                lines.append(Path("/proc", pid, "cmdline").read_bytes().decode(errors="replace"))
-        return any(line.startswith(name) for line in lines)
+                if Path("/proc", pid, "cmdline").read_bytes().startswith(name.encode()):
+                    found.append(int(pid))
+        return found
+
+    def runs(self, name: str) -> bool:
+        """Whether a process whose command line begins with this name runs here."""
+        return bool(self.pids(name))
 
     def cut(self) -> None:
         """Nothing gets out or in any more."""

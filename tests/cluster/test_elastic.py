@@ -12,8 +12,7 @@ import pytest
 
 from stp_ray.config import load_config
 from stp_ray.stages import pipeline
-from tests.cluster.conftest import RAY
-from tests.cluster.network import RAY_PORT
+from tests.cluster.cluster import RAY
 from tests.stages.runs import ROOT, tiny, wait_for
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1200)]
@@ -81,7 +80,7 @@ def test_the_curve_of_two_then_one_then_two_workers_is_that_of_two(cluster, tmp_
     assert driver.wait(PATIENCE_S) == 0, driver.output
     print(times)
 
-    content = cluster.read("elastic", "metrics.parquet")
+    content = cluster.read("elastic", "supernet/metrics.parquet")
     (tmp_path / "elastic" / "run" / "supernet").mkdir(parents=True)
     (tmp_path / "elastic" / "run" / "supernet" / "metrics.parquet").write_bytes(content)
     losses = curve(tmp_path / "elastic")
@@ -113,7 +112,7 @@ def test_a_notice_makes_a_checkpoint_at_once(cluster):
 
 def drain(cluster, machine, seconds):
     """What the watcher of a spot machine does."""
-    address = f"{cluster.head.address}:{RAY_PORT}"
+    address = cluster.address
     look = "import ray, json; ray.init(logging_level='error'); print(json.dumps(ray.nodes()))"
     listing = cluster.head.start("env", f"RAY_ADDRESS={address}", sys.executable, "-c", look)
     assert listing.wait(60) == 0, listing.output

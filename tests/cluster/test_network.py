@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from stp_ray import preemption
-from tests.cluster.conftest import RAY
-from tests.cluster.network import RAY_PORT
+from tests.cluster.cluster import RAY
 from tests.stages.runs import BUDGETS, WEIGHTS, tiny, wait_for
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1200)]
@@ -123,7 +122,7 @@ def test_a_cut_link_and_killed_machines_change_nothing(cluster, undisturbed, rec
 
 def test_a_notice_drains_the_machine_that_got_it(cluster):
     # Processes of its own, too: Ray looks among them for the node that it is on.
-    address = f"{cluster.head.address}:{RAY_PORT}"
+    address = cluster.address
     machine = cluster.bare()
     steps = (
         f"{RAY} start --address={address} --num-cpus=1 --node-ip-address={machine.address} "

@@ -184,6 +184,11 @@ class Process:
             )  # fmt: skip
 
     @property
+    def pid(self) -> int:
+        """Its number."""
+        return self._process.pid
+
+    @property
     def output(self) -> str:
         """What it has printed so far."""
         return self.log.read_text(errors="replace")
