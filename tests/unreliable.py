@@ -25,6 +25,9 @@ class Unreliable(ThreadingHTTPServer):
         #: was told so.
         self.written = []
 
+    def handle_error(self, request, client_address):
+        """Those who ask may be killed while they do."""
+
     @property
     def url(self):
         return "http://{}:{}".format(*self.server_address)

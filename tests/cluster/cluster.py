@@ -139,10 +139,11 @@ def bucket():
 
 
 @contextlib.contextmanager
-def opened(network, client, url, **options):
-    """A cluster whose runs reach the bucket at `url`, in a folder of its own."""
+def opened(network, client, url, disk_mb=None, **more):
+    """A cluster whose runs reach the bucket at `url`, in a folder of its own; `more` of its
+    environment."""
     with tempfile.TemporaryDirectory(prefix="stp-", dir="/tmp", ignore_cleanup_errors=True) as home:
         variables = {
-            **KEYS, "AWS_ENDPOINT_URL": url, "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+            **KEYS, "AWS_ENDPOINT_URL": url, "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2", **more,
         }  # fmt: skip
-        yield Cluster(network, client, Path(home), variables, **options)
+        yield Cluster(network, client, Path(home), variables, disk_mb)
