@@ -20,7 +20,7 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -51,8 +51,8 @@ WORKERS = {
     "explore": "ray::_Trial",
     "finalize": "ray::_finalize_task",
 }
-#: Seconds that each of them worked where nothing disturbed it; faults come within so long.
-SPANS = {"supernet": 30.0, "explore": 4.0, "finalize": 9.0}
+#: The files that they write as they go on, by the beginning of their names.
+STEPS = {"supernet": "supernet/checkpoint-", "explore": "explore/parts/", "finalize": "budget-"}
 #: Seconds after which a run is given up, and times that its command is given.
 PATIENCE_S, ATTEMPTS = 900, 10
 #: Tells where a tracker would be, if one were asked for: nobody listens there.
@@ -65,6 +65,10 @@ class Failed(Exception):
     """A run did not end well."""
 
 
+class Missed(Exception):
+    """What a fault was to hit is gone."""
+
+
 @dataclass(frozen=True)
 class Fault:
     """What breaks, and when.
@@ -72,12 +76,12 @@ class Fault:
     Attributes:
         kind: a name of `FAULTS`.
         stage: it comes while this stage's workers are at work.
-        after_s: so long after they were first seen.
+        share: of the files that they write, which are there when it comes.
     """
 
     kind: str
     stage: str
-    after_s: float
+    share: float
 
 
 def plan(seed: int, number: int) -> list[Fault]:
@@ -86,8 +90,8 @@ def plan(seed: int, number: int) -> list[Fault]:
     found = []
     for kind in rng.choices(sorted(FAULTS), k=rng.randint(1, 3)):
         stage = FAULTS[kind].stage or rng.choice(sorted(WORKERS))
-        found.append(Fault(kind, stage, round(rng.uniform(0, SPANS[stage]), 1)))
-    return sorted(found, key=lambda fault: (list(WORKERS).index(fault.stage), fault.after_s))
+        found.append(Fault(kind, stage, round(rng.uniform(0, 0.9), 3)))
+    return sorted(found, key=lambda fault: (list(WORKERS).index(fault.stage), fault.share))
 
 
 class Scene:
@@ -128,20 +132,24 @@ class Scene:
             for pid in machine.pids(WORKERS[stage])
         ]
 
-    def at(self, fault: Fault) -> bool:
-        """Wait for the moment of a fault; False if the run is past it."""
-        stages = list(WORKERS)
-        later = stages[stages.index(fault.stage) + 1 :]
-        while not self.workers(fault.stage):
+    def at(self, fault: Fault, files: Mapping[str, int]) -> bool:
+        """Wait for the moment of a fault; False if the run is past it.
+
+        Args:
+            fault: what is to come.
+            files: how many each stage writes where nothing disturbs it.
+        """
+        later = list(WORKERS)[list(WORKERS).index(fault.stage) + 1 :]
+        due = int(fault.share * files[fault.stage])
+        while not self.workers(fault.stage) or len(self.steps(fault.stage)) < due:
             if self.ended() or any(self.workers(stage) for stage in later):
                 return False
-            time.sleep(0.1)
-        moment = time.monotonic() + fault.after_s
-        while time.monotonic() < moment:
-            if self.ended():
-                return False
             time.sleep(0.05)
-        return bool(self.workers(fault.stage))
+        return True
+
+    def steps(self, stage: str) -> set[str]:
+        """Names of the files that a stage has written on its way."""
+        return {name for _, name in self.written() if name.startswith(STEPS[stage])}
 
     def written(self) -> list[tuple[float, str]]:
         """(when, name in the run's folder) of every file that it has written."""
@@ -164,26 +172,40 @@ class _Kind:
     stage: str | None = None
 
 
+def _victim(scene: Scene, stage: str) -> tuple[Machine, int]:
+    workers = scene.workers(stage)
+    if not workers:
+        raise Missed
+    return scene.rng.choice(workers)
+
+
 def _kill_worker(scene: Scene, stage: str) -> None:
-    _, pid = scene.rng.choice(scene.workers(stage))
-    os.kill(pid, signal.SIGKILL)
+    _, pid = _victim(scene, stage)
+    _signal(pid, signal.SIGKILL)
+
+
+def _signal(pid: int, number: int) -> None:
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        raise Missed from None
 
 
 def _stop_worker(scene: Scene, stage: str) -> None:
-    _, pid = scene.rng.choice(scene.workers(stage))
-    os.kill(pid, signal.SIGSTOP)
+    _, pid = _victim(scene, stage)
+    _signal(pid, signal.SIGSTOP)
     time.sleep(20)
     with contextlib.suppress(ProcessLookupError):  # Ray may have given it up
         os.kill(pid, signal.SIGCONT)
 
 
 def _kill_driver(scene: Scene, stage: str) -> None:
-    os.kill(scene.driver.pid, signal.SIGKILL)
+    _signal(scene.driver.pid, signal.SIGKILL)
     scene.driver.wait(10)
 
 
 def _kill_node(scene: Scene, stage: str) -> None:
-    machine, _ = scene.rng.choice(scene.workers(stage))
+    machine, _ = _victim(scene, stage)
     machine.kill()
     time.sleep(5)
     scene.cluster.join(machine)
@@ -210,7 +232,7 @@ def _tracker_away(scene: Scene, stage: str) -> None:
 
 
 def _disk_full(scene: Scene, stage: str) -> None:
-    machine, _ = scene.rng.choice(scene.workers(stage))
+    machine, _ = _victim(scene, stage)
     path = machine.disk / "full"
     with contextlib.suppress(OSError), path.open("wb") as file:
         while True:
@@ -238,23 +260,30 @@ FAULTS = {
 # -- one run ----------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Reference:
+    """A run that nothing disturbed: what must come out, and how many files each stage writes."""
+
+    checksums: dict[str, str]
+    files: dict[str, int]
+
+
 def disturbed(
-    cluster: Cluster, server: Unreliable, seed: int, number: int, expected: dict[str, str]
+    cluster: Cluster, server: Unreliable, seed: int, number: int, reference: Reference
 ) -> dict[str, Any]:
     """A run with its faults, and what is true at its end."""
     started = time.monotonic()
     scene = Scene(cluster, server, f"run-{seed}-{number}", number)
-    faults = []
+    faults: list[dict[str, Any]] = []
     try:
         for fault in plan(seed, number):
-            if not scene.at(fault):
-                faults.append({"kind": fault.kind, "stage": fault.stage, "came": False})
-                continue
-            at = time.monotonic()
-            FAULTS[fault.kind].act(scene, fault.stage)
-            faults.append(
-                {"kind": fault.kind, "stage": fault.stage, "came": True, "at": at - started}
-            )
+            line = {"kind": fault.kind, "stage": fault.stage, "came": False}
+            faults.append(line)
+            if scene.at(fault, reference.files):
+                at = time.monotonic() - started
+                with contextlib.suppress(Missed):
+                    FAULTS[fault.kind].act(scene, fault.stage)
+                    line |= {"came": True, "at": at}
         while not scene.ended():
             time.sleep(0.1)
     finally:
@@ -271,7 +300,11 @@ def disturbed(
         "faults": faults,
         "submissions": scene.submissions,
         "seconds": round(seconds, 1),
-        **verdict(lambda name: cluster.read(scene.name, name), cluster.files(scene.name), expected),
+        **verdict(
+            lambda name: cluster.read(scene.name, name),
+            cluster.files(scene.name),
+            reference.checksums,
+        ),
         "rewritten_scores": _repeated(written),
     }
 
@@ -335,21 +368,20 @@ def _sha(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def undisturbed(cluster: Cluster, server: Unreliable) -> dict[str, str]:
-    """sha256 of what must come out."""
-    scene = Scene(cluster, server, "undisturbed", 0)
-    seen: dict[str, list[float]] = {stage: [] for stage in WORKERS}
+def undisturbed(cluster: Cluster, server: Unreliable) -> Reference:
+    """A run without faults."""
     started = time.monotonic()
+    scene = Scene(cluster, server, "undisturbed", 0)
     while not scene.ended():
-        for stage, moments in seen.items():
-            if scene.workers(stage):
-                moments.append(time.monotonic())
-        time.sleep(0.2)
-    spans = {stage: f"{moments[-1] - moments[0]:.1f} s" for stage, moments in seen.items()}
-    print(f"undisturbed: {time.monotonic() - started:.1f} s; workers at work: {spans}", flush=True)
-    return {
-        name: _sha(cluster.read("undisturbed", name)) for name in (*WEIGHTS, "explore/front.json")
-    }
+        time.sleep(0.1)
+    print(f"undisturbed: {time.monotonic() - started:.1f} s", flush=True)
+    return Reference(
+        {
+            name: _sha(cluster.read("undisturbed", name))
+            for name in (*WEIGHTS, "explore/front.json")
+        },
+        {stage: len(scene.steps(stage)) for stage in STEPS},
+    )
 
 
 def good(line: dict[str, Any]) -> bool:
@@ -381,11 +413,11 @@ def main() -> None:
             Unreliable(url, HOST).serving() as server,
             opened(network, client, server.url, disk_mb=256, **TRACKER) as cluster,
         ):
-            expected = undisturbed(cluster, server)
+            reference = undisturbed(cluster, server)
             for number in numbers:
                 if time.monotonic() > end:
                     break
-                line = _line(cluster, server, chosen, number, expected)
+                line = _line(cluster, server, chosen, number, reference)
                 bad += not good(line)
                 with chosen.out.open("a") as file:
                     file.write(json.dumps({**line, **around}) + "\n")
@@ -398,10 +430,10 @@ def main() -> None:
 
 def _line(
     cluster: Cluster, server: Unreliable, chosen: argparse.Namespace, number: int,
-    expected: dict[str, str],
+    reference: Reference,
 ) -> dict[str, Any]:  # fmt: skip
     try:
-        return disturbed(cluster, server, chosen.seed, number, expected)
+        return disturbed(cluster, server, chosen.seed, number, reference)
     except Failed as error:
         if chosen.logs:
             chosen.logs.mkdir(parents=True, exist_ok=True)

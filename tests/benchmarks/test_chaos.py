@@ -19,7 +19,7 @@ def test_a_run_has_the_same_one_to_three_faults_each_time_and_all_kinds_come():
     assert {fault.kind for faults in plans for fault in faults} == set(chaos.FAULTS)
     stages = list(chaos.WORKERS)
     for faults in plans:
-        order = [(stages.index(fault.stage), fault.after_s) for fault in faults]
+        order = [(stages.index(fault.stage), fault.share) for fault in faults]
         assert order == sorted(order)
         for fault in faults:
             assert chaos.FAULTS[fault.kind].stage in (None, fault.stage)
