@@ -8,7 +8,7 @@ Each action is a module of `benchmarks/measure/`. All sides of a ratio are timed
 run. One line of JSON for each measurement goes into `benchmarks/results/speed/`, in place of what
 the same command has said there before of the same device; `benchmarks/results.py render` makes
 the tables of docs/performance.md. `all` measures everything that those tables show, each action
-in a process of its own; it wants two cores that nobody else uses, for about 45 minutes (expected).
+in a process of its own; it wants two cores that nobody else uses, for about 20 minutes.
 An action that looks at Ray needs Ray, no other does.
 """
 
@@ -30,25 +30,25 @@ KEPT = Path(__file__).resolve().parent / "results" / "speed"
 
 #: What `all` measures, and the seconds after which it gives one up.
 EVERYTHING = (
-    ("step --repeats 1", 300),
-    ("step --repeats 1 --model resnet50", 500),
-    ("step --repeats 1 --model mobilenet_v2", 500),
-    ("step --repeats 1 --model vit_small --draws 8", 600),
-    ("step --repeats 1 --subnets 4 --draws 8", 400),
-    ("step --repeats 1 --subnets 4 --model mobilenet_v2 --draws 8", 600),
-    ("memory --threads 1", 240),
-    ("parallel --steps 3 --repeats 1", 400),
-    ("exploring --threads 1", 200),
+    ("step --repeats 1", 150),
+    ("step --repeats 1 --model resnet50", 300),
+    ("step --repeats 1 --model mobilenet_v2", 150),
+    ("step --repeats 1 --model vit_small --draws 8", 300),
+    ("step --repeats 1 --subnets 4 --draws 8", 150),
+    ("step --repeats 1 --subnets 4 --model mobilenet_v2 --draws 8", 200),
+    ("memory --threads 1", 150),
+    ("parallel --steps 3 --repeats 1", 300),
+    ("exploring --threads 1", 150),
     (
         "exploring --model mobilenet_v2 --size 64 --calibration 256 --scoring 128 --candidates 6 "
         "--threads 1",
-        200,
+        150,
     ),
-    ("tuning --threads 1 --population 32", 300),
-    ("inference --threads 1 --repeats 6 1", 500),
-    ("inference --threads 1 --repeats 6 --batches 1 --divisor 32", 300),
-    ("streaming --threads 1", 300),
-    ("growth --threads 1", 300),
+    ("tuning --threads 1 --population 32", 200),
+    ("inference --threads 1 --repeats 6 1", 400),
+    ("inference --threads 1 --repeats 6 --batches 1 --divisor 32", 200),
+    ("streaming --threads 1", 250),
+    ("growth --threads 1", 250),
     ("paper", 60),
 )
 

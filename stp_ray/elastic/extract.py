@@ -50,6 +50,8 @@ def extract(
         if node.op == "call_module" and target not in root:
             module = model.get_submodule(target)
             root[target] = _layer(target, module, layout, subnet, stats, copies)
+        elif node.op == "call_module" and layout.borrows_without in subnet.dropped:
+            root[target].inplace = False
         elif node.op == "get_attr":
             owner, _, leaf = target.rpartition(".")
             value = getattr(model.get_submodule(owner), leaf)

@@ -28,6 +28,8 @@ class Layout:
         norm: whether the module keeps running statistics.
         scratch: buffers that the module may write while it trains; a subnet gets copies.
         gates: blocks whose dropping removes the node.
+        borrows_without: of a module that works in place, the block without which its operand is
+            another node's result, which it must leave as it is.
     """
 
     tensors: Mapping[str, tuple[Segments | None, ...]] = field(default_factory=dict)
@@ -37,10 +39,14 @@ class Layout:
     norm: bool = False
     scratch: tuple[str, ...] = ()
     gates: frozenset[str] = frozenset()
+    borrows_without: str | None = None
 
     def sizes(self, subnet: Subnet) -> dict[str, Any]:
         """The attributes of the narrowed module."""
-        return {name: sized(value, subnet) for name, value in self.attributes.items()}
+        found = {name: sized(value, subnet) for name, value in self.attributes.items()}
+        if self.borrows_without in subnet.dropped:
+            found["inplace"] = False
+        return found
 
     def cut(self, name: str, tensor: Tensor, subnet: Subnet) -> Tensor:
         """The kept part of a parameter or buffer: the tensor itself where nothing is cut, a view
@@ -98,6 +104,10 @@ def _scatter(kept: Tensor, whole: Tensor, cuts: tuple[tuple[int, Ranges], ...]) 
         whole += kept
         return
     (dim, ranges), *others = cuts
+    if len(ranges) == 1:
+        ((start, stop),) = ranges
+        _scatter(kept, whole.narrow(dim, start, stop - start), tuple(others))
+        return
     done = 0
     for start, stop in ranges:
         part, length = whole.narrow(dim, start, stop - start), stop - start

@@ -18,6 +18,7 @@ from .trace import Traced, trace
 
 #: BatchNorm layer -> {"running_mean": [C], "running_var": [C]} of one subnet.
 Stats = Mapping[str, Mapping[str, Tensor]]
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 class StatsRecorder:
@@ -184,6 +185,16 @@ class Supernet(nn.Module):
                     cuts[full] = ranges
         return cuts
 
+    @cached_property
+    def _called(self) -> dict[str, tuple[nn.Module, tuple[str, ...]]]:
+        """The layers that the graph calls, and the names of their parameters."""
+        found = {}
+        for node in self.model.graph.nodes:
+            if node.op == "call_module":
+                module = self.model.get_submodule(str(node.target))
+                found[str(node.target)] = module, tuple(n for n, _ in module.named_parameters())
+        return found
+
     def extra_repr(self) -> str:
         """The line that stands above the layers in `repr`."""
         return f"{self.space!r}, {len(self.frozen)} frozen layers"
@@ -253,18 +264,21 @@ class Supernet(nn.Module):
         if node.op == "call_method":
             name = str(node.target)
             return lambda receiver, *args, **kwargs: getattr(receiver, name)(*args, **kwargs)
-        module = self.model.get_submodule(str(node.target))
+        module, parameters = self._called[str(node.target)]
         tensors: dict[str, Tensor | None] = {}
+        reads = stats is not None or not module.training or "weight" not in layout.tensors
+        unread = _STATISTICS if layout.norm and not reads else ()
         for name in layout.tensors:
+            if name in unread or (direct and name in parameters):
+                continue
             whole = _tensor(module, name)
             part = layout.cut(name, whole, subnet)
             if part is not whole:
                 tensors[name] = part
         if direct:
-            tensors |= {
-                name: layout.leaf(name, parameter, subnet)
-                for name, parameter in module.named_parameters()
-            }
+            for name in parameters:
+                parameter = cast(nn.Parameter, _tensor(module, name))
+                tensors[name] = layout.leaf(name, parameter, subnet)
         # sizes change with the tensors, or with the input alone where there is none to cut
         attributes = layout.sizes(subnet) if tensors or not layout.tensors else {}
         kind = layout.narrow_class if tensors else None
@@ -297,6 +311,8 @@ def _normalise(
 
 def arguments(node: fx.Node, layout: Layout) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments of a call with elastic sizes in place of those that the model wrote."""
+    if not layout.arguments:
+        return node.args, node.kwargs
     args, kwargs = list(node.args), dict(node.kwargs)
     for key, value in layout.arguments.items():
         if isinstance(key, int):
@@ -322,7 +338,7 @@ def _load(value: Any, env: Mapping[str, Any], subnet: Subnet) -> Any:
 
 def _tensor(module: nn.Module, name: str) -> Tensor:
     owner, _, leaf = name.rpartition(".")
-    return getattr(module.get_submodule(owner), leaf)
+    return getattr(module.get_submodule(owner) if owner else module, leaf)
 
 
 def _last_uses(graph: fx.Graph) -> dict[str, list[str]]:

@@ -8,7 +8,7 @@ import os
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from math import ceil, gcd
@@ -333,6 +333,42 @@ def _make_pure(node: fx.Node) -> bool:
     else:
         return False
     return True
+
+
+#: What these return is new, and their backward passes do not look at it.
+_FORGETFUL = (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.Linear)
+_ADDITIONS = (operator.add, torch.add)
+
+
+def _write_again(graph: fx.GraphModule, ends: Mapping[fx.Node, str]) -> dict[fx.Node, str]:
+    """Let layers that worked in place do so again, where nobody else reads what they write over:
+    it saves a tensor of that size, and the time to fill it.
+
+    Args:
+        graph: changed.
+        ends: the addition that each block ends in -> the block.
+
+    Returns the layers whose operand another layer still needs once a block is dropped, and the
+    block.
+    """
+    calls: dict[nn.Module, list[fx.Node]] = {}
+    for node in graph.graph.nodes:
+        if node.meta.get(_WRITES):
+            calls.setdefault(graph.get_submodule(node.target), []).append(node)
+    borrowing: dict[fx.Node, str] = {}
+    for module, nodes in calls.items():
+        sources = {node: node.args[0] for node in nodes if len(node.args) == 1}
+        read = {n: s for n, s in sources.items() if isinstance(s, fx.Node)}
+        if len(read) == len(nodes) and all(_is_its_own(s, graph) for s in read.values()):
+            module.inplace = True  # type: ignore[assignment]
+            borrowing |= {n: ends[s] for n, s in read.items() if s in ends}
+    return borrowing
+
+
+def _is_its_own(node: fx.Node, graph: fx.GraphModule) -> bool:
+    """Whether a value is a new tensor that is read once."""
+    layer = graph.get_submodule(str(node.target)) if node.op == "call_module" else None
+    return len(node.users) == 1 and (isinstance(layer, _FORGETFUL) or node.target in _ADDITIONS)
 
 
 def _place_of(argument: str, function: Any) -> int | None:
@@ -716,6 +752,9 @@ class _Analysis:
             for node in self.graph.graph.nodes
         }
         axes = self._axes(divisor, min_ratio)
+        borrowing = _write_again(
+            self.graph, {branch.addition: name for name, branch in branches.items()}
+        )
         layouts = {
             node.name: Layout(
                 tensors={
@@ -728,6 +767,7 @@ class _Analysis:
                 norm=step.norm,
                 scratch=step.scratch,
                 gates=gates[node],
+                borrows_without=borrowing.get(node),
             )
             for node, step in self.steps.items()
         }

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models import mobilenet_v2, swin_t
 
-from stp_ray.elastic import Supernet
+from stp_ray.elastic import Subnet, Supernet
 from stp_ray.errors import TraceError
 from stp_ray.models import build_model
 
@@ -469,3 +469,47 @@ def test_auxiliary_heads_are_left_out_and_named():
     assert not torch.equal(one, net(images))  # dropout draws anew
     net.eval()
     assert torch.equal(net(images), net(images))
+
+
+class Writing(nn.Module):
+    """Two residual blocks whose activation, one for all, works in place, and an activation whose
+    operand somebody else reads as well."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.one, self.two, self.three = (nn.Conv2d(8, 8, 3, padding=1) for _ in range(3))
+        self.norm = nn.BatchNorm2d(8)
+        self.act = nn.ReLU(inplace=True)
+        self.shared = nn.ReLU(inplace=True)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x):
+        x = self.act(self.norm(self.stem(x)))
+        x = self.act(self.one(x) + x)
+        x = self.act(self.two(x) + x)
+        y = self.three(x)
+        mean = y.mean((2, 3), keepdim=True)
+        x = self.shared(y) + mean
+        return self.head(x.mean((2, 3)))
+
+
+def test_what_worked_in_place_does_so_again_where_nobody_else_reads_it():
+    net = Supernet.trace(Writing(), torch.zeros(1, 3, 8, 8))
+    assert net.model.get_submodule("act").inplace
+    assert not net.model.get_submodule("shared").inplace
+
+
+@pytest.mark.parametrize("dropped", [["one"], ["two"], ["one", "two"], []])
+def test_a_dropped_block_leaves_its_shortcut_as_it_is(dropped):
+    torch.manual_seed(0)
+    net = Supernet.trace(Writing().double(), torch.zeros(1, 3, 8, 8, dtype=torch.float64))
+    blocks = {block.layers[0]: block.name for block in net.space.blocks}
+    subnet = Subnet(net.space.full.widths, frozenset(blocks[layer] for layer in dropped))
+    images = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    small = net.extract(subnet)
+    assert small.get_submodule("act").inplace is not bool(dropped)
+    small(images).square().sum().backward()  # fails where a saved result was written over
+    net(images, subnet).square().sum().backward()
+    for name, parameter in small.named_parameters():
+        torch.testing.assert_close(net.model.get_parameter(name).grad, parameter.grad)
