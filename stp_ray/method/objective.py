@@ -82,7 +82,8 @@ class Expansion:
     p_end: float = 0.0
     """The same at the end; in between it moves linearly [ours]."""
     rungs: int = 1
-    """Expanded subnets between the main network and the target; 0 distils directly [ours]."""
+    """Most expanded subnets of a step between the main network and the target; one that comes out
+    equal to the network below it is left out, and 0 distils directly [ours]."""
     target_ce: float = 1.0
     """Weight of the cross-entropy on the target itself [ours]."""
     kd_weight: float = 1.0
@@ -267,6 +268,8 @@ class ExpansionObjective(nn.Module):
     one before it and the target from the last. With `options.main == "drop"` there is no
     main network: the expanded subnets learn the labels (their mean cross-entropy takes the
     place of the main network's), and what lies outside the largest of them gets no gradient.
+    In a step without expanded subnets the target stands in for them: its cross-entropy has weight
+    1 + target_ce, as it would with an expanded subnet equal to it.
 
     Args:
         net: the supernet.
@@ -295,18 +298,15 @@ class ExpansionObjective(nn.Module):
         """{"loss", "ce": of the teacher(s), "ce_target", "kd": sum over the expanded subnets,
         "kd_target"}, scalars, of images [B, C, H, W] with labels [B] or [B, classes]; learnt by
         `backward`, if there is one, network by network.
-
-        Raises ValueError where there are neither subnets nor a main network.
         """
         options, direct = self.options, backward is not None
         with_main = options.main == "train"
-        require(
-            with_main or len(subnets) > 0,
-            "the number of expanded subnets",
-            0,
-            "at least 1 without a main network",
-            "draw them with stp_ray.method.ladder",
-        )
+        if not with_main and not subnets:
+            logits = self.net(images, self.target, direct=direct)
+            ce = cross_entropy(logits, labels, self.label_smoothing)
+            loss = _learnt((1 + options.target_ce) * ce, backward)
+            ce, none = ce.detach(), ce.new_zeros(())
+            return {"loss": loss, "ce": ce, "kd": none, "ce_target": ce, "kd_target": none}
         first, *rungs = [None, *subnets] if with_main else subnets
         learners = 1 if with_main else len(subnets)
         teacher = self.net(images, first)

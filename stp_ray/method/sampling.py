@@ -97,7 +97,8 @@ def ladder(space: SearchSpace, target: Subnet, options: Expansion) -> Draw:
     """The expanded subnets of a step, nested: target within the last within ... the first [paper].
 
     Each is expanded in the space from the one below it with a probability that moves linearly
-    from `options.p_start` to `options.p_end` [ours].
+    from `options.p_start` to `options.p_end`. One that comes out equal to the one below would teach
+    it nothing and cost a pass: it is left out, so that a step has at most `options.rungs` [ours].
     """
     foot = space.canonical(target)
 
@@ -105,7 +106,9 @@ def ladder(space: SearchSpace, target: Subnet, options: Expansion) -> Draw:
         p = options.p_start + (options.p_end - options.p_start) * progress
         rungs = [foot]
         for _ in range(options.rungs):
-            rungs.append(space.expand(rungs[-1], rng, p))
+            rung = space.expand(rungs[-1], rng, p)
+            if rung != rungs[-1]:
+                rungs.append(rung)
         return rungs[:0:-1]
 
     return draw

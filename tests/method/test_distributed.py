@@ -57,6 +57,9 @@ def test_gradients_are_reduced_once_and_are_the_mean_of_the_two_ranks(ranks, cou
 
 def test_two_ranks_agree_and_resume_bit_for_bit(ranks):
     one, two = (rank["resumed"] for rank in ranks)
+    for main in ("train", "drop"):
+        mine, theirs = one.pop(f"{main}.drawn"), two.pop(f"{main}.drawn")
+        assert (mine != theirs).any(), "no step has an expanded subnet on one rank alone"
     for name, tensor in one.items():
         if ".whole." in name:
             assert torch.equal(tensor, one[name.replace(".whole.", ".again.")]), name

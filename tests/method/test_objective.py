@@ -223,5 +223,41 @@ def test_expansion_that_dropped_the_main_network_trains_only_the_expanded_one():
     assert any(width < axis.size for axis, width in zip(net.space.axes, kept.values(), strict=True))
     assert outside[-1].abs().max() == 0
     assert outside[0, 0].abs().max() > 0
-    with pytest.raises(ValueError, match="the number of expanded subnets is 0; expected at least"):
-        objective(images, labels, [])
+
+
+@pytest.mark.parametrize("direct", [False, True])
+@pytest.mark.parametrize("main", ["train", "drop"])
+def test_a_rung_equal_to_the_target_can_be_left_out(main, direct):
+    """Neither loss nor gradients change, and the parts keep their names."""
+    net = supernet().double().train()
+    target, (larger, _) = ladder_of(net)
+    objective = ExpansionObjective(net, target, Expansion(kd_weight=0.7, target_ce=0.4, main=main))
+    images, labels = images_and_labels(6)
+    batch = images.double(), labels
+    backward = (lambda loss: loss.backward()) if direct else None
+    cases = [([target], [])]
+    if main == "train":
+        cases.append(([larger, target], [larger]))
+    for with_equal, without in cases:
+        found = gradients(net, objective, batch, without, backward)
+        expected = gradients(net, objective, batch, with_equal, backward)
+        assert list(found) == list(expected)
+        distilled = found.pop("kd") + found.pop("kd_target")
+        torch.testing.assert_close(distilled, expected["kd"] + expected["kd_target"])
+        for name, value in found.items():
+            torch.testing.assert_close(value, expected[name], rtol=1e-9, atol=1e-12, msg=name)
+
+
+def test_expansion_alone_on_the_target_learns_the_labels_and_nothing_outside():
+    net = supernet().train()
+    images, labels = images_and_labels(6)
+    target = net.space.smallest
+    objective = ExpansionObjective(net, target, Expansion(main="drop", target_ce=0.4))
+    parts = objective(images, labels, [], lambda loss: loss.backward())
+    ce = F.cross_entropy(net(images, target), labels)
+    torch.testing.assert_close(parts["loss"], 1.4 * ce.detach())
+    assert parts["kd"] == parts["kd_target"] == 0
+    torch.testing.assert_close(parts["ce"], parts["ce_target"])
+    grad = net.model.get_parameter("blocks.0.conv1.weight").grad
+    assert grad is None or grad[-1].abs().max() == 0
+    assert net.model.get_parameter("head.weight").grad.abs().max() > 0

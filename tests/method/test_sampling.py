@@ -96,17 +96,31 @@ def test_ladder_is_nested_from_large_to_small_and_contains_the_target(
     target = space.sample(random.Random(seed + 1))
     options = Expansion(rungs=rungs, p_start=p, p_end=0.0)
     subnets = ladder(space, target, options)(random.Random(seed), progress)
-    assert len(subnets) == rungs
-    chain = [space.full, *subnets, target]
-    for larger, smaller in pairwise(chain):
+    assert len(subnets) <= rungs
+    for larger, smaller in pairwise([space.full, *subnets, target]):
         assert smaller.within(larger)
+    for larger, smaller in pairwise([*subnets, space.canonical(target)]):
+        assert larger != smaller
+
+
+def test_ladder_leaves_out_the_rungs_that_are_equal_to_the_one_below():
+    space = make_space([64] * 3, [16])
+    target = space.uniform(0.25)
+    drawn = ladder(space, target, Expansion(rungs=3, p_start=0.3))
+    plain = [target]
+    rng = random.Random(4)
+    for _ in range(3):
+        plain.append(space.expand(plain[-1], rng, 0.3))
+    left = list(dict.fromkeys(plain))
+    assert 1 < len(left) < len(plain)
+    assert drawn(random.Random(4), 0.0) == left[:0:-1]
+    assert ladder(space, target, Expansion(p_start=0.0))(rng, 0.0) == []
+    assert ladder(space, space.full, Expansion(p_start=1.0))(rng, 0.0) == []
 
 
 def test_ladder_follows_the_schedule_of_p():
     space = make_space([64] * 6, [])
     target = space.uniform(0.25)
     draw = ladder(space, target, Expansion(p_start=1.0, p_end=0.0))
-    start = [draw(random.Random(seed), 0.0)[0] for seed in range(50)]
-    end = [draw(random.Random(seed), 0.999999)[0] for seed in range(50)]
-    assert all(subnet != target for subnet in start)
-    assert all(subnet == target for subnet in end)
+    assert all(len(draw(random.Random(seed), 0.0)) == 1 for seed in range(50))
+    assert all(draw(random.Random(seed), 0.999999) == [] for seed in range(50))

@@ -67,7 +67,7 @@ def resumed(rank: int) -> dict[str, object]:
 
         def make(seed: int, main: str = main) -> tuple[Trainer, object]:
             net = supernet(dropout=0.3, seed=seed)
-            expansion = Expansion(main=main, p_start=0.8)
+            expansion = Expansion(main=main, p_start=0.4)
             objective = ExpansionObjective(net, net.space.uniform(0.25), expansion)
             trainer = Trainer(
                 objective,
@@ -86,8 +86,14 @@ def resumed(rank: int) -> dict[str, object]:
             return ((x[rank::2], y[rank::2]) for x, y in batches(3)(epoch, first))
 
         whole, draw = make(0)
-        state = None
-        for progress in whole.run(mine, draw):
+        state, drawn = None, []
+
+        def noted(*of: object, draw: object = draw, drawn: list = drawn) -> object:
+            subnets = draw(*of)
+            drawn.append(len(subnets))
+            return subnets
+
+        for progress in whole.run(mine, noted):
             if progress.step == 4:
                 state = whole.state()
         again, draw = make(1)
@@ -96,6 +102,7 @@ def resumed(rank: int) -> dict[str, object]:
             pass
         found |= {f"{main}.whole.{n}": t for n, t in whole.state()[0].items()}
         found |= {f"{main}.again.{n}": t for n, t in again.state()[0].items()}
+        found[f"{main}.drawn"] = torch.tensor(drawn)
     return found
 
 
