@@ -22,6 +22,8 @@ PROTOCOLS = {
     ),
 }
 OURS = "stp"
+#: Ours at its cheapest, which equal MACs buy the most epochs of.
+LEAN = "stp, target alone"
 
 
 def section(kept: Path, docs: Path) -> list[str]:
@@ -123,11 +125,17 @@ def _claims(lines: list[Line], budgets: list[float]) -> list[str]:
     questions += [
         (f"STP less {other}, equal epochs", lambda b, o=other: _paired(epochs, OURS, epochs, o, b))
         for other in others
+        if any(line["method"] == other for line in epochs)
     ]
     questions += [
         (f"STP less {other}, equal MACs", lambda b, o=other: _paired(epochs, OURS, macs, o, b))
         for other in others
         if any(line["method"] == other for line in macs)
+    ]
+    questions += [
+        (f"{LEAN}, less {other}, equal MACs", lambda b, o=other: _paired(macs, LEAN, macs, o, b))
+        for other in dict.fromkeys(line["method"] for line in macs)
+        if not other.startswith(OURS) and any(line["method"] == LEAN for line in macs)
     ]
     out = ["Differences, each within a seed:", "", row(["", *map(str, budgets)]), _rule(budgets)]
     out += [row([text, *(_spread(ask(b), sign=True) for b in budgets)]) for text, ask in questions]

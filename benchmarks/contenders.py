@@ -423,8 +423,9 @@ OWN_SHAPE: dict[str, Any] = {
     "stp, random subnet": replace(STP, target="random"),
     "stp, no expansion": replace(STP, expansion=DIRECT),
     "stp, main let go": replace(STP, expansion=replace(STP.expansion, main="drop")),
-    "stp, main let go early": replace(
-        STP, share=1 / 6, turn=0.95, expansion=replace(STP.expansion, main="drop", p_start=0.2)
+    # an epoch of the supernet, the search, then the found slice alone on the labels
+    "stp, target alone": replace(
+        STP, share=1 / 12, turn=0.95, expansion=replace(STP.expansion, main="drop", p_start=0.0)
     ),
     "stp, a third stimulative": replace(STP, share=1 / 3),
     "stp, a sixth stimulative": replace(STP, share=1 / 6),
