@@ -40,6 +40,7 @@ def render(kept: Path, page: Path) -> None:
 def table(lines: list[dict[str, Any]]) -> list[str]:
     """How many runs, what came of them, and how long each fault held them up."""
     ended = [line for line in lines if not line.get("failed")]
+    hit = [line for line in ended if any(fault["came"] for fault in line["faults"])]
     counts = {
         "different weights or another front": sum(bool(line["different"]) for line in ended),
         "a candidate scored twice": sum(
@@ -51,7 +52,8 @@ def table(lines: list[dict[str, Any]]) -> list[str]:
     }
     again, taken_s = [line["submissions"] for line in ended], [line["seconds"] for line in ended]
     found = [
-        f"{len(lines)} runs, {len(ended)} complete. Of these, with "
+        f"{len(lines)} runs, {len(ended)} complete, {len(hit)} of them after at least one fault "
+        "(one may come too late). Of those that are complete, with "
         + "; with ".join(f"{what}: {count}" for what, count in counts.items())
         + f". The command was given {statistics.mean(again):.1f} times on average, "
         f"{max(again)} at most; a run took {statistics.median(taken_s):.0f} s "

@@ -108,5 +108,5 @@ def test_the_page_tells_how_long_each_fault_held_runs_up(files):
         ],
     }  # fmt: skip
     first, *_, last, _ = chaos_table.table([line, {"failed": True, "cores": 2, "device": "x86_64"}])
-    assert first.startswith("2 runs, 1 complete.")
+    assert first.startswith("2 runs, 1 complete, 1 of them after at least one fault")
     assert last == "| SIGKILL of the driver | explore | 1 | 31 | 31 |"
