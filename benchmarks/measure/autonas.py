@@ -110,8 +110,8 @@ def table(lines: list[Line]) -> list[str]:
         f"The same ratios beside the search space `autonas` of `nvidia-modelopt` {versions}, all "
         "in one run over the same random subnets, which `autonas` draws (median share of the MACs: "
         f"{macs}). Its step is a backward pass for the main network and one for the subnet, each "
-        "chosen before its forward pass (`python benchmarks/speed.py autonas --model MODEL`, in an environment of its own that "
-        "`benchmarks/measure/autonas.py` describes).",
+        "chosen before its forward pass (`python benchmarks/speed.py autonas --model MODEL`, in an "
+        "environment of its own that `benchmarks/measure/autonas.py` describes).",
         "",
         *rows(lines),
         "",
