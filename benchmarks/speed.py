@@ -36,6 +36,8 @@ EVERYTHING = (
     ("step --repeats 1 --model vit_small --draws 8", 300),
     ("step --repeats 1 --subnets 4 --draws 8", 150),
     ("step --repeats 1 --subnets 4 --model mobilenet_v2 --draws 8", 200),
+    # Skipped where nvidia-modelopt is missing.
+    ("autonas --repeats 1 --draws 8 --threads 1 --processor-time", 240),
     ("memory --threads 1", 150),
     ("parallel --steps 3 --repeats 1", 300),
     ("exploring --threads 1", 150),

@@ -9,6 +9,7 @@ START, END = "<!-- measured -->", "<!-- end of measured -->"
 #: What is measured, in the order of the page: modules of `measure`.
 ACTIONS = (
     "step",
+    "autonas",
     "memory",
     "parallel",
     "exploring",

@@ -93,26 +93,38 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 def measure(arguments: argparse.Namespace, device: torch.device) -> Iterator[Line]:
     """Ratios of each way's time to that of the dense step and the subnets alone."""
-    setting = Setting(arguments.model, device)
-    rng, count = random.Random(0), arguments.subnets
-    ratios: dict[str, list[float]] = {name: [] for name in ("ours", *OTHERS)}
+    setting, rng = Setting(arguments.model, device), random.Random(0)
+    sets = [
+        [setting.net.space.sample(rng) for _ in range(arguments.subnets)]
+        for _ in range(arguments.draws)
+    ]
+    yield compare(setting, sets, OTHERS, arguments)
+
+
+def compare(
+    setting: Setting,
+    sets: Sequence[Sequence[Subnet]],
+    others: dict[str, Callable[[Setting, Sequence[Subnet]], Callable[[], object]]],
+    arguments: argparse.Namespace,
+) -> Line:
+    """Our step and other ways over the same sets of subnets, in turn."""
+    ratios: dict[str, list[float]] = {name: [] for name in ("ours", *others)}
     dense = []
-    for _ in range(arguments.draws):
-        subnets = [setting.net.space.sample(rng) for _ in range(count)]
+    for subnets in sets:
         ways = {
             "dense": setting.dense_step(),
             **{f"alone {i}": setting.alone(subnet) for i, subnet in enumerate(subnets)},
             "ours": setting.our_step(subnets),
-            **{name: make(setting, subnets) for name, make in OTHERS.items()},
+            **{name: make(setting, subnets) for name, make in others.items()},
         }
-        taken = in_turn(ways, arguments.repeats, device, arguments.processor_time)
-        floor = taken["dense"] + sum(taken[f"alone {i}"] for i in range(count))
+        taken = in_turn(ways, arguments.repeats, setting.device, arguments.processor_time)
+        floor = taken["dense"] + sum(taken[f"alone {i}"] for i in range(len(subnets)))
         dense.append(taken["dense"])
         for name, ratio in ratios.items():
             ratio.append(taken[name] / floor)
-    yield {
+    return {
         "model": arguments.model, "size": setting.case.size, "batch": setting.case.batch,
-        "subnets": count, "draws": arguments.draws, "repeats": arguments.repeats,
+        "subnets": len(sets[0]), "draws": len(sets), "repeats": arguments.repeats,
         "clock": clock(arguments),
         "dense_s": round(statistics.median(dense), 4),
         "ratio": {name: round(statistics.median(found), 3) for name, found in ratios.items()},
@@ -124,8 +136,7 @@ def measure(arguments: argparse.Namespace, device: torch.device) -> Iterator[Lin
 
 
 def table(lines: list[Line]) -> list[str]:
-    ways = list(lines[0]["ratio"])
-    found = [
+    return [
         "### A step beside its arithmetic",
         "",
         "Time of a step with the main network and K subnets, over the time of a dense step and of "
@@ -133,6 +144,19 @@ def table(lines: list[Line]) -> list[str]:
         "subnets, all sides in turn in one run (`python benchmarks/speed.py step --model MODEL "
         "--subnets K`). Ours is the whole step of the trainer.",
         "",
+        *rows(lines),
+        "",
+        "All at once: one graph over all networks, slices taken by autograd. One by one: a "
+        "backward pass for each, slices taken by autograd. Masking: the whole network for each "
+        "subnet, outputs multiplied by zeros and ones.",
+        "",
+    ]
+
+
+def rows(lines: list[Line]) -> list[str]:
+    """A row for each line of `compare`, below those of the head."""
+    ways = list(lines[0]["ratio"])
+    found = [
         row(["model", "px", "batch", "K", "device", "dense s", *ways]),
         row(["---"] * (6 + len(ways))),
     ]
@@ -143,11 +167,4 @@ def table(lines: list[Line]) -> list[str]:
             low, high = line["quartiles"][way]
             cells.append(f"{line['ratio'][way]:.2f} ({low:.2f}, {high:.2f})")
         found.append(row(cells))
-    found += [
-        "",
-        "All at once: one graph over all networks, slices taken by autograd. One by one: a "
-        "backward pass for each, slices taken by autograd. Masking: the whole network for each "
-        "subnet, outputs multiplied by zeros and ones.",
-        "",
-    ]
     return found

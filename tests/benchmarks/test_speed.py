@@ -74,7 +74,7 @@ def test_what_has_no_lines_has_no_table_and_the_rest_of_the_page_stays(tmp_path)
     assert "| resnet20 | 1 | x86_64, 1 thread, others used 1.5 cores | 100 | 1.20 |" in text
 
 
-@pytest.mark.parametrize("action", ["step", "memory", "parallel"])
+@pytest.mark.parametrize("action", ["step", "autonas", "memory", "parallel"])
 def test_training_is_measured_without_ray_and_pydantic(action, monkeypatch, capsys):
     for name in [n for n in sys.modules if n.partition(".")[0] in ("measure", "speed", "stp_ray")]:
         monkeypatch.delitem(sys.modules, name)
