@@ -3,15 +3,20 @@
 A term of the table is `coefficient * extent * extent ...`; an extent is a linear form
 in the axis widths (a layer's input or output size); a term counts only while none of
 the residual blocks it lies in is dropped. The table is exact: MACs are those of
-convolutions, linear layers and attention products for one sample.
+convolutions, linear layers and attention products for one sample. A latency, where terms
+for it were measured (`latency.py`), is priced in the same way: an estimate.
 """
 
+import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 
 from .show import table
+
+#: Femtoseconds in a second: the unit of latency terms, fine enough for a single MAC of a GPU.
+SECOND = 10**15
 
 
 @dataclass(frozen=True)
@@ -23,7 +28,7 @@ class Cost:
     params: int
     """Number of parameters."""
     latency_s: float | None = None
-    """Seconds of a forward pass, where it was measured."""
+    """Seconds of a forward pass of one sample, where it was measured or a table estimates it."""
 
     def _repr_html_(self) -> str:
         rows: list[tuple[str, object]] = [("MACs of one sample", self.macs)]
@@ -35,7 +40,8 @@ class Cost:
 
 @dataclass(frozen=True)
 class Budget:
-    """An upper bound on cost: a float is a fraction of the full network, an int absolute.
+    """An upper bound on cost. Of macs and params a float is a fraction of the full network, an int
+    absolute; latency is always a fraction, latency_ms always absolute.
 
     Raises ValueError when nothing is bounded or a bound is out of range.
     """
@@ -44,39 +50,96 @@ class Budget:
     """Most multiply-accumulates for one sample; None for no bound."""
     params: int | float | None = None
     """Most parameters; None for no bound."""
+    latency: float | None = None
+    """Longest forward pass of one sample, as a fraction of the full network's in (0, 1], on the
+    device that it is measured on; None for no bound."""
+    latency_ms: float | None = None
+    """Longest forward pass of one sample in milliseconds, instead of `latency`; None for no
+    bound."""
 
     def __post_init__(self) -> None:
-        if self.macs is None and self.params is None:
-            raise ValueError("a budget bounds nothing; set macs or params")
-        for name, bound in (("macs", self.macs), ("params", self.params)):
-            if bound is None:
-                continue
-            fraction = isinstance(bound, float)
-            if isinstance(bound, bool) or not bound > 0 or (fraction and bound > 1):
-                raise ValueError(
-                    f"budget {name}={bound!r}: expected a fraction in (0, 1] as a float, "
-                    "or an absolute positive int"
-                )
+        bounds = {field.name: getattr(self, field.name) for field in fields(self)}
+        if all(bound is None for bound in bounds.values()):
+            raise ValueError(f"a budget bounds nothing; set one of {', '.join(bounds)}")
+        for name, bound in bounds.items():
+            if bound is not None and not _in_range(name, bound):
+                raise ValueError(f"budget {name}={bound!r}: expected {_EXPECTED[name]}")
+        if self.latency is not None and self.latency_ms is not None:
+            raise ValueError(
+                f"budget latency={self.latency!r} and latency_ms={self.latency_ms!r}: expected one "
+                "of them; leave the other out"
+            )
 
-    def limits(self, of: Cost) -> tuple[float, float]:
-        """The absolute bounds (macs, params) for a full network that costs `of`."""
-        return _absolute(self.macs, of.macs), _absolute(self.params, of.params)
+    @property
+    def timed(self) -> bool:
+        """Whether it bounds latency, so that prices have to hold one."""
+        return self.latency is not None or self.latency_ms is not None
+
+    def limits(self, of: Cost) -> tuple[float, float, float]:
+        """The absolute bounds (macs, params, seconds of latency) for a full network that costs
+        `of`; infinite where nothing is bounded.
+
+        Raises:
+            ValueError: the latency is bounded by a fraction of one that `of` does not hold.
+        """
+        seconds = float("inf")
+        if self.latency_ms is not None:
+            seconds = self.latency_ms / 1e3
+        elif self.latency is not None:
+            seconds = self.latency * _known(of, self)
+        return _absolute(self.macs, of.macs), _absolute(self.params, of.params), seconds
 
     def admits(self, cost: Cost, of: Cost) -> bool:
-        """Whether `cost` is within the budget of a full network that costs `of`."""
-        macs, params = self.limits(of)
-        return cost.macs <= macs and cost.params <= params
+        """Whether `cost` is within the budget of a full network that costs `of`.
+
+        Raises:
+            ValueError: the latency is bounded and a cost does not hold one.
+        """
+        macs, params, seconds = self.limits(of)
+        kept = cost.macs <= macs and cost.params <= params
+        return kept and (not self.timed or _known(cost, self) <= seconds)
 
     @property
     def label(self) -> str:
-        """A short name, used in artifact folders: "0.15", "params-0.3", "macs-1000"."""
+        """A short name, used in artifact folders: "0.15", "params-0.3", "macs-1000",
+        "latency-0.3", "latency-2.5ms"."""
         parts = []
         if self.macs is not None:
             shown = _shown(self.macs)
             parts.append(shown if isinstance(self.macs, float) else f"macs-{shown}")
         if self.params is not None:
             parts.append(f"params-{_shown(self.params)}")
+        if self.latency is not None:
+            parts.append(f"latency-{_shown(self.latency)}")
+        if self.latency_ms is not None:
+            parts.append(f"latency-{_shown(float(self.latency_ms))}ms")
         return "-".join(parts)
+
+
+_NUMBER = "a fraction in (0, 1] as a float, or an absolute positive int"
+_EXPECTED = {
+    "macs": _NUMBER,
+    "params": _NUMBER,
+    "latency": "a fraction in (0, 1] as a float; latency_ms takes milliseconds",
+    "latency_ms": "a positive number of milliseconds; latency takes a fraction",
+}
+
+
+def _in_range(name: str, bound: object) -> bool:
+    if isinstance(bound, bool) or not isinstance(bound, int | float) or not bound > 0:
+        return False
+    if name == "latency_ms":
+        return math.isfinite(bound)
+    return bound <= 1 if isinstance(bound, float) else name != "latency"
+
+
+def _known(cost: Cost, budget: Budget) -> float:
+    if cost.latency_s is None:
+        raise ValueError(
+            f"the budget {budget.label} bounds latency, and this cost holds none; expected one that "
+            "was measured or estimated; price it in a space that has a table: space.timed(terms)"
+        )
+    return cost.latency_s
 
 
 def _shown(bound: int | float) -> str:
@@ -104,7 +167,8 @@ class Extent:
 
 @dataclass(frozen=True)
 class Term:
-    """One layer's share of the cost; `gates` are the blocks whose dropping removes it."""
+    """One layer's share of the cost; `gates` are the blocks whose dropping removes it. Terms of
+    latency count femtoseconds."""
 
     coefficient: int
     extents: tuple[Extent, ...]
@@ -117,6 +181,9 @@ class CostTable:
     Args:
         axes: axis names, in the order of the columns of `widths`.
         blocks: block names, in the order of the columns of `dropped`.
+        macs: terms of the MACs of one sample.
+        params: terms of the number of parameters.
+        latency: terms of the latency of one sample, in femtoseconds.
     """
 
     def __init__(
@@ -125,12 +192,14 @@ class CostTable:
         blocks: Iterable[str],
         macs: Iterable[Term],
         params: Iterable[Term],
+        latency: Iterable[Term] = (),
     ) -> None:
         self._axis = {name: i for i, name in enumerate(axes)}
         self._block = {name: i for i, name in enumerate(blocks)}
         self._extents: dict[Extent, int] = {Extent(1): 0}
         self._macs = self._compile(macs)
         self._params = self._compile(params)
+        self._latency = self._compile(latency)
         self._matrix = np.zeros((len(self._axis), len(self._extents)), dtype=np.int64)
         self._constant = np.zeros(len(self._extents), dtype=np.int64)
         for extent, column in self._extents.items():
@@ -170,17 +239,27 @@ class CostTable:
         extents = widths @ self._matrix + self._constant
         return self._sum(extents, dropped, self._macs), self._sum(extents, dropped, self._params)
 
+    def seconds(self, widths: np.ndarray, dropped: np.ndarray) -> np.ndarray:
+        """Estimated latency of N subnets; float64 [N]. Arguments as for `price`."""
+        return self._seconds(widths @ self._matrix + self._constant, dropped)
+
     def fits(
-        self, widths: np.ndarray, dropped: np.ndarray, limits: tuple[float, float]
+        self, widths: np.ndarray, dropped: np.ndarray, limits: tuple[float, float, float]
     ) -> np.ndarray:
-        """Which of N subnets keep limits of MACs and parameters; bool [N]. Arguments as for
-        `price`; what is not limited is not priced."""
+        """Which of N subnets keep limits of MACs, parameters and seconds; bool [N]. Arguments as
+        for `price`; what is not limited is not priced."""
         extents = widths @ self._matrix + self._constant
         within = np.ones(len(widths), dtype=bool)
-        for terms, most in zip((self._macs, self._params), limits, strict=True):
+        for terms, most in zip((self._macs, self._params), limits[:2], strict=True):
             if most != float("inf"):
                 within &= self._sum(extents, dropped, terms) <= most
+        if limits[2] != float("inf"):
+            within &= self._seconds(extents, dropped) <= limits[2]
         return within
+
+    def _seconds(self, extents: np.ndarray, dropped: np.ndarray) -> np.ndarray:
+        # Divided at the end alone: a sum of integers is the same in any order.
+        return self._sum(extents, dropped, self._latency) / SECOND
 
     @staticmethod
     def _sum(

@@ -9,6 +9,7 @@ import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import repeat
 from math import prod
 
 import numpy as np
@@ -64,11 +65,16 @@ _GRID = np.linspace(0, 1, 16)
 class SearchSpace:
     """All subnets of one supernet, with their prices. Immutable.
 
+    Attributes:
+        terms: the terms of the MACs, one for each layer that has any.
+
     Args:
         axes: the widths that can shrink.
         blocks: the residual blocks that can be dropped.
         macs: terms of the MACs of one sample.
         params: terms of the number of parameters.
+        latency: terms of the latency of one sample in femtoseconds, where they were measured;
+            see `timed`.
     """
 
     #: Upper end of the rate at which a random subnet drops blocks [ours].
@@ -80,6 +86,7 @@ class SearchSpace:
         blocks: Sequence[ResidualBlock],
         macs: Iterable[Term],
         params: Iterable[Term],
+        latency: Iterable[Term] | None = None,
     ) -> None:
         self.axes = tuple(axes)
         self.blocks = tuple(blocks)
@@ -88,11 +95,15 @@ class SearchSpace:
             axis.name: frozenset(b.name for b in self.blocks if axis.name in b.axes)
             for axis in self.axes
         }
-        macs = tuple(macs)
-        self._table = CostTable(self._axis, (b.name for b in self.blocks), macs, params)
+        self.terms = tuple(macs)
+        self._params = tuple(params)
+        self._timed = latency is not None
+        self._table = CostTable(
+            self._axis, (b.name for b in self.blocks), self.terms, self._params, latency or ()
+        )
         self._fixed_macs = sum(
             term.coefficient * prod(extent.constant for extent in term.extents)
-            for term in macs
+            for term in self.terms
             if not term.gates and not any(extent.parts for extent in term.extents)
         )
 
@@ -132,6 +143,15 @@ class SearchSpace:
 
     # -- prices ---------------------------------------------------------------------
 
+    def timed(self, latency: Iterable[Term]) -> "SearchSpace":
+        """The same space with prices that hold an estimated latency, so that budgets may bound it
+        [ours].
+
+        Args:
+            latency: its terms in femtoseconds, as `latency.fit` finds them.
+        """
+        return SearchSpace(self.axes, self.blocks, self.terms, self._params, latency)
+
     @property
     def elastic_share(self) -> float:
         """Share of the main network's MACs that some width or block can change, in [0, 1]."""
@@ -159,20 +179,32 @@ class SearchSpace:
             [[b.name in s.dropped for b in self.blocks] for s in subnets], dtype=np.int64
         ).reshape(len(subnets), len(self.blocks))
         macs, params = self._table.price(widths, dropped)
-        return [Cost(int(m), int(p)) for m, p in zip(macs, params, strict=True)]
+        seconds = self._table.seconds(widths, dropped).tolist() if self._timed else repeat(None)
+        return [Cost(int(m), int(p), s) for m, p, s in zip(macs, params, seconds, strict=False)]
 
     def admits(self, subnet: Subnet, budget: Budget) -> bool:
-        """Whether the subnet keeps the budget."""
+        """Whether the subnet keeps the budget.
+
+        Raises:
+            ValueError: the budget bounds latency, and this space has no terms of it.
+        """
         return budget.admits(self.cost(subnet), of=self.cost())
 
     def require(self, budget: Budget) -> None:
-        """Raise BudgetError if not even the smallest subnet keeps the budget."""
+        """Raise BudgetError if not even the smallest subnet keeps the budget; ValueError if it
+        bounds latency and this space has no terms of it."""
         least, full = self._least_cost, self._full_cost
         if not budget.admits(least, of=full):
+            seconds = ""
+            if least.latency_s is not None and full.latency_s:
+                seconds = (
+                    f" and about {1e3 * least.latency_s:.3g} ms "
+                    f"({least.latency_s / full.latency_s:.4f})"
+                )
             raise BudgetError(
                 f"no subnet keeps the budget {budget.label}: the cheapest one costs {least.macs:,} "
                 f"MACs ({least.macs / full.macs:.4f} of the full network) and {least.params:,} "
-                f"params ({least.params / full.params:.4f}); raise the budget, or lower "
+                f"params ({least.params / full.params:.4f}){seconds}; raise the budget, or lower "
                 "space.divisor or space.min_ratio"
             )
 
