@@ -64,6 +64,9 @@ class _Section(BaseModel):
     )
 
 
+_BOUNDS = {field.name for field in dataclasses.fields(Budget)}
+
+
 def _read_budget(value: Any) -> Budget:
     if isinstance(value, Budget):
         return value
@@ -74,21 +77,21 @@ def _read_budget(value: Any) -> Budget:
             f"budget {value}: expected a fraction in (0, 1]; write {float(value)} for a fraction "
             f"of the full network's MACs, or {{macs: {value}}} for a number of MACs"
         )
-    if not isinstance(value, Mapping) or not set(value) <= {"macs", "params"}:
+    if not isinstance(value, Mapping) or not set(value) <= _BOUNDS:
         raise ValueError(
             f"budget {_shown(value)}: expected a fraction of MACs such as 0.5, or a mapping with "
-            "macs and/or params"
+            "macs and/or params, latency or latency_ms"
         )
     for name, bound in value.items():
         if bound is not None and (isinstance(bound, bool) or not isinstance(bound, int | float)):
             raise ValueError(
-                f"budget {name}={_shown(bound)}: expected a fraction or a positive integer"
+                f"budget {name}={_shown(bound)}: expected a fraction or a positive number"
             )
     return Budget(**value)
 
 
 def _write_budget(budget: Budget) -> float | dict[str, int | float]:
-    if budget.params is None and isinstance(budget.macs, float):
+    if isinstance(budget.macs, float) and budget == Budget(macs=budget.macs):
         return budget.macs
     return {name: value for name, value in dataclasses.asdict(budget).items() if value is not None}
 
@@ -224,7 +227,9 @@ class RunConfig(_Section):
     """Seed of everything random."""
     budgets: tuple[BudgetField, ...] = (Budget(macs=0.5),)
     """One pruned network each: a fraction of the full network's MACs such as 0.15, or a mapping
-    {macs: ..., params: ...} of fractions (floats) or absolute numbers (integers)."""
+    {macs: ..., params: ...} of fractions (floats) or absolute numbers (integers), with
+    latency: ..., a fraction of the full network's, or latency_ms: ... in milliseconds for one image
+    on a worker's device."""
     model: ModelOptions = Field(default_factory=ModelOptions)
     """The dense network that is pruned."""
     space: SpaceOptions = Field(default_factory=SpaceOptions)

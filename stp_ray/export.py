@@ -201,8 +201,21 @@ def to_onnx(module: nn.Module, example: Tensor, tolerance: float = TOLERANCE) ->
             expressed, or the program computes something else.
     """
     began = time.perf_counter()
+    data = onnx_program(module, example)
+    with _frozen(module, example) as (frozen, images):
+        running = onnx_session(data)
+        name = running.get_inputs()[0].name
+
+        def forward(batch: Tensor) -> Tensor:
+            return torch.from_numpy(running.run(None, {name: batch.numpy()})[0])
+
+        return _checked("ONNX", {ONNX: data}, frozen, forward, images, tolerance, began)
+
+
+def onnx_program(module: nn.Module, example: Tensor) -> bytes:
+    """The program of `to_onnx`, not checked. Arguments and errors as there."""
     try:
-        import onnxruntime
+        import onnxruntime  # noqa: F401  (nothing is written that cannot be run)
         import onnxscript  # noqa: F401  (needed by torch.onnx, which says so less clearly)
     except ImportError as error:
         raise _missing("onnx", "ONNX", "export", error) from error
@@ -219,22 +232,25 @@ def to_onnx(module: nn.Module, example: Tensor, tolerance: float = TOLERANCE) ->
                 verbose=False,
             ),
         )
-        assert program is not None
-        data: bytes = program.model_proto.SerializeToString()
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = options.inter_op_num_threads = 1
-        options.log_severity_level = 3
+    assert program is not None
+    return program.model_proto.SerializeToString()
 
-        def session() -> onnxruntime.InferenceSession:
-            return onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
 
-        running = _attempt("ONNX", session)
-        name = running.get_inputs()[0].name
+def onnx_session(data: bytes, threads: int = 1) -> Any:
+    """ONNX Runtime's session of a program on so many CPU threads.
 
-        def forward(batch: Tensor) -> Tensor:
-            return torch.from_numpy(running.run(None, {name: batch.numpy()})[0])
+    Raises:
+        ExportError: the runtime refuses the program.
+    """
+    import onnxruntime
 
-        return _checked("ONNX", {ONNX: data}, frozen, forward, images, tolerance, began)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.log_severity_level = 3
+    return _attempt(
+        "ONNX",
+        lambda: onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"]),
+    )
 
 
 def to_pt2(module: nn.Module, example: Tensor, tolerance: float = TOLERANCE) -> Program:

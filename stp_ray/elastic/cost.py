@@ -60,7 +60,7 @@ class Budget:
     def __post_init__(self) -> None:
         bounds = {field.name: getattr(self, field.name) for field in fields(self)}
         if all(bound is None for bound in bounds.values()):
-            raise ValueError(f"a budget bounds nothing; set one of {', '.join(bounds)}")
+            raise ValueError("a budget bounds nothing; set macs or params, latency or latency_ms")
         for name, bound in bounds.items():
             if bound is not None and not _in_range(name, bound):
                 raise ValueError(f"budget {name}={bound!r}: expected {_EXPECTED[name]}")
@@ -74,6 +74,13 @@ class Budget:
     def timed(self) -> bool:
         """Whether it bounds latency, so that prices have to hold one."""
         return self.latency is not None or self.latency_ms is not None
+
+    @property
+    def counted(self) -> "Budget | None":
+        """The bounds that arithmetic alone can judge; None where there are none."""
+        if self.macs is None and self.params is None:
+            return None
+        return Budget(self.macs, self.params)
 
     def limits(self, of: Cost) -> tuple[float, float, float]:
         """The absolute bounds (macs, params, seconds of latency) for a full network that costs
@@ -136,8 +143,8 @@ def _in_range(name: str, bound: object) -> bool:
 def _known(cost: Cost, budget: Budget) -> float:
     if cost.latency_s is None:
         raise ValueError(
-            f"the budget {budget.label} bounds latency, and this cost holds none; expected one that "
-            "was measured or estimated; price it in a space that has a table: space.timed(terms)"
+            f"the budget {budget.label} bounds latency, which this cost does not hold; expected "
+            "a measured or an estimated one; price it in a space with a table: space.timed(terms)"
         )
     return cost.latency_s
 

@@ -28,9 +28,9 @@ NETWORKS = 16
 NEAR = 8
 
 #: Relative error of one measurement that the fit reckons with.
-_NOISE = 0.02
+_NOISE = 0.05
 #: How far, relatively, seconds of a layer may lie from those that all layers of a kind share.
-_SPREAD = 0.5
+_SPREAD = 0.3
 #: Least share of the time that a kind of term is believed to take.
 _LEAST = 0.02
 _SWEEPS = 300
@@ -64,7 +64,9 @@ class LatencyTable:
             "terms": [
                 {
                     "femtoseconds": term.coefficient,
-                    "extents": [[e.constant, [list(part) for part in e.parts]] for e in term.extents],
+                    "extents": [
+                        [e.constant, [list(part) for part in e.parts]] for e in term.extents
+                    ],
                     "gates": sorted(term.gates),
                 }
                 for term in self.terms
@@ -161,9 +163,7 @@ def fit(space: SearchSpace, measured: Sequence[Measured]) -> tuple[Term, ...]:
     values = np.array([[_value(term, each.subnet) for term in terms] for each in measured])
     seconds = np.array([each.seconds for each in measured])
     chosen = sorted(set(kinds))
-    sums = np.stack(
-        [values[:, [kind == k for kind in kinds]].sum(axis=1) for k in chosen], axis=1
-    )
+    sums = np.stack([values[:, [kind == k for kind in kinds]].sum(axis=1) for k in chosen], axis=1)
     # What a kind would take for each unit if the whole time were its own.
     scale = seconds.sum() / np.maximum(sums.sum(axis=0), 1e-300)
     shares = _solve(sums * scale, seconds, np.full(len(chosen), 1 / len(chosen)), spread=3.0)

@@ -9,6 +9,7 @@ import math
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -280,10 +281,13 @@ class Explorer:
     def _leading(self, found: Iterable[Scored], budget: Budget) -> list[Scored]:
         """The best that keep the budget, as many as have offspring, best first; a score on all
         images goes before others."""
+        return self._fitting(found, budget)[: self.options.parents]
+
+    def _fitting(self, found: Iterable[Scored], budget: Budget) -> list[Scored]:
         full = self.space.cost()
         fitting = [scored for scored in found if budget.admits(scored.cost, of=full)]
         fitting.sort(key=lambda s: (s.images != 0, s.score, s.subnet.id))
-        return fitting[: self.options.parents]
+        return fitting
 
     def best(self, budget: Budget) -> Scored:
         """The best candidate that keeps the budget, by its score on the most images.
@@ -306,16 +310,27 @@ class Explorer:
             )
         return ranked[0]
 
+    def ranked(self, budget: Budget) -> list[Scored]:
+        """All scored candidates that keep the budget and have a finite score, best first.
+
+        Args:
+            budget: any one.
+        """
+        return [s for s in self._fitting(self._best_known(), budget) if math.isfinite(s.score)]
+
     def front(self) -> list[Scored]:
         """Candidates that none beats in both price and score, from cheap to expensive.
 
-        The price is MACs, or params where no budget bounds MACs. Only scores on the most
+        The price is MACs, or what the budgets bound where none bounds MACs. Only scores on the most
         images are compared with each other.
         """
         by_macs = any(budget.macs is not None for budget in self.budgets)
+        by_params = any(budget.params is not None for budget in self.budgets)
 
-        def price(scored: Scored) -> int:
-            return scored.cost.macs if by_macs else scored.cost.params
+        def price(scored: Scored) -> float:
+            if by_macs or not (by_params or scored.cost.latency_s is not None):
+                return scored.cost.macs
+            return scored.cost.params if by_params else cast(float, scored.cost.latency_s)
 
         found = [s for s in self._best_known() if math.isfinite(s.score)]
         precise = [s for s in found if s.images == 0] or found

@@ -59,14 +59,19 @@ def sampler(options: Stimulation, space: SearchSpace, budgets: Sequence[Budget])
     def narrowing(rng: random.Random, progress: float) -> list[Subnet]:
         drawn = []
         for _ in range(count):
-            macs, params = rng.choice(budgets).limits(full)
+            macs, params, seconds = rng.choice(budgets).limits(full)
             place = rng.random()
+            latency_ms = None
+            if least.latency_s is not None and full.latency_s is not None and seconds < math.inf:
+                upper = full.latency_s + (min(seconds, full.latency_s) - full.latency_s) * progress
+                latency_ms = 1e3 * (least.latency_s + (upper - least.latency_s) * place)
             drawn.append(
                 space.sample(
                     rng,
                     Budget(
                         macs=_narrowed(least.macs, full.macs, macs, progress, place),
                         params=_narrowed(least.params, full.params, params, progress, place),
+                        latency_ms=latency_ms,
                     ),
                 )
             )
