@@ -62,6 +62,7 @@ def status(run: Store) -> Status:
     config = configuration(run)
     done = Manifest(run).stages()
     names = [
+        *(["latency"] if any(budget.timed for budget in config.budgets) else []),
         *(["baseline"] if config.baseline else []), "supernet", "explore",
         *(f"finalize/{budget.label}" for budget in config.budgets), "report",
     ]  # fmt: skip

@@ -23,13 +23,13 @@ from ..artifacts import Store
 from ..config import RunConfig
 from ..elastic import Subnet, Supernet
 from ..errors import RunError
-from ..method import Candidate, Explorer, score
+from ..method import Candidate, Explorer, Scored, score
 from ..method.explore import reference_logits
 from ..tracking import Tracker
-from . import cluster
+from . import cluster, latency
 from .images import EVALUATION_BATCH, Images, SharedImages
 from .jobs import WEIGHTS
-from .network import build_supernet
+from .network import build_supernet, timed
 
 CANDIDATES = "candidates.parquet"
 FRONT = "front.json"
@@ -89,7 +89,8 @@ def explore(
     Args:
         config: the run's configuration.
         run: the run's folder.
-        net: the supernet on the driver; only its space is used.
+        net: the supernet on the driver; only its space is used. It prices latency where a budget
+            bounds that.
         images: the data.
         tracker: takes the best score of each budget after every generation.
 
@@ -108,7 +109,8 @@ def explore(
                 search.put(batch, {c.key: scorer(c.subnet, c.images) for c in batch})
         else:
             _tune(config, search, images, weights)
-    return _write(explorer, store)
+    met = latency.choose(config, run, images.summary, explorer) if timed(config) else {}
+    return _write(explorer, store, met)
 
 
 class _Search:
@@ -334,7 +336,14 @@ def _main_logits(
 # -- what is left behind ----------------------------------------------------------------
 
 
-def _write(explorer: Explorer, store: Store) -> dict[str, Any]:
+def _write(
+    explorer: Explorer, store: Store, met: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+    def price(scored: Scored) -> dict[str, float]:
+        """What budgets on latency add."""
+        seconds = scored.cost.latency_s
+        return {} if seconds is None else {"estimated_ms": 1e3 * seconds}
+
     rows = [
         {
             "subnet_id": scored.subnet.id,
@@ -344,18 +353,23 @@ def _write(explorer: Explorer, store: Store) -> dict[str, Any]:
             "generation": scored.generation,
             "macs": scored.cost.macs,
             "params": scored.cost.params,
+            **price(scored),
         }
         for scored in explorer.scored
     ]
     store.write_table(CANDIDATES, rows)
-    front = {
-        "budgets": {
-            budget.label: explorer.best(budget).subnet.to_json() for budget in explorer.budgets
-        },
+    best = {budget.label: explorer.best(budget).subnet.to_json() for budget in explorer.budgets}
+    front: dict[str, Any] = {
+        "budgets": best | {label: str(chosen["subnet"]) for label, chosen in met.items()},
         "front": [
-            {"subnet": s.subnet.to_json(), "score": s.score, "macs": s.cost.macs}
+            {"subnet": s.subnet.to_json(), "score": s.score, "macs": s.cost.macs, **price(s)}
             for s in explorer.front()
         ],
     }
+    if met:
+        front["latency"] = {
+            label: {name: value for name, value in chosen.items() if name != "subnet"}
+            for label, chosen in met.items()
+        }
     store.write_json(FRONT, front)
     return front

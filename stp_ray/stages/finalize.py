@@ -24,7 +24,7 @@ from ..tracking import Tracker
 from . import cluster
 from .images import Images, SharedImages
 from .jobs import METRICS, RESULT, SHARED, WEIGHTS, Job, Place, Report, train
-from .network import build_supernet
+from .network import build_supernet, divisor
 from .predictions import PREDICTIONS, compare, top1
 from .relay import relayed
 from .supernet import fit, fit_group
@@ -215,7 +215,7 @@ def prune(job: Job, images: Images, device: torch.device) -> dict[str, Any]:
         "image_size": size,
         "mean": list(config.data.mean),
         "std": list(config.data.std),
-        "space": {"divisor": config.space.divisor, "min_ratio": config.space.min_ratio},
+        "space": {"divisor": divisor(config), "min_ratio": config.space.min_ratio},
         "subnet": target.to_json(),
         "data": config.data.name,
     }

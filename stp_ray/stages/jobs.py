@@ -34,7 +34,7 @@ from ..method import (
 from ..method.modes import inspecting
 from ..method.training import Draw
 from .images import Images, SharedImages
-from .network import build_supernet
+from .network import build_supernet, price
 from .notices import Notices
 from .saver import Saver
 
@@ -137,6 +137,7 @@ def train(job: Job, images: Images | SharedImages, place: Place, report: Report)
         return
     local = images.here()
     net = build_supernet(job.config, local.summary)
+    price(job.config, job.run, net)
     if job.kind == "finalize":
         net.model.load_state_dict(job.run.child("supernet").load_tensors(WEIGHTS))
     objective, draw = _objective(job, net)

@@ -27,12 +27,12 @@ from ..report import (
     write_report,
 )
 from ..tracking import Artifact, Tracker, Tracking
-from . import cluster
+from . import cluster, latency
 from .explore import CANDIDATES, FRONT, explore
 from .finalize import PRUNED, control_options, finalize, folder
 from .images import Images, SharedImages, share
 from .jobs import RESULT, Job
-from .network import build_supernet
+from .network import LATENCY, TABLE, build_supernet, price, timed
 from .supernet import fit
 
 SUMMARY = "summary.json"
@@ -95,7 +95,8 @@ def preflight(config: RunConfig) -> tuple[DataSummary, Supernet]:
         steps_per_epoch(summary.train_rows, options.batch_size)
     net = build_supernet(config, summary)
     for budget in config.budgets:
-        net.space.require(budget)
+        if budget.counted is not None:  # a latency has to be measured first
+            net.space.require(budget.counted)
     return summary, net
 
 
@@ -146,6 +147,8 @@ class _Pipeline:
 
     def walk(self, until: str | None) -> dict[str, Any]:
         _describe(self.config, self.store)
+        if timed(self.config):
+            self._tabulate()
         if self.config.baseline is not None:
             self._training("baseline", self.config.baseline)
         if until != "baseline":
@@ -185,6 +188,18 @@ class _Pipeline:
 
         self._stage(kind, {"data": self.config.data.name}, work, self._scale(options), workers)
 
+    def _tabulate(self) -> None:
+        """First of all, so that a budget that cannot be met is known before anything is trained."""
+
+        def work(tracker: Tracker) -> tuple[dict[str, str], dict[str, Any]]:
+            table = latency.measure(self.config, self.store, self.images_summary)
+            name = f"{LATENCY}/{TABLE}"
+            metrics = {"dense_ms": table["dense_ms"], "error": table["error"]}
+            return {name: self.store.checksum(name)}, metrics
+
+        self._stage(LATENCY, {}, work, {}, 1)
+        price(self.config, self.store, self.net)
+
     def _explore(self) -> None:
         def work(tracker: Tracker) -> tuple[dict[str, str], dict[str, Any]]:
             front = explore(self.config, self.store, self.net, self.images, tracker)
@@ -203,7 +218,7 @@ class _Pipeline:
         workers = self.config.cluster.explore_workers or self.config.cluster.num_workers
         options = self.config.explore
         scale = {"total_steps": options.generations, "counts": "generation"}
-        self._stage("explore", self._inputs("supernet"), work, scale, workers)
+        self._stage("explore", self._inputs("supernet", LATENCY), work, scale, workers)
 
     def _finalize(self) -> None:
         targets = self.store.read_json(f"explore/{FRONT}")["budgets"]
@@ -297,6 +312,7 @@ class _Pipeline:
         cost, size = self.net.cost(), self.images_summary.image_size
         image, threads = torch.randn(1, 3, size, size), self.config.cluster.threads_per_worker
         dense_ms = 1e3 * export.latency(self.net.model, image, threads=threads)
+        met = self.store.read_json(f"explore/{FRONT}").get("latency", {})
         budgets = {}
         for budget in self.config.budgets:
             home = self.store.child(folder(budget.label))
@@ -314,6 +330,8 @@ class _Pipeline:
             }
             if "control_top1" in pruned:
                 entry["control_top1"] = pruned["control_top1"]
+            if budget.label in met:
+                entry["measured"] = met[budget.label]
             budgets[budget.label] = entry
         together = [r["seconds"] for stage, r in stages.items() if stage.startswith("finalize/")]
         before = [r["seconds"] for s, r in stages.items() if not s.startswith(("finalize/", "rep"))]

@@ -4,7 +4,7 @@ import math
 import random
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -12,10 +12,13 @@ import torch.nn.functional as F
 from ..artifacts import Manifest, Store
 from ..config import RunConfig, run_id
 from ..data import DataSummary
-from ..elastic import Subnet, Supernet
+from ..elastic import Budget, SearchSpace, Subnet, Supernet
+from ..elastic.latency import NEAR, NETWORKS
 from ..method import Optimisation, ladder, sampler
 from ..method.training import Draw
+from ..timing import PAIRS
 from .finalize import control_options
+from .network import LATENCY, timed
 from .pipeline import preflight
 
 #: Assumed of a GPU that is not here: floating-point operations a second in real training.
@@ -74,15 +77,30 @@ def plan(config: RunConfig) -> Plan:
     seconds_per_mac, basis = _speed(config, net, summary)
     per_worker = 1 if config.cluster.use_gpu else config.cluster.threads_per_worker
     steps = []
-    for stage, workers, macs in _work(config, net, summary):
+    foreseen = {
+        budget.label: _foreseen(budget, net.space, seconds_per_mac) for budget in config.budgets
+    }
+    for stage, workers, macs in _work(config, net, summary, foreseen):
         done = manifest.done(stage) is not None
         spent = records[stage]["device_seconds"] if done else macs * seconds_per_mac * per_worker
         steps.append(Step(stage, done, workers * per_worker, spent / 3600))
+    if timed(config):
+        basis += "; latency is taken to follow MACs until it is measured"
     return Plan(store.uri, tuple(steps), basis)
 
 
+def _foreseen(budget: Budget, space: SearchSpace, seconds_per_mac: float) -> Budget:
+    """The budget, with MACs that take as long in place of a latency."""
+    if not budget.timed:
+        return budget
+    least, full = space.cost(space.smallest), space.cost()
+    macs, _, seconds = budget.limits(replace(full, latency_s=full.macs * seconds_per_mac))
+    enough = max(least.macs, min(macs, seconds / seconds_per_mac))
+    return Budget(macs=max(1, int(enough)), params=budget.params)
+
+
 def _work(
-    config: RunConfig, net: Supernet, summary: DataSummary
+    config: RunConfig, net: Supernet, summary: DataSummary, budgets: Mapping[str, Budget]
 ) -> Iterable[tuple[str, int, float]]:
     """(stage, workers, MACs of forward and backward passes) of every stage."""
     workers, images = config.cluster.num_workers, summary.train_rows
@@ -91,12 +109,15 @@ def _work(
     def training(options: Optimisation, macs_of_an_image: float) -> float:
         return (1 + _BACKWARD) * options.epochs * images * macs_of_an_image
 
+    if timed(config):
+        networks = NETWORKS + NEAR * sum(budget.timed for budget in config.budgets)
+        yield LATENCY, 1, 2 * PAIRS * networks * full
     if config.baseline is not None:
         yield "baseline", workers, training(config.baseline, full)
-    draw = sampler(config.supernet.stimulation, space, config.budgets)
+    draw = sampler(config.supernet.stimulation, space, list(budgets.values()))
     options = config.supernet.optimisation
     yield "supernet", workers, training(options, full + _drawn(draw, net))
-    targets = {budget.label: space.uniform_within(budget) for budget in config.budgets}
+    targets = {label: space.uniform_within(budget) for label, budget in budgets.items()}
     search = config.explore
     looked_at = search.calibration_images + (search.scoring_images or summary.holdout_rows)
     mean = sum(net.cost(target).macs for target in targets.values()) / len(targets)
