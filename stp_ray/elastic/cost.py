@@ -163,13 +163,16 @@ def _absolute(bound: int | float | None, full: int) -> float:
 
 @dataclass(frozen=True)
 class Extent:
-    """`constant + sum(coefficient * width of axis)`: the length of one tensor dimension."""
+    """`constant + sum(coefficient * width of axis)`: the length of one tensor dimension; in a
+    latency, what a device makes of it: the next `multiple`."""
 
     constant: int
     parts: tuple[tuple[str, int], ...] = ()
+    multiple: int = 1
 
     def at(self, widths: Mapping[str, int]) -> int:
-        return self.constant + sum(factor * widths[axis] for axis, factor in self.parts)
+        length = self.constant + sum(factor * widths[axis] for axis, factor in self.parts)
+        return -(-length // self.multiple) * self.multiple
 
 
 @dataclass(frozen=True)
@@ -209,6 +212,8 @@ class CostTable:
         self._latency = self._compile(latency)
         self._matrix = np.zeros((len(self._axis), len(self._extents)), dtype=np.int64)
         self._constant = np.zeros(len(self._extents), dtype=np.int64)
+        self._multiple = np.array([extent.multiple for extent in self._extents], dtype=np.int64)
+        self._rounded = bool((self._multiple > 1).any())
         for extent, column in self._extents.items():
             self._constant[column] = extent.constant
             for axis, factor in extent.parts:
@@ -243,19 +248,19 @@ class CostTable:
         Returns:
             Two int64 arrays [N]: MACs of one sample, parameters.
         """
-        extents = widths @ self._matrix + self._constant
+        extents = self._at(widths)
         return self._sum(extents, dropped, self._macs), self._sum(extents, dropped, self._params)
 
     def seconds(self, widths: np.ndarray, dropped: np.ndarray) -> np.ndarray:
         """Estimated latency of N subnets; float64 [N]. Arguments as for `price`."""
-        return self._seconds(widths @ self._matrix + self._constant, dropped)
+        return self._seconds(self._at(widths), dropped)
 
     def fits(
         self, widths: np.ndarray, dropped: np.ndarray, limits: tuple[float, float, float]
     ) -> np.ndarray:
         """Which of N subnets keep limits of MACs, parameters and seconds; bool [N]. Arguments as
         for `price`; what is not limited is not priced."""
-        extents = widths @ self._matrix + self._constant
+        extents = self._at(widths)
         within = np.ones(len(widths), dtype=bool)
         for terms, most in zip((self._macs, self._params), limits[:2], strict=True):
             if most != float("inf"):
@@ -263,6 +268,10 @@ class CostTable:
         if limits[2] != float("inf"):
             within &= self._seconds(extents, dropped) <= limits[2]
         return within
+
+    def _at(self, widths: np.ndarray) -> np.ndarray:
+        extents = widths @ self._matrix + self._constant
+        return -(-extents // self._multiple) * self._multiple if self._rounded else extents
 
     def _seconds(self, extents: np.ndarray, dropped: np.ndarray) -> np.ndarray:
         # Divided at the end alone: a sum of integers is the same in any order.

@@ -17,6 +17,8 @@ from .explore import Scored
 LOOKS = 12
 #: Times that a candidate is cut down.
 CUTS = 6
+#: A candidate is measured if it is thought to take no more than this many times the limit.
+_SLACK = 1.03
 
 
 @dataclass(frozen=True)
@@ -64,11 +66,13 @@ def meet(
     require(len(ranked) > 0, "ranked", list(ranked), "at least one", "score some")
     full = replace(space.cost(), latency_s=full_s)
     limit = budget.limits(full)[2]
-    estimates = {s.subnet: cost for s, cost in zip(ranked, _estimates(space, ranked), strict=True)}
+    subnets = [scored.subnet for scored in ranked]
+    estimates = dict(zip(subnets, _estimates(space, subnets), strict=True))
+    pace = full_s / _estimates(space, [space.full])[0]  # of the device now, beside the table's
     ratios: list[float] = []
     for scored in ranked:
-        estimate = estimates[scored.subnet]
-        if ratios and estimate * statistics.median(ratios) > limit:
+        estimate = pace * estimates[scored.subnet]
+        if ratios and estimate * statistics.median(ratios) > _SLACK * limit:
             continue
         seconds = clock(scored.subnet)
         ratios.append(seconds / estimate)
@@ -77,7 +81,7 @@ def meet(
         if len(ratios) == LOOKS:
             break
     rng = random.Random(f"meet:{seed}:{budget.label}")
-    best, ratio = ranked[0].subnet, statistics.median(ratios)
+    best, ratio = ranked[0].subnet, pace * statistics.median(ratios)
     for cut in range(CUTS):
         bounds = replace(budget, latency=None, latency_ms=1e3 * limit / ratio)
         subnet = space.mutate(best, rng, 0.0, bounds)
@@ -92,8 +96,8 @@ def meet(
     )
 
 
-def _estimates(space: SearchSpace, ranked: Sequence[Scored]) -> list[float]:
-    found = [cost.latency_s for cost in space.costs([scored.subnet for scored in ranked])]
+def _estimates(space: SearchSpace, subnets: Sequence[Subnet]) -> list[float]:
+    found = [cost.latency_s for cost in space.costs(subnets)]
     known = [seconds for seconds in found if seconds is not None]
     require(len(known) == len(found), "space", space, "terms of latency", "use space.timed(terms)")
     return known
