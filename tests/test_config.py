@@ -60,7 +60,13 @@ def test_the_four_recipes_are_there():
 
 
 def test_a_resolved_tree_reads_back_unchanged():
-    config = load_config("demo", ["budgets=[0.5, {params: 1000}, {macs: 1.0, params: 0.5}]"])
+    config = load_config(
+        "demo",
+        [
+            "budgets=[0.5, {params: 1000}, {macs: 1.0, params: 0.5}, {latency: 0.3}, "
+            "{latency_ms: 2.5}]"
+        ],
+    )
     assert load_config(dump_config(config)) == config
     assert load_config(yaml.safe_load(to_yaml(config))) == config
     assert load_config(config, ["seed=1"]).seed == 1
@@ -170,6 +176,9 @@ def test_the_checks_of_an_option_class_carry_the_dotted_path():
         ("[half]", "half"),
         ("[{flops: 0.5}]", "macs and/or params"),
         ("[{macs: true}]", "macs=true"),
+        ("[{latency: 2}]", "latency=2: expected a fraction"),
+        ("[{latency_ms: soon}]", "latency_ms="),
+        ("[{latency: 0.5, latency_ms: 2}]", "leave the other out"),
         ("[0.5, 0.5]", "0.5 twice"),
     ],
 )

@@ -5,7 +5,7 @@ import math
 import random
 from collections.abc import Sequence
 
-from ..elastic.cost import Budget
+from ..elastic.cost import Budget, Cost
 from ..elastic.space import SearchSpace
 from ..elastic.subnet import Subnet
 from .checks import require
@@ -61,17 +61,13 @@ def sampler(options: Stimulation, space: SearchSpace, budgets: Sequence[Budget])
         for _ in range(count):
             macs, params, seconds = rng.choice(budgets).limits(full)
             place = rng.random()
-            latency_ms = None
-            if least.latency_s is not None and full.latency_s is not None and seconds < math.inf:
-                upper = full.latency_s + (min(seconds, full.latency_s) - full.latency_s) * progress
-                latency_ms = 1e3 * (least.latency_s + (upper - least.latency_s) * place)
             drawn.append(
                 space.sample(
                     rng,
                     Budget(
                         macs=_narrowed(least.macs, full.macs, macs, progress, place),
                         params=_narrowed(least.params, full.params, params, progress, place),
-                        latency_ms=latency_ms,
+                        latency_ms=_narrowed_ms(least, full, seconds, progress, place),
                     ),
                 )
             )
@@ -96,6 +92,17 @@ def _narrowed(least: int, full: int, limit: float, progress: float, place: float
         return None
     upper = full + (min(limit, full) - full) * progress
     return _between(least, upper, place)
+
+
+def _narrowed_ms(
+    least: Cost, full: Cost, seconds: float, progress: float, place: float
+) -> float | None:
+    """As `_narrowed`, in milliseconds."""
+    if math.isinf(seconds) or least.latency_s is None or full.latency_s is None:
+        return None
+    upper = full.latency_s + (min(seconds, full.latency_s) - full.latency_s) * progress
+    # A hair more: going from seconds and back must not fall below the smallest network.
+    return 1e3 * (least.latency_s + (upper - least.latency_s) * place) * (1 + 1e-9) + 1e-9
 
 
 def ladder(space: SearchSpace, target: Subnet, options: Expansion) -> Draw:

@@ -1,5 +1,7 @@
 """Search spaces for property tests, random all the way down to their cost terms."""
 
+from dataclasses import replace
+
 from hypothesis import strategies as st
 
 from stp_ray.elastic import Budget, ResidualBlock, SearchSpace, WidthAxis
@@ -38,6 +40,36 @@ def tables(draw: st.DrawFn) -> tuple[list[WidthAxis], list[ResidualBlock], list[
 
 
 spaces = tables().map(lambda parts: SearchSpace(*parts))
+
+
+@st.composite
+def timed_spaces(draw: st.DrawFn) -> SearchSpace:
+    """A space with terms of latency, some of which count whole vectors."""
+    width_axes, blocks, macs, params = draw(tables())
+    amounts = st.integers(1, 10**12)
+    sizes = st.sampled_from([1, 4, 16])
+
+    def slowed(term: Term) -> Term:
+        extents = tuple(replace(extent, multiple=draw(sizes)) for extent in term.extents)
+        return Term(draw(amounts), extents, term.gates)
+
+    return SearchSpace(width_axes, blocks, macs, params).timed([slowed(term) for term in macs])
+
+
+@st.composite
+def timed_spaces_with_budget(draw: st.DrawFn) -> tuple[SearchSpace, Budget]:
+    """A space with terms of latency and a budget on that, alone or with others, that its smallest
+    subnet keeps."""
+    space = draw(timed_spaces())
+    least, full = space.cost(space.smallest), space.cost()
+    seconds = least.latency_s + draw(st.floats(0, 1)) * (full.latency_s - least.latency_s)
+    seconds *= 1 + 1e-9
+    bounds: dict[str, float | int] = {"latency_ms": 1e3 * seconds}
+    if draw(st.booleans()):
+        bounds = {"latency": min(seconds / full.latency_s, 1.0)}
+    if draw(st.booleans()):
+        bounds["macs"] = draw(st.integers(least.macs, full.macs))
+    return space, Budget(**bounds)
 
 
 @st.composite

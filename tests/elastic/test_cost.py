@@ -59,8 +59,8 @@ def test_an_axis_that_a_dimension_holds_several_times_adds_up():
 def test_a_float_is_a_share_and_an_int_is_absolute(bound, full):
     of = Cost(full, full)
     share = min(bound, full) / full
-    assert Budget(macs=share).limits(of) == (share * full, math.inf)
-    assert Budget(params=bound).limits(of) == (math.inf, bound)
+    assert Budget(macs=share).limits(of) == (share * full, math.inf, math.inf)
+    assert Budget(params=bound).limits(of) == (math.inf, bound, math.inf)
     assert Budget(macs=bound).admits(Cost(bound, 10**12), of)
     assert not Budget(macs=bound).admits(Cost(bound + 1, 0), of)
     assert Budget(macs=1.0, params=1.0).admits(of, of)
@@ -73,6 +73,29 @@ def test_a_share_admits_what_is_exactly_at_it():
     assert not Budget(macs=0.15).admits(Cost(151, 0), of=full)
     assert Budget(macs=1).admits(Cost(1, 0), of=full)
     assert not Budget(macs=1).admits(Cost(2, 0), of=full)
+
+
+def test_latency_is_a_fraction_or_milliseconds():
+    full = Cost(10, 10, latency_s=0.02)
+    assert Budget(latency=0.25).limits(full) == (math.inf, math.inf, 0.005)
+    assert Budget(latency_ms=4, macs=0.5).limits(full) == (5, math.inf, 0.004)
+    assert Budget(latency=0.25).admits(Cost(10, 10, 0.005), of=full)
+    assert not Budget(latency=0.25).admits(Cost(1, 1, 0.0051), of=full)
+    assert not Budget(latency_ms=4, macs=0.5).admits(Cost(6, 1, 0.001), of=full)
+    assert Budget(latency_ms=4, macs=0.5).counted == Budget(macs=0.5)
+    assert Budget(latency=0.25).counted is None and Budget(latency=0.25).timed
+    assert not Budget(macs=0.5).timed
+
+
+def test_a_latency_budget_does_not_judge_a_cost_without_one():
+    known, unknown = Cost(10, 10, 0.01), Cost(10, 10)
+    for budget, cost, full in (
+        (Budget(latency=0.5), known, unknown),
+        (Budget(latency=0.5), unknown, known),
+        (Budget(latency_ms=5), unknown, unknown),
+    ):
+        with pytest.raises(ValueError, match="bounds latency, which this cost does not hold"):
+            budget.admits(cost, of=full)
 
 
 @pytest.mark.parametrize(
@@ -88,6 +111,14 @@ def test_a_share_admits_what_is_exactly_at_it():
         ({"macs": float("nan")}, "macs=nan"),
         ({"macs": float("inf")}, "macs=inf"),
         ({"macs": 0.5, "params": 2.0}, "params=2.0"),
+        ({"latency": 2}, "latency=2: expected a fraction .*; latency_ms takes milliseconds"),
+        ({"latency": 1.5}, "latency=1.5"),
+        ({"latency": 0.0}, "latency=0.0"),
+        ({"latency_ms": -1.0}, "latency_ms=-1.0: expected a positive number of milliseconds"),
+        ({"latency_ms": True}, "latency_ms=True"),
+        ({"latency_ms": float("inf")}, "latency_ms=inf"),
+        ({"latency_ms": float("nan")}, "latency_ms=nan"),
+        ({"latency": 0.5, "latency_ms": 2.0}, "expected one of them; leave the other out"),
     ],
 )
 def test_a_budget_out_of_range_is_refused(bounds, message):
@@ -105,6 +136,10 @@ def test_a_budget_out_of_range_is_refused(bounds, message):
         ({"params": 20}, "params-20"),
         ({"macs": 0.5, "params": 0.3}, "0.5-params-0.3"),
         ({"macs": 0.12345678}, "0.12345678"),
+        ({"latency": 0.3}, "latency-0.3"),
+        ({"latency_ms": 2.5}, "latency-2.5ms"),
+        ({"latency_ms": 12}, "latency-12ms"),
+        ({"macs": 0.5, "params": 0.3, "latency": 1.0}, "0.5-params-0.3-latency-1"),
     ],
 )
 def test_labels(bounds, label):

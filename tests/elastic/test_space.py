@@ -1,4 +1,5 @@
 import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import assume, given, settings
@@ -8,7 +9,7 @@ from stp_ray.elastic import Budget, ResidualBlock, SearchSpace, Subnet, WidthAxi
 from stp_ray.elastic.cost import Extent, Term
 from stp_ray.errors import BudgetError
 
-from .spaces import spaces, spaces_with_budget
+from .spaces import spaces, spaces_with_budget, timed_spaces, timed_spaces_with_budget
 
 seeds = st.integers(0, 2**32)
 shares = st.floats(0, 1)
@@ -49,7 +50,7 @@ def test_draws_belong_to_the_space_and_repeat_themselves(space, seed):
 
 
 @settings(max_examples=60)
-@given(spaces_with_budget(), seeds, shares)
+@given(spaces_with_budget() | timed_spaces_with_budget(), seeds, shares)
 def test_no_draw_exceeds_its_budget(drawn, seed, p):
     space, budget = drawn
     rng = random.Random(seed)
@@ -140,6 +141,36 @@ def test_a_budget_that_nothing_keeps_names_the_cheapest_cost(space):
         assert f"{least.params:,} params" in message
         assert budget.label in message and "\n" not in message
     space.require(Budget(macs=least.macs))
+
+
+@given(timed_spaces(), seeds)
+def test_a_part_of_a_network_is_estimated_to_be_no_slower(space, seed):
+    rng = random.Random(seed)
+    subnet = space.sample(rng)
+    larger = space.expand(subnet, rng, 0.5)
+    assert 0 < space.cost(subnet).latency_s <= space.cost(larger).latency_s
+    assert space.cost(larger).latency_s <= space.cost().latency_s
+
+
+@given(timed_spaces(), seeds)
+def test_latency_changes_no_other_price_and_no_draw(space, seed):
+    bare = SearchSpace(space.axes, space.blocks, space.terms, space.terms)
+    timed = bare.timed([Term(1, ())])
+    budget = Budget(macs=max(bare.cost(bare.smallest).macs, bare.cost().macs // 2))
+    drawn = [each.sample(random.Random(seed), budget) for each in (bare, timed)]
+    assert drawn[0] == drawn[1]
+    assert replace(timed.cost(drawn[0]), latency_s=None) == bare.cost(drawn[0])
+
+
+def test_a_space_without_terms_of_latency_refuses_to_judge_it():
+    with pytest.raises(ValueError, match=r"space\.timed"):
+        small_space().sample(random.Random(0), Budget(latency=0.5))
+
+
+def test_a_latency_that_nothing_keeps_names_the_cheapest():
+    space = small_space().timed([Term(10**12, ()), Term(10**10, (Extent(0, (("stem", 1),)),))])
+    with pytest.raises(BudgetError, match=r"and about 1\.08 ms \(0\.6585\); raise the budget"):
+        space.require(Budget(latency_ms=1))
 
 
 def test_samples_use_the_budget_that_they_are_given():
