@@ -49,6 +49,7 @@ EVERYTHING = (
     ("tuning --threads 1 --population 32", 200),
     ("inference --threads 1 --repeats 6 1", 400),
     ("inference --threads 1 --repeats 6 --batches 1 --divisor 32", 200),
+    ("latency --threads 1", 400),
     ("streaming --threads 1", 250),
     ("growth --threads 1", 250),
     ("paper", 60),

@@ -15,6 +15,7 @@ ACTIONS = (
     "exploring",
     "tuning",
     "inference",
+    "latency",
     "streaming",
     "growth",
     "paper",

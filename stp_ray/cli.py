@@ -481,6 +481,12 @@ def print_summary(summary: Mapping[str, Any], report_uri: str) -> None:
     terminal = sys.stdout.isatty()
     console = Console(width=None if terminal else 120, highlight=False)
     console.print(table)
+    for label, budget in budgets.items():
+        if met := budget.get("measured"):
+            print(
+                f"{label}: {met['latency_ms']:.3g} ms measured of at most {met['limit_ms']:.3g} ms "
+                f"({met['where']})"
+            )
     print(f"report: {report_uri}", flush=True)
 
 

@@ -538,6 +538,7 @@ def model_card(
         f"Retention: {_cell(entry.get('retention_dense'), '{:.2f} %')} of the separately trained "
         f"dense network, {_cell(entry.get('retention_main'), '{:.2f} %')} of the run's own main "
         f"network (top-1 {_cell(summary.get('main_top1'), '{:.2f} %')}).",
+        *(["", _met(entry["measured"])] if entry.get("measured") else []),
         "",
         "## Input and output",
         "",
@@ -562,6 +563,14 @@ def model_card(
     if notes:
         lines += ["", "## Notes", "", *(f"- {note}" for note in notes)]
     return "\n".join(lines).replace("SIZE", str(size)) + "\n"
+
+
+def _met(measured: Mapping[str, Any]) -> str:
+    return (
+        f"Latency budget of one image: {measured['limit_ms']:.3g} ms; measured "
+        f"{measured['latency_ms']:.3g} ms, dense {measured['dense_ms']:.3g} ms "
+        f"({measured['where']}, when the shape was chosen)."
+    )
 
 
 def _code(*lines: str) -> list[str]:

@@ -126,6 +126,13 @@ def test_the_table_shows_the_control_where_there_is_one(capsys):
     assert "94.50" in row
 
 
+def test_the_table_is_followed_by_what_a_latency_budget_takes(capsys):
+    met = {"latency_ms": 1.234, "limit_ms": 1.25, "where": "1 CPU thread, PyTorch"}
+    budget = {**SUMMARY["budgets"]["0.15"], "measured": met}
+    print_summary({**SUMMARY, "budgets": {"latency-0.5": budget}}, "x")
+    assert "latency-0.5: 1.23 ms measured of at most 1.25 ms (1 CPU" in capsys.readouterr().out
+
+
 def test_print_config_prints_a_recipe_and_runs_nothing(pipeline):
     result = stp("run", "demo", "seed=3", "--print-config")
     assert result.exit_code == 0

@@ -403,6 +403,14 @@ def test_model_card_says_what_was_not_measured():
     assert "Retention: not measured of" in card
 
 
+def test_model_card_says_how_a_latency_budget_was_met():
+    met = {"latency_ms": 1.234, "limit_ms": 1.25, "dense_ms": 2.5, "where": "1 CPU thread, PyTorch"}
+    entry = {**SUMMARY["budgets"]["0.15"], "measured": met}
+    summary = {**SUMMARY, "budgets": {"latency-0.5": entry}}
+    card = export.model_card(summary, "latency-0.5", DESCRIPTION)
+    assert "Latency budget of one image: 1.25 ms; measured 1.23 ms, dense 2.5 ms (1 CPU" in card
+
+
 def test_model_card_is_one_that_hugging_face_reads():
     hub = pytest.importorskip("huggingface_hub")
     data = hub.ModelCard(export.model_card(SUMMARY, "0.15", DESCRIPTION)).data

@@ -135,6 +135,7 @@ def _card(budget: str, entry: Mapping[str, Any], summary: Mapping[str, Any]) -> 
         "faster": faster,
         "latency_ms": entry.get("latency_ms"),
         "dense_latency_ms": entry.get("dense_latency_ms"),
+        "measured": entry.get("measured"),
         "change": None if against is None else entry["top1"] - against,
         "against": against,
         "against_name": name,

@@ -236,6 +236,15 @@ def test_a_run_without_dense_baseline_latency_or_history_still_reports(summary, 
     assert "main has 97.50" in text
 
 
+def test_a_card_says_how_a_latency_budget_was_met(summary, config, candidates):
+    assert "latency budget" not in render(summary, config, candidates, {})
+    for entry in summary["budgets"].values():
+        entry["measured"] = {"latency_ms": 1.234, "limit_ms": 1.25, "where": "1 CPU thread"}
+    text = render(summary, config, candidates, {})
+    Page(text)
+    assert "latency budget" in text and "of at most 1.25; 1 CPU thread" in text
+
+
 def test_missing_columns_are_named(summary, config):
     with pytest.raises(StorageError, match="score"):
         render(summary, config, pa.table({"macs": [1]}), {})
