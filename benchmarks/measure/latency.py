@@ -87,7 +87,8 @@ def table(lines: list[Line]) -> list[str]:
         "",
         row(
             ["model", "px", "runtime", "device", "dense, ms", "networks", "table, s",
-             "its error, %", "budget", "candidates measured", "share of the MACs", "measured again / budget"]
+             "its error, %", "budget", "candidates measured", "share of the MACs",
+             "measured again / budget"]
         ),
         row(["---"] * 12),
     ]  # fmt: skip
