@@ -50,6 +50,7 @@ EVERYTHING = (
     ("inference --threads 1 --repeats 6 1", 400),
     ("inference --threads 1 --repeats 6 --batches 1 --divisor 32", 200),
     ("latency --threads 1", 400),
+    ("latency --threads 1 --model mobilenet_v2", 350),
     ("streaming --threads 1", 250),
     ("growth --threads 1", 250),
     ("paper", 60),

@@ -75,10 +75,18 @@ def price(config: RunConfig, run: Store, net: Supernet) -> None:
         net: gets a space with the table's terms.
 
     Raises:
-        StorageError: the table is missing or damaged.
+        StorageError: the table is missing or damaged, or of another network.
     """
-    if timed(config):
-        net.space = net.space.timed(latency_table(run).terms)
+    if not timed(config):
+        return
+    table = latency_table(run)
+    try:
+        net.space = net.space.timed(table.terms)
+    except KeyError as error:
+        raise StorageError(
+            f"{run.uri}/{LATENCY}/{TABLE} names {error}, which is not in this network; expected "
+            "the table of the same model; delete the file to measure anew"
+        ) from error
 
 
 def latency_table(run: Store) -> LatencyTable:

@@ -44,7 +44,7 @@ def test_every_action_is_in_all_and_its_command_is_understood(monkeypatch):
 def test_all_gives_up_soon_after_an_hour():
     import speed
 
-    assert sum(seconds for _, seconds in speed.EVERYTHING) <= 4000
+    assert sum(seconds for _, seconds in speed.EVERYTHING) <= 4500
 
 
 def test_what_has_no_lines_has_no_table_and_the_rest_of_the_page_stays(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stp_ray.elastic.cost import Budget
+from stp_ray.elastic.cost import Budget, Extent, Term
 from stp_ray.errors import BudgetError, RunError
 from stp_ray.method import Candidate, Exploration, Explorer
 
@@ -49,6 +49,20 @@ def test_candidates_keep_a_budget_and_are_asked_for_once(drawn, seed):
     assert len(keys) == len(set(keys)) == len(explorer.scored)
     assert {s.subnet for s in explorer.scored if s.images == 0}
     assert space.admits(explorer.best(budget).subnet, budget)
+
+
+def test_a_latency_budget_is_searched_like_any_other():
+    space = make_space([24, 16], [8])
+    slow = Term(10**9, (Extent(0, (("stage1", 1),)),))
+    timed, budget = space.timed([slow, Term(10**9, ())]), Budget(latency=0.5)
+    explorer = search(Explorer(timed, [budget], SMALL, 0))
+    ranked = explorer.ranked(budget)
+    assert ranked[0] == explorer.best(budget) and len(ranked) > SMALL.parents
+    assert all(scored.cost.latency_s <= 0.5 * timed.cost().latency_s for scored in ranked)
+    front = explorer.front()  # by what the budget bounds
+    assert [s.cost.latency_s for s in front] == sorted({s.cost.latency_s for s in front})
+    with pytest.raises(ValueError, match="bounds latency"):
+        Explorer(space, [budget], SMALL, 0)
 
 
 @settings(max_examples=12)

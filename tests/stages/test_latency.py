@@ -13,7 +13,7 @@ from stp_ray.data import describe
 from stp_ray.elastic import Budget, Subnet
 from stp_ray.errors import BudgetError, StorageError
 from stp_ray.stages import latency
-from stp_ray.stages.network import build_supernet, latency_table
+from stp_ray.stages.network import build_supernet, latency_table, price
 from stp_ray.stages.plan import plan
 from stp_ray.status import status
 from stp_ray.timing import Stopwatch
@@ -102,6 +102,11 @@ def test_a_damaged_table_is_named(tmp_path, counting):
     store.child("latency").write_json("table.json", {"terms": 3})
     with pytest.raises(StorageError, match=r"latency/table\.json: not a latency table"):
         latency_table(store)
+    foreign = {"femtoseconds": 1, "extents": [[0, [["elsewhere", 1]], 1]], "gates": []}
+    content = {"terms": [foreign], "networks": [], "error": 0.0}
+    store.child("latency").write_json("table.json", content)
+    with pytest.raises(StorageError, match="names 'elsewhere', which is not in this network"):
+        price(config, store, build_supernet(config, describe(config.data)))
     assert build_supernet(config, describe(config.data)).space.axes[0].choices == (8, 16)
 
 
