@@ -70,7 +70,8 @@ def planned(config: "RunConfig", gpus: int) -> Line:
     }  # fmt: skip
     computing: dict[str, float] = {}
     sending: dict[str, float] = {}
-    for name, workers, macs in _work(config, net, summary):
+    budgets = {budget.label: budget for budget in config.budgets}
+    for name, workers, macs in _work(config, net, summary, budgets):
         stage = name.partition("/")[0]
         optimisation = steps.get(stage)
         sent = 0.0
