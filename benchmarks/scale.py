@@ -83,7 +83,7 @@ def search(space: SearchSpace, candidates: int, fleet: Fleet) -> dict[str, Any]:
         explorer, work = clock.timed(lambda: opened(store))
         parts = _simulate(work, clock, fleet, candidates)
         searched_s, spent_s, searched_mb = clock.now, clock.spent, _peak_mb() - before_mb
-        write_s = clock.seconds(lambda: _write(explorer, store))
+        write_s = clock.seconds(lambda: _write(explorer, store, {}))
         manifest_s = clock.seconds(lambda: _record(run))
         scored = len(explorer.scored)
         resume_s = clock.seconds(lambda: opened(store))

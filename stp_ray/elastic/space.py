@@ -15,7 +15,7 @@ from math import prod
 import numpy as np
 
 from ..errors import BudgetError
-from .cost import Budget, Cost, CostTable, Term
+from .cost import SECOND, Budget, Cost, CostTable, Term
 from .show import folded, table
 from .subnet import Subnet
 
@@ -149,7 +149,19 @@ class SearchSpace:
 
         Args:
             latency: its terms in femtoseconds, as `latency.fit` finds them.
+
+        Raises:
+            KeyError: a term is of an axis that is not here.
+            ValueError: what the terms add up to cannot be counted in 64 bits.
         """
+        latency = tuple(latency)
+        widths = self.full.widths
+        total = sum(t.coefficient * prod(e.at(widths) for e in t.extents) for t in latency)
+        if not 0 <= total < 2**63:
+            raise ValueError(
+                f"latency terms add up to {total / SECOND:.3g} s for the main network; expected 0 "
+                f"to {2**63 // SECOND:,} s; their coefficients are femtoseconds"
+            )
         return SearchSpace(self.axes, self.blocks, self.terms, self._params, latency)
 
     @property

@@ -87,6 +87,10 @@ def price(config: RunConfig, run: Store, net: Supernet) -> None:
             f"{run.uri}/{LATENCY}/{TABLE} names {error}, which is not in this network; expected "
             "the table of the same model; delete the file to measure anew"
         ) from error
+    except ValueError as error:
+        raise StorageError(
+            f"{run.uri}/{LATENCY}/{TABLE}: {error}; delete the file to measure anew"
+        ) from error
 
 
 def latency_table(run: Store) -> LatencyTable:

@@ -233,5 +233,14 @@ def test_a_subnet_of_another_space_is_refused(subnet, message):
         small_space().validate(subnet)
 
 
+def test_a_latency_that_cannot_be_counted_is_refused():
+    channels = Term(10**17, (Extent(0, (("stem", 1),)),))  # 100 s for each of the 64
+    assert small_space().timed([channels]).cost().latency_s == 6400
+    with pytest.raises(ValueError, match=r"add up to 1\.28e\+04 s .*; expected 0 to 9,223 s"):
+        small_space().timed([channels, channels])
+    with pytest.raises(ValueError, match="add up to -"):
+        small_space().timed([Term(-1, ())])
+
+
 def test_a_space_describes_itself():
     assert repr(small_space()) == ("SearchSpace(2 axes, 1 droppable blocks, 296 to 11,584 MACs)")

@@ -108,6 +108,10 @@ def test_a_damaged_table_is_named(tmp_path, counting):
     with pytest.raises(StorageError, match="names 'elsewhere', which is not in this network"):
         price(config, store, build_supernet(config, describe(config.data)))
     assert build_supernet(config, describe(config.data)).space.axes[0].choices == (8, 16)
+    endless = {**foreign, "femtoseconds": 10**19, "extents": []}
+    store.child("latency").write_json("table.json", {**content, "terms": [endless]})
+    with pytest.raises(StorageError, match=r"add up to 1e\+04 s .*; delete the file to measure"):
+        price(config, store, build_supernet(config, describe(config.data)))
 
 
 def test_a_run_without_a_latency_budget_measures_nothing(tmp_path, counting):
