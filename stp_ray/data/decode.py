@@ -39,7 +39,11 @@ _PILLOW_ERRORS = (
 
 
 def decode(
-    encoded: Sequence[bytes | None], size: int, *, resize: bool
+    encoded: Sequence[bytes | None],
+    size: int,
+    *,
+    resize: bool,
+    out: NDArray[np.uint8] | None = None,
 ) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
     """Decode images; what cannot be decoded is left out and marked.
 
@@ -47,15 +51,17 @@ def decode(
         encoded: contents of image files (JPEG, PNG, ... colour or grey); None counts as corrupt.
         size: height and width of the result in pixels.
         resize: bring images of any shape to `size` (see `fit`); otherwise they must have it.
+        out: what `blank` made for N images or more, to be written over; None: fresh memory, which
+            costs a fifth of the decoding.
 
     Returns:
-        uint8 RGB [n, 3, size, size] of the n readable images in order, and a mask bool [N] of
-        which of the N images those are.
+        uint8 RGB [n, 3, size, size] of the n readable images in order, with channels last in
+        memory as decoders write them, and a mask bool [N] of which of the N images those are.
 
     Raises:
         DataError: an image has another size and `resize` is off.
     """
-    images = np.empty((len(encoded), 3, size, size), dtype=np.uint8)
+    images = blank(len(encoded), size) if out is None else out
     mask = np.zeros(len(encoded), dtype=np.bool_)
     count = 0
     for start in range(0, len(encoded), _AT_A_TIME):
@@ -65,6 +71,11 @@ def decode(
                 mask[row] = True
                 count += 1
     return images[:count], mask
+
+
+def blank(count: int, size: int) -> NDArray[np.uint8]:
+    """Room for images, uint8 [count, 3, size, size], with channels last in memory."""
+    return np.empty((count, size, size, 3), dtype=np.uint8).transpose(0, 3, 1, 2)
 
 
 def fit(images: Tensor, size: int) -> Tensor:

@@ -65,6 +65,11 @@ class DataOptions:
     """"resident": decoded once and kept in memory; "stream": read and decoded in every epoch
     through Ray Data (Parquet only); "auto": resident where it fits `resident_limit_mb`."""
 
+    decode: Literal["trainer", "tasks"] = "trainer"
+    """Where a streamed image is decoded: by the threads of the worker that trains on it
+    (`cluster.threads_per_worker`), or by the tasks that read it, on any machine with CPUs to
+    spare; then ten times as many bytes travel."""
+
     resident_limit_mb: int = 4096
     """Largest decoded size that "auto" keeps in memory, in MiB."""
 
@@ -88,11 +93,8 @@ class DataOptions:
                 f"max_corrupt is {self.max_corrupt}; expected a share from 0 to 1; "
                 "change data.max_corrupt"
             )
-        if self.loading not in ("auto", "resident", "stream"):
-            raise ValueError(
-                f'loading is "{self.loading}"; expected "auto", "resident" or "stream"; '
-                "change data.loading"
-            )
+        _one_of("loading", self.loading, "auto", "resident", "stream")
+        _one_of("decode", self.decode, "trainer", "tasks")
         if self.crop_padding and self.random_resized_crop:
             raise ValueError(
                 f"crop_padding is {self.crop_padding} beside random_resized_crop; expected one "
@@ -103,6 +105,14 @@ class DataOptions:
 def _at_least(field: str, value: float | None, least: int) -> None:
     if value is not None and not value >= least:
         raise ValueError(f"{field} is {value}; expected at least {least}; change data.{field}")
+
+
+def _one_of(field: str, value: str, *expected: str) -> None:
+    if value not in expected:
+        *others, last = (f'"{each}"' for each in expected)
+        raise ValueError(
+            f'{field} is "{value}"; expected {", ".join(others)} or {last}; change data.{field}'
+        )
 
 
 def _channels(field: str, values: Sequence[float]) -> None:

@@ -261,7 +261,7 @@ class ParquetSource:
                 parquet = pq.ParquetFile(handle, buffer_size=1 << 20, pre_buffer=False)
                 batches = parquet.iter_batches(batch_size=1, columns=[self.columns.encoded])
                 for _, batch in zip(range(_FIRST_IMAGES), batches, strict=False):
-                    shape = image_shape(_encoded(batch.column(0))[0])
+                    shape = image_shape(_encoded(batch.column(0))[0].as_py())
                     if shape is not None:
                         return shape
         raise DataError(
@@ -271,7 +271,16 @@ class ParquetSource:
 
 
 def read_part(filesystem: Any, part: ParquetPart, columns: Columns) -> Iterator[Chunk]:
-    """Read the wanted rows of one row group: the work of one thread or one task."""
+    """Read the wanted rows of one row group: the work of one thread."""
+    for rows, files, labels in read_encoded(filesystem, part, columns):
+        yield Chunk(rows, files.to_pylist(), labels)
+
+
+def read_encoded(
+    filesystem: Any, part: ParquetPart, columns: Columns
+) -> Iterator[tuple[NDArray[np.int64], pa.Array, NDArray[np.int64]]]:
+    """The wanted rows of one row group, some hundred at a time: row numbers, contents of image
+    files as an Arrow array of binary, and labels."""
     with _open(filesystem, part.path) as handle:
         parquet = pq.ParquetFile(handle, pre_buffer=True)
         first = part.first
@@ -284,9 +293,9 @@ def read_part(filesystem: Any, part: ParquetPart, columns: Columns) -> Iterator[
             begin, end = np.searchsorted(part.rows, (first, first + len(batch)))
             if begin < end:
                 rows = part.rows[begin:end]
-                taken = batch.take(pa.array(rows - first))
+                taken = batch if len(rows) == len(batch) else batch.take(pa.array(rows - first))
                 image, label = taken.column(columns.image), taken.column(columns.label)
-                yield Chunk(rows, _encoded(image), _labels(label))
+                yield rows, _encoded(image), _labels(label)
             first += len(batch)
             if end == len(part.rows):
                 break
@@ -320,11 +329,10 @@ def _is_binary(kind: pa.DataType) -> bool:
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
 
-def _encoded(column: pa.Array) -> list[bytes | None]:
-    if pa.types.is_struct(column.type):
-        column = column.field("bytes") if not column.null_count else column.flatten()[0]
-    found: list[bytes | None] = column.to_pylist()
-    return found
+def _encoded(column: pa.Array) -> pa.Array:
+    if not pa.types.is_struct(column.type):
+        return column
+    return column.field("bytes") if not column.null_count else column.flatten()[0]
 
 
 def _labels(column: pa.Array) -> NDArray[np.int64]:

@@ -87,6 +87,7 @@ class Images:
                 batch_size=EVALUATION_BATCH,
                 rows=self.summary.test_rows,
                 device=device,
+                summary=self.summary,
             )
             return
         else:

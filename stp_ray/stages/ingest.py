@@ -5,19 +5,23 @@ Every rank opens a stream of its own for every epoch:
     shard = stream(options, "train", seed=seed, epoch=epoch, rank=rank, world_size=world_size)
     for images, labels in stream_batches(shard, options, seed=seed, epoch=epoch, ...):
 
-Row groups are put in an order drawn from (seed, epoch) and divided evenly between the ranks;
-Ray tasks anywhere in the cluster read and decode them, and each rank mixes what arrives in a
-buffer. So the batches of an epoch depend on (seed, epoch, rank, world size) alone, and an epoch
-that was interrupted begins again with the same ones.
+Row groups are put in an order drawn from (seed, epoch) and divided evenly between the ranks. Ray
+tasks anywhere in the cluster read them, and each rank mixes the files that arrive in a buffer and
+decodes them with threads of its own: encoded they are a tenth as large on the way, and as many
+more of them are mixed. So the batches of an epoch depend on (seed, epoch, rank, world size) alone,
+and an epoch that was interrupted begins again with the same ones. With `data.decode=tasks` the
+tasks decode as well, for machines whose GPUs have few CPUs beside them.
 """
 
-import logging
+from collections import deque
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import ray.data
 import ray.train
 import torch
@@ -27,8 +31,9 @@ from torch import Tensor
 
 from ..data import DataOptions, DataSummary, SplitName, describe, local_batch_size, steps_per_epoch
 from ..data.batches import Augmentation, augmentation_seed, normalise_batch, to_device
-from ..data.load import check_corrupt, open_source, prepare, selection, summarise
-from ..data.parquet import CHUNK_ROWS, Columns, ParquetPart, ParquetSource, read_part
+from ..data.decode import blank, decode
+from ..data.load import check_corrupt, open_source, selection, summarise
+from ..data.parquet import CHUNK_ROWS, Columns, ParquetPart, ParquetSource, read_encoded
 from ..data.split import derive_seed
 from ..data.storage import open_filesystem, reading
 from ..errors import DataError, StpError
@@ -36,10 +41,10 @@ from ..errors import DataError, StpError
 _UNIT_BYTES = 32 * 2**20
 _UNIT_ROWS = 1024
 _BUFFER_BYTES = 512 * 2**20
-_log = logging.getLogger(__name__)
 
 _Unit = list[ParquetPart]
-_Pair = tuple[NDArray[np.uint8], NDArray[np.int64]]
+#: Images and their labels int64 [n]: decoded, uint8 [n, 3, H, W], or encoded files, object [n].
+_Pair = tuple[NDArray[Any], NDArray[np.int64]]
 
 
 def stream(
@@ -52,10 +57,10 @@ def stream(
     world_size: int = 1,
     num_cpus: float = 1.0,
 ) -> ray.data.Dataset:
-    """A lazy Ray Dataset of decoded images: one rank's share of a split.
+    """A lazy Ray Dataset of images: one rank's share of a split.
 
-    Its columns are `image` (uint8 RGB [3, H, W]), `label` (int64) and `skipped` (int64: how many
-    unreadable images were left out just before or after this row; 0 for nearly all rows). The
+    Its columns are `image` and `label` (int64). Images are the contents of files, or with
+    `options.decode` "tasks" uint8 RGB [3, H, W], where the label of an unreadable one is -1. The
     row order does not depend on timing. Storage is read through fsspec by the tasks, which take
     endpoint and credentials from their own environment.
 
@@ -90,15 +95,15 @@ def stream(
         options=options,
         summary=summarise(options, layout),
         units=units,
-        allowed=options.max_corrupt * len(rows),
     )
     dataset = ray.data.range(len(units), override_num_blocks=max(len(units), 1)).map_batches(
         partial(_read_units, plan), batch_size=None, num_cpus=num_cpus
     )
     dataset.context.execution_options.preserve_order = True
-    # A chunk of large images is a block as it is; Ray would copy several into one of 128 MiB.
-    chunk = CHUNK_ROWS * 3 * plan.summary.held_size**2
-    dataset.context.target_max_block_size = max(chunk, _UNIT_BYTES)
+    if options.decode == "tasks":
+        # A chunk of large images is a block as it is; Ray would copy several into one of 128 MiB.
+        chunk = CHUNK_ROWS * 3 * plan.summary.held_size**2
+        dataset.context.target_max_block_size = max(chunk, _UNIT_BYTES)
     if world_size > 1:
         # Each rank's stream takes half of the object store for its own, unless it is told.
         memory = ray.cluster_resources().get("object_store_memory", 0) / 2 / world_size
@@ -121,6 +126,7 @@ def stream_batches(
     device: torch.device | str = "cpu",
     num_classes: int,
     summary: DataSummary | None = None,
+    threads: int | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """One epoch of this rank's training batches from a stream.
 
@@ -139,6 +145,7 @@ def stream_batches(
         device: where the batches are augmented and go to.
         num_classes: number of classes, for mixup's soft labels.
         summary: `describe(options)` where it is known already; it takes a look at the storage.
+        threads: how many decode; None: as many as torch computes with in this process.
 
     Yields:
         The same as `stp_ray.data.train_batches`: images float32 [B / world_size, 3, H, W] and
@@ -154,14 +161,14 @@ def stream_batches(
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
         augment = Augmentation(options, summary.held_size, num_classes)
         random = np.random.default_rng(derive_seed("buffer", seed, epoch, rank))
-        image_bytes = 3 * summary.held_size**2
-        capacity = max(_BUFFER_BYTES // image_bytes, 4 * local)
         share = -(-summary.train_rows // world_size)
-        arriving = _arriving(shard, options, "training", local, share)
-        mixed = _rebatched(_mixed(arriving, capacity, random), local)
-        for step, (images, labels) in zip(range(steps), mixed, strict=False):
-            pair = to_device(images, labels, device)
-            yield augment(*pair, seed=augmentation_seed(seed, epoch, step, rank))
+        files = _rebatched(_mixed(_arriving(shard), 4 * local, _BUFFER_BYTES, random), local)
+        decoding = _Decoding(options, summary, "training", share, threads)
+        decoded = _rebatched(decoding.run(files, wanted=steps * local), local)
+        for step, (images, labels) in zip(range(steps), decoded, strict=False):
+            on_device, labels_there = to_device(images, labels, device)
+            where = augmentation_seed(seed, epoch, step, rank)
+            yield augment(on_device.contiguous(), labels_there, seed=where)
 
     return batches()
 
@@ -173,6 +180,8 @@ def stream_eval_batches(
     batch_size: int,
     rows: int,
     device: torch.device | str = "cpu",
+    summary: DataSummary | None = None,
+    threads: int | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """All images of `stream(options, "test")` in order, normalised and not augmented.
 
@@ -182,6 +191,7 @@ def stream_eval_batches(
         batch_size: images in a batch; the last one may be smaller.
         rows: number of images that the shard should hold, to judge the unreadable ones by.
         device: where the batches go to.
+        summary, threads: as for `stream_batches`.
 
     Yields:
         The same as `stp_ray.data.eval_batches`.
@@ -189,9 +199,11 @@ def stream_eval_batches(
     Raises:
         DataError: more than `max_corrupt` of `rows` cannot be decoded.
     """
-    for images, labels in _arriving(shard, options, "test", batch_size, rows):
+    decoding = _Decoding(options, summary or describe(options), "test", rows, threads)
+    files = _rebatched(_arriving(shard), batch_size)
+    for images, labels in _rebatched(decoding.run(files), batch_size):
         on_device, labels_there = to_device(images, labels, device)
-        yield normalise_batch(on_device, options), labels_there
+        yield normalise_batch(on_device.contiguous(), options), labels_there
 
 
 def ingest_config() -> ray.train.DataConfig:
@@ -247,72 +259,138 @@ class _Plan:
     options: DataOptions
     summary: DataSummary
     units: list[_Unit]
-    allowed: float
-    """Number of unreadable images that the whole split may have."""
 
 
-def _read_units(plan: _Plan, batch: Any) -> Iterator[dict[str, NDArray[Any]]]:
-    """Read and decode some units: the work of one Ray task."""
+def _read_units(plan: _Plan, batch: Any) -> Iterator[Any]:
+    """Read some units, and decode them where tasks do: the work of one Ray task."""
     filesystem, _ = open_filesystem(plan.uri)
     for index in batch["id"]:
-        yield from _read_unit(plan, filesystem, plan.units[index])
+        for part in plan.units[index]:
+            with reading(plan.uri):
+                for _, files, labels in read_encoded(filesystem, part, plan.columns):
+                    if plan.options.decode == "tasks":
+                        yield _decoded_block(plan, files.to_pylist(), labels)
+                    else:
+                        yield pa.table({"image": files, "label": labels})
 
 
-def _read_unit(plan: _Plan, filesystem: Any, unit: _Unit) -> Iterator[dict[str, NDArray[Any]]]:
-    # One block is held back, so that the count of what was skipped after it finds a row.
-    block: dict[str, NDArray[Any]] | None = None
-    skipped = 0
-    for part in unit:
-        with reading(plan.uri):
-            for chunk in read_part(filesystem, part, plan.columns):
-                _, images, labels = prepare(chunk, plan.options, plan.summary)
-                skipped += len(chunk.labels) - len(labels)
-                if not len(labels):
-                    continue
-                if block is not None:
-                    yield block
-                block = {"image": images, "label": labels, "skipped": np.zeros_like(labels)}
-                block["skipped"][0] = skipped
-                skipped = 0
-    if block is not None:
-        block["skipped"][-1] += skipped
-        yield block
-    elif skipped > plan.allowed:
-        raise DataError(
-            f"none of {skipped} images in {unit[0].path} can be decoded; expected encoded images "
-            "such as JPEG or PNG; mend the file or raise data.max_corrupt"
-        )
-    else:
-        _log.warning("none of %d images in %s can be decoded; skipped", skipped, unit[0].path)
+def _decoded_block(
+    plan: _Plan, files: list[bytes | None], labels: NDArray[np.int64]
+) -> dict[str, NDArray[Any]]:
+    """A row for each file, so that the trainer can count those that are unreadable."""
+    size = plan.summary.held_size
+    images, readable = decode(files, size, resize=plan.options.image_size is not None)
+    if not readable.all():
+        readable_images = images
+        images = np.zeros((len(files), 3, size, size), dtype=np.uint8)
+        images[readable] = readable_images
+    return {"image": images, "label": np.where(readable, labels, -1)}
 
 
-def _arriving(
-    shard: ray.data.Dataset | ray.data.DataIterator,
-    options: DataOptions,
-    split: str,
-    batch_size: int,
-    rows: int,
-) -> Iterator[_Pair]:
-    """Decoded batches of a shard; stops as soon as too many of its `rows` were skipped."""
-    skipped = 0
-
-    def blocks() -> Iterator[_Pair]:
-        # Whole blocks are views of the object store; batches of Ray's would be copied twice.
-        nonlocal skipped
-        for block in shard.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=2):
-            skipped += int(block["skipped"].sum())
-            if skipped > options.max_corrupt * rows:
-                return
-            yield block["image"], block["label"]
-
+def _arriving(shard: ray.data.Dataset | ray.data.DataIterator) -> Iterator[_Pair]:
+    """The blocks of a shard, as views of the object store where they can be."""
     try:
-        yield from _rebatched(blocks(), batch_size)
+        # Whole blocks; batches of Ray's would be copied twice.
+        for block in shard.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=2):
+            yield block["image"], block["label"]
     except RayError as error:
         cause = _data_error(error)
         if cause is None:
             raise
         raise cause from error
-    check_corrupt(options, split, skipped, rows)
+
+
+class _Decoded(NamedTuple):
+    """The readable images of a batch."""
+
+    images: NDArray[np.uint8]
+    labels: NDArray[np.int64]
+    readable: NDArray[np.bool_]
+    """Which of the files they are, bool [N]."""
+
+    memory: NDArray[np.uint8] | None = None
+    """What the images are in, where it may be used again."""
+
+
+class _Decoding:
+    """Turns batches of files into batches of images, some of them at once.
+
+    Args:
+        options: what is done to an image, and how many may be unreadable.
+        summary: the size of an image.
+        split: as it is called in messages.
+        rows: images of the shard; those that a buffer repeats are not counted again.
+        threads: how many decode; None: as many as torch computes with in this process.
+    """
+
+    def __init__(
+        self, options: DataOptions, summary: DataSummary, split: str, rows: int,
+        threads: int | None,
+    ) -> None:  # fmt: skip
+        self._options, self._size = options, summary.held_size
+        self._split, self._rows = split, rows
+        self._threads = threads or torch.get_num_threads()
+        self._seen = self._skipped = 0
+        self._free: list[NDArray[np.uint8]] = []
+
+    def run(self, files: Iterator[_Pair], wanted: int | None = None) -> Iterator[_Pair]:
+        """The readable images of each batch, in order; ends after `wanted` images or more. A
+        batch lasts until the next one is asked for: its memory is used again.
+
+        Raises:
+            DataError: too many of the rows are unreadable.
+        """
+        waiting: deque[Future[_Decoded]] = deque()
+        expected = 0  # images that were made, and those under way if all are readable
+
+        def ask() -> None:
+            nonlocal expected
+            while len(waiting) <= self._threads and (wanted is None or expected < wanted):
+                batch = next(files, None)
+                if batch is None:
+                    return
+                waiting.append(pool.submit(self._decoded, *batch))
+                expected += len(batch[1])
+
+        with ThreadPoolExecutor(self._threads) as pool:
+            try:
+                ask()
+                while waiting:
+                    batch = waiting.popleft().result()
+                    expected -= int((~batch.readable).sum())
+                    self._count(batch.readable)
+                    ask()
+                    if not waiting:
+                        check_corrupt(self._options, self._split, self._skipped, self._rows)
+                    yield batch.images, batch.labels
+                    if batch.memory is not None:
+                        self._free.append(batch.memory)
+            finally:
+                for future in waiting:
+                    future.cancel()
+
+    def _decoded(self, images: NDArray[Any], labels: NDArray[np.int64]) -> "_Decoded":
+        if images.dtype != object:  # a task has done it
+            readable = labels >= 0
+            kept = images if readable.all() else images[readable]
+            return _Decoded(kept, labels[readable], readable)
+        memory = self._free.pop() if self._free else blank(0, self._size)
+        if len(memory) < len(labels):
+            memory = blank(len(labels), self._size)
+        resize = self._options.image_size is not None
+        kept, readable = decode(images.tolist(), self._size, resize=resize, out=memory)
+        return _Decoded(kept, labels[readable], readable, memory)
+
+    def _count(self, readable: NDArray[np.bool_]) -> None:
+        self._skipped += int((~readable[: max(0, self._rows - self._seen)]).sum())
+        self._seen += len(readable)
+        if self._skipped > self._options.max_corrupt * self._rows:
+            check_corrupt(self._options, self._split, self._skipped, self._rows)
+        if self._skipped == self._rows:
+            raise DataError(
+                f"none of {self._rows} images of the {self._split} split can be decoded; expected "
+                "encoded images such as JPEG or PNG; mend the data or change data.uri"
+            )
 
 
 def _data_error(error: BaseException | None) -> StpError | None:
@@ -326,25 +404,35 @@ def _data_error(error: BaseException | None) -> StpError | None:
 
 
 def _mixed(
-    arriving: Iterable[_Pair], capacity: int, random: np.random.Generator
+    arriving: Iterable[_Pair], least: int, enough_bytes: int, random: np.random.Generator
 ) -> Iterator[_Pair]:
-    """Images in random order out of a buffer; without end, for a short shard repeats its last."""
+    """Images in random order out of a buffer; without end, for a short shard repeats its last.
+
+    Args:
+        arriving: in any portions.
+        least: images that the buffer holds at least.
+        enough_bytes: what it holds at least, before the first one leaves.
+        random: the order.
+    """
     waiting: list[_Pair] = []
-    count = 0
+    count = size = 0
     images = labels = None
     for new_images, new_labels in arriving:
         if images is None or labels is None:
             waiting.append((new_images, new_labels))
             count += len(new_labels)
-            if count >= capacity:
+            size += _bytes(new_images)
+            if count >= least and size >= enough_bytes:
                 images, labels = _joined(waiting)
             continue
-        places = random.choice(len(labels), len(new_labels), replace=False)
-        leaving = images[places], labels[places]
-        images[places], labels[places] = new_images, new_labels
-        yield leaving
+        for start in range(0, len(new_labels), len(labels)):
+            portion = slice(start, start + len(labels))
+            places = random.choice(len(labels), len(new_labels[portion]), replace=False)
+            leaving = images[places], labels[places]
+            images[places], labels[places] = new_images[portion], new_labels[portion]
+            yield leaving
     if images is None or labels is None:
-        if not waiting:
+        if not count:
             raise DataError(
                 "a worker's share of the training images is empty; expected at least one image "
                 "for each worker; use fewer workers or mend the data"
@@ -355,6 +443,10 @@ def _mixed(
         yield images[order], labels[order]
 
 
+def _bytes(images: NDArray[Any]) -> int:
+    return sum(len(file or b"") for file in images) if images.dtype == object else images.nbytes
+
+
 def _joined(pairs: list[_Pair]) -> _Pair:
     joined = np.concatenate([pair[0] for pair in pairs]), np.concatenate([p[1] for p in pairs])
     pairs.clear()
@@ -362,18 +454,29 @@ def _joined(pairs: list[_Pair]) -> _Pair:
 
 
 def _rebatched(pairs: Iterable[_Pair], size: int) -> Iterator[_Pair]:
-    """Copies of the same images in batches of exactly `size`; the last one may be smaller."""
-    pieces: list[_Pair] = []
-    missing = size
+    """The same images in batches of exactly `size`; the last one may be smaller. What has that
+    size already is passed on, unless it is Ray's, which cannot be written; all else is copied."""
+    batch: _Pair | None = None
+    filled = 0
     for images, labels in pairs:
+        if not filled and len(labels) == size and images.flags.writeable:
+            yield images, labels
+            continue
         start = 0
         while start < len(labels):
-            stop = min(start + missing, len(labels))
-            pieces.append((images[start:stop], labels[start:stop]))
-            missing -= stop - start
-            start = stop
-            if not missing:
-                yield _joined(pieces)
-                missing = size
-    if pieces:
-        yield _joined(pieces)
+            if batch is None:
+                batch = _room(images, size), _room(labels, size)
+            stop = min(start + size - filled, len(labels))
+            end = filled + stop - start
+            batch[0][filled:end], batch[1][filled:end] = images[start:stop], labels[start:stop]
+            filled, start = end, stop
+            if filled == size:
+                yield batch
+                batch, filled = None, 0
+    if batch is not None:
+        yield batch[0][:filled], batch[1][:filled]
+
+
+def _room(like: NDArray[Any], count: int) -> NDArray[Any]:
+    """For so many of them, in the same order of axes in memory."""
+    return np.empty_like(like, shape=(count, *like.shape[1:]))

@@ -17,6 +17,7 @@ from stp_ray.data import DataOptions
         ("std", (0.5, 0.5, 0.0)),
         ("max_corrupt", 1.5),
         ("loading", "sometimes"),
+        ("decode", "elsewhere"),
     ],
 )
 def test_a_value_out_of_range_is_named(field, value):

@@ -63,6 +63,9 @@ def test_streaming_is_timed_beside_the_decoder(tmp_path):
         process.end()
     (line,) = map(json.loads, (tmp_path / "streaming.jsonl").read_text().splitlines())
     rates = line["images_per_s"]
-    assert line["ratio"] == pytest.approx(rates["streamed"] / rates["raw"], rel=0.01, abs=1e-3)
-    assert line["peak_mb"].keys() == line["ms_an_image"].keys() == {"1", "2"}
+    for times, ratio in line["ratio"].items():
+        assert ratio == pytest.approx(rates[times] / rates["raw"], rel=0.01, abs=1e-3)
+    assert (
+        line["ratio"].keys() == line["peak_mb"].keys() == line["ms_an_image"].keys() == {"1", "2"}
+    )
     assert all(peak > 100 for peak in line["peak_mb"].values())
