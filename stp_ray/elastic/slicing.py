@@ -61,16 +61,18 @@ class Layout:
         the matching part of `parameter.grad`, instead of to zeros of the full size first."""
         cuts = self.ranges(name, subnet) if name in self.tensors else {}
         leaf = self.cut(name, parameter.detach(), subnet) if cuts else parameter.detach()
+        if leaf.ndim > 2 and cuts.keys() - {0}:
+            leaf = leaf.clone()  # convolutions copy such a kernel themselves, in each direction
         if not parameter.requires_grad:
             return leaf
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
         grad = parameter.grad
         leaf.requires_grad_()
-        if cuts:
-            leaf.register_post_accumulate_grad_hook(lambda leaf: _add(leaf, grad, cuts))
+        if all(len(ranges) == 1 for ranges in cuts.values()):
+            leaf.grad = self.cut(name, grad, subnet) if cuts else grad
         else:
-            leaf.grad = grad
+            leaf.register_post_accumulate_grad_hook(lambda leaf: _add(leaf, grad, cuts))
         return leaf
 
     def ranges(self, name: str, subnet: Subnet) -> dict[int, Ranges]:
