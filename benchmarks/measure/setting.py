@@ -1,6 +1,7 @@
 """The networks and batches that are timed, and how."""
 
 import argparse
+import os
 import random
 import statistics
 import time
@@ -24,6 +25,10 @@ from stp_ray.method import (
     kl_divergence,
 )
 from stp_ray.models import build_model
+
+#: oneDNN, which computes convolutions on a CPU, compiles for each shape and keeps the last 1,024
+#: kernels: fewer than five networks in turn need, which would then compile each other's again.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "20000")
 
 #: A line of results.
 Line = dict[str, Any]

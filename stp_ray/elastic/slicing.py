@@ -51,16 +51,13 @@ class Layout:
     def cut(self, name: str, tensor: Tensor, subnet: Subnet) -> Tensor:
         """The kept part of a parameter or buffer: the tensor itself where nothing is cut, a view
         where every dimension keeps one prefix, else gathered parts."""
-        for dim, ranges in self.ranges(name, subnet).items():
-            parts = [tensor.narrow(dim, start, stop - start) for start, stop in ranges]
-            tensor = parts[0] if len(parts) == 1 else torch.cat(parts, dim)
-        return tensor
+        return _kept(tensor, self.ranges(name, subnet))
 
     def leaf(self, name: str, parameter: nn.Parameter, subnet: Subnet) -> Tensor:
         """The kept part of a parameter as a leaf of its own: a backward pass adds its gradient to
         the matching part of `parameter.grad`, instead of to zeros of the full size first."""
         cuts = self.ranges(name, subnet) if name in self.tensors else {}
-        leaf = self.cut(name, parameter.detach(), subnet) if cuts else parameter.detach()
+        leaf = _kept(parameter.detach(), cuts)
         if leaf.ndim > 2 and cuts.keys() - {0}:
             leaf = leaf.clone()  # convolutions copy such a kernel themselves, in each direction
         if not parameter.requires_grad:
@@ -70,7 +67,7 @@ class Layout:
         grad = parameter.grad
         leaf.requires_grad_()
         if all(len(ranges) == 1 for ranges in cuts.values()):
-            leaf.grad = self.cut(name, grad, subnet) if cuts else grad
+            leaf.grad = _kept(grad, cuts)
         else:
             leaf.register_post_accumulate_grad_hook(lambda leaf: _add(leaf, grad, cuts))
         return leaf
@@ -92,6 +89,13 @@ class Merge:
 
     block: str
     shortcut: int
+
+
+def _kept(tensor: Tensor, cuts: Mapping[int, Ranges]) -> Tensor:
+    for dim, ranges in cuts.items():
+        parts = [tensor.narrow(dim, start, stop - start) for start, stop in ranges]
+        tensor = parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+    return tensor
 
 
 def _add(leaf: Tensor, grad: Tensor, cuts: Mapping[int, Ranges]) -> None:

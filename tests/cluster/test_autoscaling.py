@@ -1,45 +1,30 @@
 """A run whose machines come and go with its stages; `make test-cluster`."""
 
 import json
-import os
-import shutil
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import pytest
 
+from tests.cluster.apart import apart
 from tests.cluster.fleet import FOUND, IDLE_S, MOST, STAGES
 from tests.stages.runs import ROOT, Process, environment
 
 LIMIT_S = 900
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(LIMIT_S + 60)]
 
-#: Namespaces of its own for processes, which all end with the first, and for a network of nothing
-#: but itself: other clusters on this computer are neither ended nor joined.
-APART = ("unshare", "--pid", "--net", "--mount", "--fork", "--mount-proc", "--kill-child")
 #: Seconds that the autoscaler takes to see that a machine is idle, and to end it.
 SLACK_S = 10
 
 
 @pytest.fixture(scope="module")
 def stages():
-    if not sys.platform.startswith("linux") or os.geteuid() != 0:
-        pytest.skip("needs Linux and root")
-    if not shutil.which("ip") or not shutil.which("unshare"):
-        pytest.skip("needs iproute2 and util-linux")
-    if subprocess.run([*APART, "true"], capture_output=True, check=False).returncode:
-        pytest.skip("may not make namespaces here")
     # Sockets lie in there: the path has to be short.
     with tempfile.TemporaryDirectory(prefix="stp-", dir="/tmp", ignore_cleanup_errors=True) as home:
         folder = Path(home)
-        script = 'ip link set lo up && exec "$@"'
-        program = (sys.executable, "-m", "tests.cluster.fleet", home)
-        process = Process(
-            [*APART, "sh", "-c", script, "sh", *program], folder / "log", cwd=ROOT,
-            env=environment(),
-        )  # fmt: skip
+        program = apart([sys.executable, "-m", "tests.cluster.fleet", home])
+        process = Process(program, folder / "log", cwd=ROOT, env=environment())
         try:
             code = process.wait(LIMIT_S)
         finally:

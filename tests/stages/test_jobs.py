@@ -6,11 +6,21 @@ import socket
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from tests.stages.runs import ROOT, environment, minimal, tiny, wait_for, write_recipe
+from tests.stages.runs import (
+    ROOT,
+    WEIGHTS,
+    environment,
+    minimal,
+    stp,
+    tiny,
+    wait_for,
+    write_recipe,
+)
 
 BIN = Path(sys.executable).parent
 RAY = str(BIN / "ray")
@@ -32,6 +42,14 @@ def free_ports(count):
             each.close()
 
 
+@dataclass(frozen=True)
+class Head:
+    """A Ray head: where drivers join it, and where jobs are given to it."""
+
+    address: str
+    dashboard: str
+
+
 @pytest.fixture
 def head(start, tmp_path):
     """A Ray head with a dashboard on free ports, in a session of its own."""
@@ -50,18 +68,18 @@ def head(start, tmp_path):
             tmp_path / "head.log",
             env=variables(),
         )  # fmt: skip
-        address = f"http://127.0.0.1:{dashboard}"
-
-        def up():
-            listed = subprocess.run(
-                [RAY, "job", "list", "--address", address], env=variables(),
-                capture_output=True, timeout=60,
-            )  # fmt: skip
-            return listed.returncode == 0
-
-        wait_for(up, 120, "the head", process.running)
-        yield address
+        found = Head(f"127.0.0.1:{gcs}", f"http://127.0.0.1:{dashboard}")
+        wait_for(lambda: job(found, "list").returncode == 0, 120, "the head", process.running)
+        yield found
         process.end()
+
+
+def job(head, command, *arguments, **options):
+    """The finished client of a job command."""
+    return subprocess.run(
+        [RAY, "job", command, "--address", head.dashboard, *arguments],
+        env=variables(), capture_output=True, text=True, **{"timeout": 60, **options},
+    )  # fmt: skip
 
 
 @pytest.fixture
@@ -73,17 +91,13 @@ def checkout(tmp_path):
     return folder
 
 
-def submit(head, checkout, *arguments):
+def submit(head, checkout, *arguments, options=()):
     """The finished client; a head that just started may have no agent for jobs yet."""
+    command = ("python", "pipelines/full_stp.py", *arguments)
+    given = (*options, "--working-dir", str(checkout), "--", *command)
 
     def attempt():
-        client = subprocess.run(
-            [
-                RAY, "job", "submit", "--address", head, "--working-dir", str(checkout), "--",
-                "python", "pipelines/full_stp.py", *arguments,
-            ],
-            env=variables(), capture_output=True, text=True, timeout=200, cwd=checkout,
-        )  # fmt: skip
+        client = job(head, "submit", *given, timeout=200, cwd=checkout)
         return None if "No available agent" in client.stderr + client.stdout else client
 
     return wait_for(attempt, 300, "an agent for jobs")
@@ -104,3 +118,28 @@ def test_a_submitted_run_shows_progress_and_a_failing_one_fails(head, checkout, 
     failed = submit(head, checkout, "recipe.yaml", "sed=1")
     assert failed.returncode != 0
     assert "error: " in failed.stdout and "seed" in failed.stdout
+
+
+@pytest.mark.timeout(600)
+def test_a_stopped_job_is_finished_by_another_driver(head, checkout, undisturbed, start, tmp_path):
+    shutil.copy(undisturbed.recipe, checkout / "recipe.yaml")
+    storage, named = tmp_path / "runs", ("--no-wait", "--submission-id", "first")
+    asked = submit(head, checkout, "recipe.yaml", f"storage={storage}", options=named)
+    assert asked.returncode == 0, asked.stdout + asked.stderr
+    (run, *_) = wait_for(
+        lambda: [path.parents[2] for path in storage.glob("*/supernet/checkpoint-*/complete.json")],
+        200, "a checkpoint",
+    )  # fmt: skip
+    stopped = job(head, "stop", "first")
+    assert stopped.returncode == 0, stopped.stdout + stopped.stderr
+    assert "STOPPED" in job(head, "status", "first").stdout.upper()
+    assert not (run / "summary.json").exists()
+
+    driver = start(
+        stp("resume", str(run)), tmp_path / "resumed.log",
+        env={**variables(), "RAY_ADDRESS": head.address},
+    )  # fmt: skip
+    assert driver.wait(300) == 0, driver.output
+    assert (run / "summary.json").exists()
+    for name in WEIGHTS:
+        assert (run / name).read_bytes() == undisturbed.files[name], name

@@ -1,0 +1,31 @@
+"""Jobs where no other machine can be reached, the internet least of all; `make test-cluster`."""
+
+import sys
+
+import pytest
+
+from tests.cluster.apart import apart
+from tests.stages.runs import ROOT, Process, environment
+
+LIMIT_S = 900
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(LIMIT_S + 60)]
+
+#: The tests of jobs, where the machine has no way out: else they would show nothing.
+TESTS = """
+import socket, sys, pytest
+names = [name for _, name in socket.if_nameindex()]
+assert names == ["lo"], f"expected loopback alone, found {names}"
+sys.exit(pytest.main(sys.argv[1:]))
+"""
+
+
+def test_jobs_run_stop_and_are_resumed_without_a_network(tmp_path):
+    jobs = str(ROOT / "tests" / "stages" / "test_jobs.py")
+    command = apart([sys.executable, "-c", TESTS, jobs, "-v", "-p", "no:cacheprovider"])
+    process = Process(command, tmp_path / "log", cwd=ROOT, env=environment())
+    try:
+        code = process.wait(LIMIT_S)
+    finally:
+        process.end()
+    assert code == 0, process.output
+    assert process.output.count(" PASSED") == 2, process.output
