@@ -142,8 +142,8 @@ def table(lines: list[Line]) -> list[str]:
         "Time of a step with the main network and K subnets, over the time of a dense step and of "
         "the extracted subnets alone, forward and backward; median (quartiles) over random sets of "
         "subnets, all sides in turn in one run (`python benchmarks/speed.py step --model MODEL "
-        "--subnets K`). Ours is the whole step of the trainer. Convolutions on a CPU are compiled for "
-        "each shape that is new; here all that occur have been, on every side.",
+        "--subnets K`). Ours is the whole step of the trainer. Convolutions on a CPU are "
+        "compiled for each shape that is new; here all that occur have been, on every side.",
         "",
         *rows(lines),
         "",

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from stp_ray.elastic import Budget, Supernet
 from stp_ray.models import build_model
 
 BUDGET = 0.3
@@ -22,7 +23,9 @@ def test_every_network_is_as_large_as_the_budget_allows_and_no_larger(inference)
     dense = build_model("resnet20", num_classes=10, image_size=8).eval()
     example = torch.randn(1, 3, 8, 8)
     full = inference.macs_of(dense, example)
-    found = inference.pruned(dense, example, BUDGET, divisor=2)
+    net, bound = Supernet.trace(dense, example, divisor=2), Budget(macs=BUDGET)
+    found = inference.pruned(net, dense, example, bound, divisor=2)
+    found["fast shape"] = inference.fastest(net, bound, example)
     shares = {name: inference.macs_of(network, example) / full for name, network in found.items()}
     # A step of the smallest widths is a few per cent of so small a network.
     assert all(0.7 * BUDGET < share <= BUDGET for share in shares.values()), shares
