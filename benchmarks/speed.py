@@ -51,7 +51,7 @@ EVERYTHING = (
     ("inference --threads 1 --repeats 6 --batches 1 --divisor 32", 300),
     ("latency --threads 1", 400),
     ("latency --threads 1 --model mobilenet_v2", 350),
-    ("streaming --threads 1 --repeats 1", 600),
+    ("streaming --threads 1 --images 8000 --repeats 2", 400),
     ("growth --threads 1", 250),
     ("paper", 60),
 )
