@@ -162,16 +162,20 @@ def _onnx(network: nn.Module, example: Tensor) -> Callable[[Tensor], object]:
 
 def table(lines: list[Line]) -> list[str]:
     shapes = list(lines[0]["faster"])
+    fast = (
+        f" The fast shape is the one of {DRAWS:,} random ones that a table of latencies, fitted to "
+        "networks which ONNX Runtime was timed on with that batch, takes for the fastest."
+        if "fast shape" in shapes
+        else ""
+    )
     found = [
         "### Pruned networks at work",
         "",
         "How many times as fast as the dense network, all networks in turn in one run (`python "
         "benchmarks/speed.py inference`); in brackets the share of the dense network's MACs. "
-        "Weights are random: uniform widths and a random shape are what a search starts from, "
+        "Weights are random: uniform widths and a random shape are what a search starts from, and "
         "Torch-Pruning's shapes are those of its group magnitudes, every layer for itself (even) "
-        "or all together (global), and the fast shape is the one of 2,000 random ones that is the "
-        "fastest by a table fitted to networks which ONNX Runtime was timed on with that batch, as "
-        "a latency budget would choose it. Widths of all are multiples of the divisor.",
+        "or all together (global). Widths of all are multiples of the divisor." + fast,
         "",
         row(["model", "px", "divisor", "runtime", "batch", "device", "dense, ms", *shapes]),
         row(["---"] * (7 + len(shapes))),
