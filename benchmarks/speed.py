@@ -8,7 +8,7 @@ Each action is a module of `benchmarks/measure/`. All sides of a ratio are timed
 run. One line of JSON for each measurement goes into `benchmarks/results/speed/`, in place of what
 the same command has said there before of the same device; `benchmarks/results.py render` makes
 the tables of docs/performance.md. `all` measures everything that those tables show, each action
-in a process of its own; it wants two cores that nobody else uses, for about half an hour.
+in a process of its own; it wants two cores that nobody else uses, for about 40 minutes.
 An action that looks at Ray needs Ray, no other does.
 """
 
@@ -30,29 +30,28 @@ KEPT = Path(__file__).resolve().parent / "results" / "speed"
 
 #: What `all` measures, and the seconds after which it gives one up.
 EVERYTHING = (
-    ("step --repeats 2", 400),
-    ("step --repeats 2 --model resnet50", 600),
-    ("step --repeats 2 --model mobilenet_v2", 400),
+    ("step --repeats 2", 220),
+    ("step --repeats 2 --model resnet50", 430),
+    ("step --repeats 2 --model mobilenet_v2", 150),
     ("step --repeats 2 --model vit_small --draws 8", 600),
-    ("step --repeats 2 --subnets 4 --draws 8", 400),
-    ("step --repeats 2 --subnets 4 --model mobilenet_v2 --draws 8", 400),
+    ("step --repeats 2 --subnets 4 --draws 8", 250),
+    ("step --repeats 2 --subnets 4 --model mobilenet_v2 --draws 8", 170),
     # Skipped where nvidia-modelopt is missing.
-    ("autonas --repeats 1 --draws 8 --threads 1 --processor-time", 240),
+    ("autonas --repeats 1 --draws 8 --threads 1 --processor-time", 200),
     ("memory --threads 1", 150),
-    ("parallel --steps 3 --repeats 1", 300),
+    ("parallel --steps 3 --repeats 1", 200),
     ("exploring --threads 1", 150),
     (
         "exploring --model mobilenet_v2 --size 64 --calibration 256 --scoring 128 --candidates 6 "
         "--threads 1",
         150,
     ),
-    ("tuning --threads 1 --population 32", 200),
-    ("inference --threads 1 --repeats 6 1", 900),
-    ("inference --threads 1 --repeats 6 --batches 1 --divisor 32", 300),
-    ("latency --threads 1", 400),
-    ("latency --threads 1 --model mobilenet_v2", 350),
-    ("streaming --threads 1 --images 8000 --repeats 2", 400),
-    ("growth --threads 1", 250),
+    ("tuning --threads 1 --population 32", 150),
+    ("inference --threads 1 --repeats 6 1", 600),
+    ("inference --threads 1 --repeats 6 --batches 1 --divisor 32", 200),
+    ("latency --threads 1", 300),
+    ("streaming --threads 1 --images 8000 --repeats 2", 200),
+    ("growth --threads 1", 200),
     ("paper", 60),
 )
 
