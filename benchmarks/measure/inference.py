@@ -5,6 +5,7 @@ import copy
 import random
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -50,8 +51,9 @@ def measure(arguments: argparse.Namespace, device: torch.device) -> Iterator[Lin
     for batch, repeats in zip(arguments.batches, arguments.repeats, strict=True):
         images = torch.randn(batch, *example.shape[1:])
         networks["fast shape"] = fastest(net, bound, images)
-        for runtime, made in (("eager", _eager), ("ONNX Runtime", _onnx)):
-            programs = {name: made(network, example) for name, network in networks.items()}
+        runtimes = {"eager": _eager, "ONNX Runtime": partial(_onnx, example=example)}
+        for runtime, made in runtimes.items():
+            programs = {name: made(network) for name, network in networks.items()}
             ways = {
                 name: lambda run=run, images=images: run(images) for name, run in programs.items()
             }
@@ -133,7 +135,7 @@ def torch_pruned(
     return best
 
 
-def _eager(network: nn.Module, example: Tensor | None = None) -> Callable[[Tensor], object]:
+def _eager(network: nn.Module) -> Callable[[Tensor], object]:
     network.eval()
 
     def run(images: Tensor) -> object:

@@ -280,11 +280,11 @@ def _decoded_block(
     """A row for each file, so that the trainer can count those that are unreadable."""
     size = plan.summary.held_size
     images, readable = decode(files, size, resize=plan.options.image_size is not None)
+    rows = images
     if not readable.all():
-        readable_images = images
-        images = np.zeros((len(files), 3, size, size), dtype=np.uint8)
-        images[readable] = readable_images
-    return {"image": images, "label": np.where(readable, labels, -1)}
+        rows = np.zeros((len(files), 3, size, size), dtype=np.uint8)
+        rows[readable] = images
+    return {"image": rows, "label": np.where(readable, labels, -1)}
 
 
 def _arriving(shard: ray.data.Dataset | ray.data.DataIterator) -> Iterator[_Pair]:
