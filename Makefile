@@ -42,14 +42,17 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# Each process imports torch, and holds nearly a GB. What may not share a computer is in one group.
+SIDE_BY_SIDE := -n auto --maxprocesses 4 --dist loadgroup
+
 # The networks of the tests are small: more threads than one would only wait for each other.
 test test-cluster: export OMP_NUM_THREADS ?= 1
 
 test: lint
-	$(BIN)/pytest --cov --cov-report=term
+	$(BIN)/pytest $(SIDE_BY_SIDE) --cov --cov-report=term
 
 test-models: setup
-	$(BIN)/pytest -m models tests/elastic
+	$(BIN)/pytest $(SIDE_BY_SIDE) -m models tests/elastic
 
 test-cluster: setup
 	$(BIN)/pytest -m cluster tests/cluster

@@ -1,6 +1,6 @@
 """What a search costs its driver, with up to thousands of workers that score nothing.
 
-    python benchmarks/scale.py --workers 1000 --candidates 100000 --dispatch-ms 28
+    python benchmarks/scale.py --workers 1000 --candidates 100000 --dispatch-ms 11
 
 The driver's code is the real one (breeding, pricing, handing out batches, keeping scores, writing
 what is left, the manifest), and its processor time moves a clock on which simulated workers take
@@ -52,7 +52,7 @@ class Fleet:
     Args:
         workers: how many.
         scoring_s: seconds that one takes for a candidate.
-        batch: candidates that it gets at a time.
+        batch: candidates that it gets at a time, at most.
         dispatch_s: seconds of the driver for each batch beside our code.
     """
 
@@ -74,7 +74,7 @@ def search(space: SearchSpace, candidates: int, fleet: Fleet) -> dict[str, Any]:
 
     def opened(store: Store) -> tuple[Explorer, _Search]:
         explorer = Explorer(space, BUDGETS, options, 0)
-        return explorer, _Search(explorer, store, fleet.batch, MultiTracker([]))
+        return explorer, _Search(explorer, store, fleet.batch, MultiTracker([]), fleet.workers)
 
     before_mb = _peak_mb()
     with tempfile.TemporaryDirectory(prefix="stp-scale-") as folder:
@@ -204,9 +204,9 @@ def table(lines: list[dict[str, Any]]) -> list[str]:
         "Read again: opening the finished search from its parts, as a driver does that was "
         "stopped; what is written and the manifest are storage on the same machine.",
         "",
-        row(["model", "workers", "candidates", "in a batch", "s a candidate", "Tune, ms a batch",
-             "driver, ms a candidate", "candidates/s", "of linear", "driver busy", "saturated at",
-             "MB", "written, s", "manifest, s", "read again, s"]),
+        row(["model", "workers", "candidates", "batch, at most", "s a candidate",
+             "Tune, ms a batch", "driver, ms a candidate", "candidates/s", "of linear",
+             "driver busy", "saturated at", "MB", "written, s", "manifest, s", "read again, s"]),
         row(["---"] * 15),
     ]  # fmt: skip
     for line in sorted(lines, key=lambda each: (each["model"], each["workers"])):
@@ -226,7 +226,7 @@ def main() -> None:
     parser.add_argument("--candidates", type=int, default=100_000)
     parser.add_argument("--workers", type=int, default=1000)
     parser.add_argument("--scoring-s", type=float, default=10.0, help="of one candidate")
-    parser.add_argument("--batch", type=int, default=8, help="candidates in a batch")
+    parser.add_argument("--batch", type=int, default=8, help="candidates in a batch, at most")
     parser.add_argument("--dispatch-ms", type=float, default=0.0, help="of Tune, for a batch")
     parser.add_argument("--out", type=Path, default=KEPT, help="folder of the lines")
     chosen = parser.parse_args()

@@ -33,7 +33,7 @@ EVERYTHING = (
     ("step --repeats 2", 220),
     ("step --repeats 2 --model resnet50", 430),
     ("step --repeats 2 --model mobilenet_v2", 150),
-    ("step --repeats 2 --model vit_small --draws 8", 600),
+    ("step --repeats 2 --model vit_small --draws 8", 520),
     ("step --repeats 2 --subnets 4 --draws 8", 250),
     ("step --repeats 2 --subnets 4 --model mobilenet_v2 --draws 8", 170),
     # Skipped where nvidia-modelopt is missing.
@@ -47,10 +47,10 @@ EVERYTHING = (
         150,
     ),
     ("tuning --threads 1 --population 32", 150),
-    ("inference --threads 1 --repeats 6 1", 600),
+    ("inference --threads 1 --repeats 6 1", 480),
     ("inference --threads 1 --repeats 6 --batches 1 --divisor 32", 200),
     ("latency --threads 1", 300),
-    ("streaming --threads 1 --images 8000 --repeats 2", 200),
+    ("streaming --threads 1", 500),
     ("growth --threads 1", 200),
     ("paper", 60),
 )

@@ -1,8 +1,19 @@
 import uuid
+from pathlib import Path
 
 import pytest
 
 from stp_ray.artifacts import Store
+
+STAGES = Path(__file__).parent / "stages"
+
+
+def pytest_collection_modifyitems(items):
+    """Of the tests that start whole clusters, one runs at a time, and all share one run that
+    nothing disturbs; other tests run beside them."""
+    for item in items:
+        if STAGES in item.path.parents:
+            item.add_marker(pytest.mark.xdist_group("stages"))
 
 
 @pytest.fixture(scope="module")

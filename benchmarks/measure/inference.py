@@ -5,7 +5,7 @@ import copy
 import random
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from bench import macs_of
 from markdown_table import row
 from torch import Tensor, nn
 
-from stp_ray.elastic import Budget, Subnet, Supernet
+from stp_ray.elastic import Budget, SearchSpace, Subnet, Supernet
 from stp_ray.elastic.latency import tabulate
 from stp_ray.export import ONNX, to_onnx
 from stp_ray.models import build_model
@@ -48,10 +48,13 @@ def measure(arguments: argparse.Namespace, device: torch.device) -> Iterator[Lin
     bound = Budget(macs=arguments.budget)
     networks = {"dense": dense, **pruned(net, dense, example, bound, arguments.divisor)}
     full = macs_of(dense, example)
+    # Exporting takes seconds, and one program does for every batch.
+    program = cache(lambda network: _program(network, example))
+    drawn = cache(lambda subnet: _program(net.extract(subnet), example))
     for batch, repeats in zip(arguments.batches, arguments.repeats, strict=True):
         images = torch.randn(batch, *example.shape[1:])
-        networks["fast shape"] = fastest(net, bound, images)
-        runtimes = {"eager": _eager, "ONNX Runtime": partial(_onnx, example=example)}
+        networks["fast shape"] = net.extract(fastest(net.space, bound, images, drawn))
+        runtimes = {"eager": _eager, "ONNX Runtime": lambda network: _onnx(program(network))}
         for runtime, made in runtimes.items():
             programs = {name: made(network) for name, network in networks.items()}
             ways = {
@@ -85,12 +88,18 @@ def pruned(
     return found
 
 
-def fastest(net: Supernet, bound: Budget, images: Tensor) -> nn.Module:
-    """The one of many random networks which use up the budget that takes least in ONNX Runtime for
-    such a batch, by a table that is fitted to a few networks."""
+def fastest(
+    space: SearchSpace, bound: Budget, images: Tensor, program: Callable[[Subnet], bytes]
+) -> Subnet:
+    """The one of many random subnets which use up the budget that takes least in ONNX Runtime for
+    such a batch, by a table that is fitted to a few.
+
+    Args:
+        program: the exported network of a subnet.
+    """
 
     def clock(subnet: Subnet) -> float:
-        run = _onnx(net.extract(subnet), images[:1])
+        run = _onnx(program(subnet))
         run(images)
         began = time.perf_counter()
         run(images)
@@ -98,12 +107,12 @@ def fastest(net: Supernet, bound: Budget, images: Tensor) -> nn.Module:
 
     # Any latency will do: it is the budget's networks that are to be looked at closely.
     near = Budget(macs=bound.macs, latency=1.0)
-    space = net.space.timed(tabulate(net.space, clock, [near], seed=0).terms)
+    space = space.timed(tabulate(space, clock, [near], seed=0).terms)
     rng, (most, _, _) = random.Random(1), bound.limits(space.cost())
     drawn = [space.sample(rng, bound) for _ in range(DRAWS)]
     costs = dict(zip(drawn, space.costs(drawn), strict=True))
     ample = [subnet for subnet in drawn if costs[subnet].macs >= FILLED * most] or drawn
-    return net.extract(min(ample, key=lambda subnet: costs[subnet].latency_s or 0.0))
+    return min(ample, key=lambda subnet: costs[subnet].latency_s or 0.0)
 
 
 def torch_pruned(
@@ -145,15 +154,19 @@ def _eager(network: nn.Module) -> Callable[[Tensor], object]:
     return run
 
 
-def _onnx(network: nn.Module, example: Tensor) -> Callable[[Tensor], object]:
-    """The program that the product writes, on as many threads as PyTorch has."""
+def _program(network: nn.Module, example: Tensor) -> bytes:
+    """What the product writes."""
+    return to_onnx(network, example).files[ONNX]
+
+
+def _onnx(program: bytes) -> Callable[[Tensor], object]:
+    """It runs on as many threads as PyTorch has."""
     import onnxruntime
 
     settings = onnxruntime.SessionOptions()
     settings.intra_op_num_threads = torch.get_num_threads()
     settings.inter_op_num_threads = 1
     settings.log_severity_level = 3
-    program = to_onnx(network, example).files[ONNX]
     session = onnxruntime.InferenceSession(program, settings, providers=["CPUExecutionProvider"])
 
     def run(images: Tensor) -> list[np.ndarray[Any, Any]]:

@@ -49,7 +49,7 @@ class Exploration:
     """Share of a generation, for each budget, that is scored again on all held-out images
     (successive halving); 0 for none."""
     batch_of_candidates: int = 8
-    """Candidates that one worker scores at a time."""
+    """Most candidates that one worker is given at a time."""
 
     def __post_init__(self) -> None:
         for name in (

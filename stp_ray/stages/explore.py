@@ -6,6 +6,7 @@ the seed alone; a search that was stopped is told the scores that were kept and 
 """
 
 import logging
+import math
 import os
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -100,7 +101,8 @@ def explore(
     store = run.child("explore")
     held_out = images.summary.holdout_rows
     explorer = Explorer(net.space, config.budgets, config.explore, config.seed, held_out=held_out)
-    search = _Search(explorer, store, config.explore.batch_of_candidates, tracker)
+    workers = 1 if config.cluster.in_process else _workers(config)
+    search = _Search(explorer, store, config.explore.batch_of_candidates, tracker, workers)
     if search.open():
         weights = run.child("supernet").load_tensors(WEIGHTS)
         if config.cluster.in_process:
@@ -114,10 +116,21 @@ def explore(
 
 
 class _Search:
-    """Hands out batches of what the explorer asks for, and keeps the scores."""
+    """Hands out batches of what the explorer asks for, and keeps the scores.
 
-    def __init__(self, explorer: Explorer, store: Store, batch: int, tracker: Tracker) -> None:
-        self._explorer, self._batch, self._tracker = explorer, batch, tracker
+    Args:
+        explorer: breeds the candidates.
+        store: where the scores are kept.
+        most: candidates of a batch, at most.
+        tracker: takes the best scores.
+        workers: how many score. All get about as much: what follows waits for the slowest.
+    """
+
+    def __init__(
+        self, explorer: Explorer, store: Store, most: int, tracker: Tracker, workers: int = 1
+    ) -> None:
+        self._explorer, self._tracker = explorer, tracker
+        self._most, self._workers, self._batch = most, workers, most
         self._generation, self._told = -1, 0
         self._parts = store.child(_PARTS)
         #: Scores that the explorer has not heard: it is told a generation as a whole.
@@ -161,6 +174,8 @@ class _Search:
             missing = [candidate for candidate in asked if candidate.key not in self._scores]
             if missing:
                 self._waiting.extend(missing)
+                turns = math.ceil(len(missing) / (self._workers * self._most))
+                self._batch = math.ceil(len(missing) / (self._workers * turns))
                 self._missing = {candidate.key for candidate in missing}
                 return
             self._explorer.tell({c.key: self._scores.pop(c.key) for c in asked})
@@ -270,6 +285,11 @@ class _Keeping(FIFOScheduler):
         cache.increase_max(trial.placement_group_factory)
 
 
+def _workers(config: RunConfig) -> int:
+    """How many score at a time."""
+    return config.cluster.explore_workers or config.cluster.num_workers
+
+
 def _tune(
     config: RunConfig,
     search: _Search,
@@ -277,7 +297,7 @@ def _tune(
     weights: dict[str, Tensor],
 ) -> None:
     options = config.cluster
-    workers = options.explore_workers or options.num_workers
+    workers = _workers(config)
     cluster.require_resources(options, 1)
     # Progress and scores have their own ways; Tune's files and tables would only repeat them.
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"

@@ -13,6 +13,7 @@ and an epoch that was interrupted begins again with the same ones. With `data.de
 tasks decode as well, for machines whose GPUs have few CPUs beside them.
 """
 
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,6 +27,7 @@ import ray.data
 import ray.train
 import torch
 from numpy.typing import NDArray
+from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.exceptions import RayError
 from torch import Tensor
 
@@ -41,6 +43,8 @@ from ..errors import DataError, StpError
 _UNIT_BYTES = 32 * 2**20
 _UNIT_ROWS = 1024
 _BUFFER_BYTES = 512 * 2**20
+#: Between two looks at tasks that each take about a second.
+_PAUSE_S = 0.02
 
 _Unit = list[ParquetPart]
 #: Images and their labels int64 [n]: decoded, uint8 [n, 3, H, W], or encoded files, object [n].
@@ -111,6 +115,7 @@ def stream(
             object_store_memory=memory
         )
     dataset.context.enable_progress_bars = False
+    dataset.context.custom_execution_callback_classes = [_Pause]
     return dataset
 
 
@@ -246,6 +251,15 @@ def _share(units: list[_Unit], rank: int, world_size: int) -> list[_Unit]:
         if kept:
             shared.append(kept)
     return shared
+
+
+class _Pause(ExecutionCallback):
+    """Ray's executor, a thread of the process that trains, asks without pause whether there is room
+    for more once what was read ahead fills its share of the object store; it would take half of the
+    interpreter from the threads that decode."""
+
+    def on_execution_step(self, executor: object) -> None:
+        time.sleep(_PAUSE_S)
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,12 @@
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
+
+from tests.stages.runs import ROOT, Process, environment
 
 #: Namespaces for processes, which all end with the first, and for a network of nothing but itself:
 #: other clusters on this computer are neither ended nor joined, and no other machine is reached.
@@ -15,12 +17,18 @@ _NAMESPACES = (
 )  # fmt: skip
 
 
-def apart(command: Sequence[str]) -> list[str]:
-    """The command line that runs it so; skips the test where that cannot be."""
-    if not sys.platform.startswith("linux") or os.geteuid() != 0:
-        pytest.skip("needs Linux and root")
+def run_apart(command: Sequence[str], log: Path, limit_s: float) -> str:
+    """Output of a command that runs so, and must succeed; skips the test where that cannot be."""
     if not shutil.which("ip") or not shutil.which("unshare"):
         pytest.skip("needs iproute2 and util-linux")
-    if subprocess.run([*_NAMESPACES, "true"], capture_output=True, check=False).returncode:
+    alone = [*_NAMESPACES, *(["--map-root-user"] if os.geteuid() else [])]
+    if subprocess.run([*alone, "true"], capture_output=True, timeout=20).returncode:
         pytest.skip("may not make namespaces here")
-    return [*_NAMESPACES, "sh", "-c", 'ip link set lo up && exec "$@"', "sh", *command]
+    inside = ("sh", "-c", 'ip link set lo up && exec "$@"', "sh")
+    process = Process([*alone, *inside, *command], log, cwd=ROOT, env=environment())
+    try:
+        code = process.wait(limit_s)
+    finally:
+        process.end()
+    assert code == 0, process.output
+    return process.output

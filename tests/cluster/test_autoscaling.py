@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.apart import apart
+from tests.cluster.apart import run_apart
 from tests.cluster.fleet import FOUND, IDLE_S, MOST, STAGES
-from tests.stages.runs import ROOT, Process, environment
 
 LIMIT_S = 900
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(LIMIT_S + 60)]
@@ -23,13 +22,7 @@ def stages():
     # Sockets lie in there: the path has to be short.
     with tempfile.TemporaryDirectory(prefix="stp-", dir="/tmp", ignore_cleanup_errors=True) as home:
         folder = Path(home)
-        program = apart([sys.executable, "-m", "tests.cluster.fleet", home])
-        process = Process(program, folder / "log", cwd=ROOT, env=environment())
-        try:
-            code = process.wait(LIMIT_S)
-        finally:
-            process.end()
-        assert code == 0, process.output
+        run_apart([sys.executable, "-m", "tests.cluster.fleet", home], folder / "log", LIMIT_S)
         yield json.loads((folder / FOUND).read_text())
 
 

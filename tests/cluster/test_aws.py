@@ -1,13 +1,11 @@
 """cluster/aws.yaml started against a stand-in for AWS: what the account holds afterwards."""
 
 import json
-import os
-import shutil
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+
+from tests.cluster.apart import run_apart
 
 pytestmark = pytest.mark.timeout(200)
 
@@ -17,24 +15,10 @@ def account(tmp_path_factory):
     """The AWS account after `ray up` and one worker of each type."""
     pytest.importorskip("moto.server")
     pytest.importorskip("ray.autoscaler._private.aws.config")
-    # Alone with a loopback, so that Ray's SSH cannot reach the address that moto made up; and all
-    # that was started ends with the first process.
-    alone = ["unshare", "--net", "--pid", "--fork", "--mount-proc", "--kill-child"]
-    if os.geteuid() != 0:
-        alone.insert(1, "--map-root-user")
-    if not shutil.which("unshare") or not shutil.which("ip"):
-        pytest.skip("needs util-linux and iproute2")
-    if subprocess.run([*alone, "true"], capture_output=True, timeout=20).returncode:
-        pytest.skip("may not make a network namespace here")
+    # Ray's SSH cannot reach the address that moto made up, and all that was started ends.
     home = tmp_path_factory.mktemp("home")
-    script = str(Path(__file__).with_name("up.py"))
-    inside = 'ip link set lo up && exec "$@"'
-    done = subprocess.run(
-        [*alone, "bash", "-c", inside, "bash", sys.executable, script, str(home)],
-        capture_output=True, text=True, timeout=180,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    output = run_apart([sys.executable, "-m", "tests.cluster.up", str(home)], home / "log", 180)
+    return json.loads(output.splitlines()[-1])
 
 
 def instance(account, kind):

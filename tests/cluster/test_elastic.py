@@ -2,9 +2,12 @@
 that its machine goes away. `make test-cluster`."""
 
 import json
+import multiprocessing
 import statistics
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -44,12 +47,17 @@ def curve(folder):
 
 def test_the_curve_of_two_then_one_then_two_workers_is_that_of_two(cluster, tmp_path):
     longer = {"epochs": EPOCHS}
-    for seed in SEEDS:
-        here = recipe(
-            {"in_process": True}, longer, seed=seed, storage=str(tmp_path / str(seed)),
-            tracking={"console": False},
-        )  # fmt: skip
-        pipeline.run(load_config(here), until="supernet")
+    alone = [
+        load_config(
+            recipe(
+                {"in_process": True}, longer, seed=seed, storage=str(tmp_path / str(seed)),
+                tracking={"console": False},
+            )
+        )
+        for seed in SEEDS
+    ]  # fmt: skip
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(partial(pipeline.run, until="supernet"), alone))
     undisturbed = [curve(tmp_path / str(seed)) for seed in SEEDS]
 
     driver = cluster.run("elastic", recipe(optimisation=longer), TRAIN)

@@ -4,8 +4,8 @@ import sys
 
 import pytest
 
-from tests.cluster.apart import apart
-from tests.stages.runs import ROOT, Process, environment
+from tests.cluster.apart import run_apart
+from tests.stages.runs import ROOT
 
 LIMIT_S = 900
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(LIMIT_S + 60)]
@@ -21,11 +21,6 @@ sys.exit(pytest.main(sys.argv[1:]))
 
 def test_jobs_run_stop_and_are_resumed_without_a_network(tmp_path):
     jobs = str(ROOT / "tests" / "stages" / "test_jobs.py")
-    command = apart([sys.executable, "-c", TESTS, jobs, "-v", "-p", "no:cacheprovider"])
-    process = Process(command, tmp_path / "log", cwd=ROOT, env=environment())
-    try:
-        code = process.wait(LIMIT_S)
-    finally:
-        process.end()
-    assert code == 0, process.output
-    assert process.output.count(" PASSED") == 2, process.output
+    command = [sys.executable, "-c", TESTS, jobs, "-v", "-p", "no:cacheprovider"]
+    output = run_apart(command, tmp_path / "log", LIMIT_S)
+    assert output.count(" PASSED") == 2, output

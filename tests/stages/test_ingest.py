@@ -1,8 +1,10 @@
 import os
 import threading
+import time
 from itertools import chain, pairwise
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import given
@@ -129,6 +131,24 @@ def test_evaluation_streams_in_order(cluster, tmp_path):
     plain = options(tmp_path)
     streamed = list(stream_eval_batches(stream(plain, "test"), plain, batch_size=8, rows=21))
     assert same(streamed, list(eval_batches(load_split(plain, "test"), plain, 8)))
+
+
+def test_reading_ahead_leaves_the_interpreter_to_the_trainer(cluster, tmp_path, monkeypatch):
+    monkeypatch.setattr(ingest, "_UNIT_BYTES", 1)
+    write_parquet(tmp_path)
+    random = np.random.default_rng(0)
+    files = [encode(pixels(1)[0]), *(random.bytes(2**20) for _ in range(159))]
+    pq.write_table(table(files, [0, 1, 2, 3] * 40), tmp_path / "train.parquet", row_group_size=4)
+    arriving = iter(stream(options(tmp_path), "train").iter_batches(batch_size=None))
+    for count, _ in enumerate(arriving, 1):
+        if count == 4:  # half of the object store is soon full of what was read ahead
+            spent = time.process_time()
+        if count <= 14:
+            time.sleep(0.2)
+        if count == 14:
+            spent = time.process_time() - spent
+    assert spent < 1.0  # of two seconds; the thread that waits for room would take all
+    assert count == 40
 
 
 def test_skipped_images_are_counted_and_made_up_for(cluster, tmp_path, caplog):

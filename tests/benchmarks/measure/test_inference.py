@@ -27,7 +27,10 @@ def test_every_network_is_as_large_as_the_budget_allows_and_no_larger(inference)
     full = inference.macs_of(dense, example)
     net, bound = Supernet.trace(dense, example, divisor=2), Budget(macs=BUDGET)
     found = inference.pruned(net, dense, example, bound, divisor=2)
-    found["fast shape"] = inference.fastest(net, bound, example)
+    fastest = inference.fastest(
+        net.space, bound, example, lambda subnet: inference._program(net.extract(subnet), example)
+    )
+    found["fast shape"] = net.extract(fastest)
     shares = {name: inference.macs_of(network, example) / full for name, network in found.items()}
     # A step of the smallest widths is a few per cent of so small a network.
     assert all(0.7 * BUDGET < share <= BUDGET for share in shares.values()), shares
@@ -57,6 +60,6 @@ def test_a_line_for_each_runtime_and_batch(inference):
 def test_the_program_that_is_timed_computes_what_the_network_does(inference):
     network = build_model("resnet20", num_classes=10, image_size=8).eval()
     images = torch.randn(3, 3, 8, 8)
-    (logits,) = inference._onnx(network, images[:1])(images)
+    (logits,) = inference._onnx(inference._program(network, images[:1]))(images)
     expected = inference._eager(network)(images)
     assert torch.allclose(torch.from_numpy(logits), expected, atol=1e-4)
