@@ -64,7 +64,7 @@ def test_make_knows_its_targets():
     ).stdout
     order = [
         checks.index(name)
-        for name in ("ruff check", "ruff format --check", "mypy", "lint-imports", "pytest --cov")
+        for name in ("ruff check", "ruff format --check", "mypy", "lint-imports", "pytest -n auto")
     ]
     assert order == sorted(order)
 
