@@ -123,4 +123,5 @@ class Machine:
         self.kill()
         for process in self._started:
             process.end()
+        ip("link", "delete", self._link)  # the namespace goes later, when the kernel comes to it
         ip("netns", "delete", self.name)
