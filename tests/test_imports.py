@@ -56,6 +56,13 @@ def test_models_and_parquet_load_without_the_cluster():
     assert "pyarrow" in loaded and not loaded & unwanted
 
 
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("module", ["relay", "notices", "quiet"])
+def test_small_actors_start_without_what_takes_seconds_to_load(module):
+    slow = {"torch", "torchvision", "pandas", "pyarrow", "sklearn"}
+    assert not loaded_by(f"import stp_ray.stages.{module}") & slow
+
+
 def test_public_names():
     from stp_ray import elastic, export, method
 

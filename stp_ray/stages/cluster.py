@@ -4,19 +4,21 @@ import contextlib
 import os
 import tempfile
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from ..config import ClusterOptions
 from ..errors import ClusterError
 from . import quiet
 
+if TYPE_CHECKING:
+    from ..config import ClusterOptions
+
 
 @contextlib.contextmanager
-def connected(options: ClusterOptions) -> Iterator[None]:
+def connected(options: "ClusterOptions") -> Iterator[None]:
     """Join the cluster that the options or the environment name, else start a local one for as
     long as the block lasts.
 
@@ -56,7 +58,7 @@ def connected(options: ClusterOptions) -> Iterator[None]:
         ray.shutdown()
 
 
-def require_resources(options: ClusterOptions, workers: int) -> None:
+def require_resources(options: "ClusterOptions", workers: int) -> None:
     """Wait until the cluster could place `workers` at once, scaling up if it can.
 
     Raises:
@@ -84,7 +86,7 @@ def require_resources(options: ClusterOptions, workers: int) -> None:
     )
 
 
-def _address(options: ClusterOptions) -> str | None:
+def _address(options: "ClusterOptions") -> str | None:
     return options.address or os.environ.get("RAY_ADDRESS")
 
 
@@ -94,7 +96,7 @@ def beside_driver() -> NodeAffinitySchedulingStrategy:
     return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
-def worker_resources(options: ClusterOptions) -> dict[str, float]:
+def worker_resources(options: "ClusterOptions") -> dict[str, float]:
     """What one worker asks Ray for."""
     resources = {"CPU": float(options.threads_per_worker)}
     if options.use_gpu:
@@ -102,7 +104,7 @@ def worker_resources(options: ClusterOptions) -> dict[str, float]:
     return resources
 
 
-def places(options: ClusterOptions) -> int:
+def places(options: "ClusterOptions") -> int:
     """Workers that the cluster has room for at its present size."""
     bundle = worker_resources(options)
     return sum(
