@@ -81,12 +81,33 @@ def held(run: Store, duration: float = DURATION) -> Iterator["Lease"]:
     lease = Lease(run, duration)
     lease.acquire()
     try:
-        yield lease
+        with _heard(lease):
+            yield lease
     except KeyboardInterrupt:
         lease.require()  # says so, if it was not the user who interrupted
         raise
     finally:
         lease.release()
+
+
+@contextlib.contextmanager
+def _heard(lease: "Lease") -> Iterator[None]:
+    """A command that a shell starts in the background ignores interruptions: for as long as the
+    block runs, it ignores only those of others."""
+    here = threading.current_thread() is threading.main_thread()
+    if not here or signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        yield
+        return
+
+    def interrupted(*_: object) -> None:
+        if lease.lost:
+            raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupted)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class Lease:
@@ -96,7 +117,8 @@ class Lease:
         self._run, self._store, self._duration = run, run.child("lease"), duration
         self._owner = uuid.uuid4().hex
         self._number = 0
-        self._lost = False
+        #: Whether another driver is known to have taken the run over.
+        self.lost = False
         self._renewed = 0.0
         self._renewing = threading.Lock()
         self._ended = threading.Event()
@@ -123,10 +145,10 @@ class Lease:
     def require(self) -> None:
         """Raise RunError unless this driver still holds the run; before anything final is
         written."""
-        if time.monotonic() - self._renewed > self._duration and not self._lost:
+        if time.monotonic() - self._renewed > self._duration and not self.lost:
             with contextlib.suppress(StorageError):
-                self._lost = not self._renew()
-        if self._lost:
+                self.lost = not self._renew()
+        if self.lost:
             found = holder(self._run)
             raise RunError(
                 f"{found.name if found else 'another driver'} took over {self._run.uri} while this "
@@ -139,7 +161,7 @@ class Lease:
         self._ended.set()
         if self._thread is not None:
             self._thread.join()
-        if not self._lost:
+        if not self.lost:
             with contextlib.suppress(StorageError):
                 self._renew(released=True)
 
@@ -190,7 +212,7 @@ class Lease:
             except StorageError as error:
                 log.warning("the lease was not renewed, trying again: %s", error)
                 continue
-            self._lost = True
+            self.lost = True
             if driver is threading.main_thread():
                 # a real signal, to wake it from whatever it waits for
                 signal.pthread_kill(driver.ident or 0, signal.SIGINT)

@@ -1,5 +1,6 @@
 """Two drivers on one run: the living one keeps it, a dead one's is taken over after a while."""
 
+import contextlib
 import json
 import logging
 import multiprocessing
@@ -91,7 +92,15 @@ def test_a_driver_that_stood_still_finds_that_it_was_replaced(tmp_path):
         lease.require()
 
 
-def test_the_block_is_interrupted_when_another_driver_takes_over(tmp_path):
+@pytest.fixture(params=[signal.default_int_handler, signal.SIG_IGN], ids=["terminal", "background"])
+def at_interruptions(request):
+    """What a driver does at SIGINT that a terminal started, or a shell in the background."""
+    before = signal.signal(signal.SIGINT, request.param)
+    yield request.param
+    assert signal.signal(signal.SIGINT, before) is request.param
+
+
+def test_the_block_is_interrupted_when_another_driver_takes_over(tmp_path, at_interruptions):
     store = Store(tmp_path)
 
     def take_over():
@@ -112,8 +121,10 @@ def test_the_block_is_interrupted_when_another_driver_takes_over(tmp_path):
     assert time.monotonic() - started < 30
 
 
-def test_an_interruption_by_the_user_stays_one(tmp_path):
-    with pytest.raises(KeyboardInterrupt), held(Store(tmp_path), SHORT):
+def test_an_interruption_by_the_user_stays_what_it_was(tmp_path, at_interruptions):
+    heard = at_interruptions is not signal.SIG_IGN
+    expected = pytest.raises(KeyboardInterrupt) if heard else contextlib.nullcontext()
+    with expected, held(Store(tmp_path), SHORT):
         signal.raise_signal(signal.SIGINT)
     assert holder(Store(tmp_path)).released
 
