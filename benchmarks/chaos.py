@@ -7,7 +7,9 @@ faults, drawn from its number alone; where its driver ends, the same command is 
 its weights are compared with those of a run that nothing disturbed, its artifacts with their
 checksums, and what was scored is counted. One line of JSON for each run goes into
 benchmarks/results/chaos/runs.jsonl; runs that are there already are left out, so that a hundred
-may be spread over several invocations. `benchmarks/results.py render` makes the table of
+may be spread over several invocations. Two at a time on one computer need namespaces each, and
+`--first` and `--out` of their own: `unshare --net --pid --fork --mount-proc sh -c "ip link set lo
+up; python -m benchmarks.chaos ..."`. `benchmarks/results.py render` makes the table of
 docs/reliability.md.
 """
 
@@ -392,7 +394,8 @@ def good(line: dict[str, Any]) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--runs", type=int, default=100, help="numbers 0 to RUNS - 1")
+    parser.add_argument("--first", type=int, default=0, help="number of the first run")
+    parser.add_argument("--runs", type=int, default=100, help="up to and with number RUNS - 1")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, help="no run is begun later than that")
     parser.add_argument("--out", type=Path, default=KEPT)
@@ -401,7 +404,7 @@ def main() -> None:
     chosen.out.parent.mkdir(parents=True, exist_ok=True)
     before = chosen.out.read_text().splitlines() if chosen.out.exists() else []
     done = {(line["seed"], line["run"]) for line in map(json.loads, before)}
-    numbers = [n for n in range(chosen.runs) if (chosen.seed, n) not in done]
+    numbers = [n for n in range(chosen.first, chosen.runs) if (chosen.seed, n) not in done]
     end = time.monotonic() + 60 * chosen.minutes if chosen.minutes else float("inf")
     around = {**surroundings(torch.device("cpu")), "cores": len(os.sched_getaffinity(0))}
     bad = 0
