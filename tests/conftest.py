@@ -9,8 +9,8 @@ STAGES = Path(__file__).parent / "stages"
 
 
 def pytest_collection_modifyitems(items):
-    """Of the tests that start whole clusters, one runs at a time, and all share one run that
-    nothing disturbs; other tests run beside them."""
+    """The stages' tests, which start whole clusters, run one at a time and share the run that
+    nothing disturbs; all others run beside them."""
     for item in items:
         if STAGES in item.path.parents:
             item.add_marker(pytest.mark.xdist_group("stages"))

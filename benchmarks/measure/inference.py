@@ -155,12 +155,12 @@ def _eager(network: nn.Module) -> Callable[[Tensor], object]:
 
 
 def _program(network: nn.Module, example: Tensor) -> bytes:
-    """What the product writes."""
+    """The program that the product writes."""
     return to_onnx(network, example).files[ONNX]
 
 
 def _onnx(program: bytes) -> Callable[[Tensor], object]:
-    """It runs on as many threads as PyTorch has."""
+    """Such a program at work, on as many threads as PyTorch has."""
     import onnxruntime
 
     settings = onnxruntime.SessionOptions()

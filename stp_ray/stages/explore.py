@@ -101,8 +101,8 @@ def explore(
     store = run.child("explore")
     held_out = images.summary.holdout_rows
     explorer = Explorer(net.space, config.budgets, config.explore, config.seed, held_out=held_out)
-    workers = 1 if config.cluster.in_process else _workers(config)
-    search = _Search(explorer, store, config.explore.batch_of_candidates, tracker, workers)
+    most = config.explore.batch_of_candidates
+    search = _Search(explorer, store, most, tracker, _workers(config))
     if search.open():
         weights = run.child("supernet").load_tensors(WEIGHTS)
         if config.cluster.in_process:
@@ -287,7 +287,8 @@ class _Keeping(FIFOScheduler):
 
 def _workers(config: RunConfig) -> int:
     """How many score at a time."""
-    return config.cluster.explore_workers or config.cluster.num_workers
+    options = config.cluster
+    return 1 if options.in_process else options.explore_workers or options.num_workers
 
 
 def _tune(

@@ -115,7 +115,8 @@ def stream(
             object_store_memory=memory
         )
     dataset.context.enable_progress_bars = False
-    dataset.context.custom_execution_callback_classes = [_Pause]
+    callbacks = dataset.context.custom_execution_callback_classes
+    dataset.context.custom_execution_callback_classes = [*callbacks, _Pause]
     return dataset
 
 

@@ -103,7 +103,7 @@ def submit(head, checkout, *arguments, options=()):
     return wait_for(attempt, 300, "an agent for jobs")
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(420)
 def test_a_submitted_run_shows_progress_and_a_failing_one_fails(head, checkout, tmp_path):
     quick = {key: value for key, value in minimal().items() if key not in ("cluster", "tracking")}
     recipe = tiny(**quick, cluster={"num_workers": 1})
@@ -120,7 +120,7 @@ def test_a_submitted_run_shows_progress_and_a_failing_one_fails(head, checkout, 
     assert "error: " in failed.stdout and "seed" in failed.stdout
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(600)
 def test_a_stopped_job_is_finished_by_another_driver(head, checkout, undisturbed, start, tmp_path):
     shutil.copy(undisturbed.recipe, checkout / "recipe.yaml")
     storage, named = tmp_path / "runs", ("--no-wait", "--submission-id", "first")
@@ -128,7 +128,7 @@ def test_a_stopped_job_is_finished_by_another_driver(head, checkout, undisturbed
     assert asked.returncode == 0, asked.stdout + asked.stderr
     (run, *_) = wait_for(
         lambda: [path.parents[2] for path in storage.glob("*/supernet/checkpoint-*/complete.json")],
-        300, "a checkpoint",
+        200, "a checkpoint",
     )  # fmt: skip
     stopped = job(head, "stop", "first")
     assert stopped.returncode == 0, stopped.stdout + stopped.stderr
