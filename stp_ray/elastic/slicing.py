@@ -1,6 +1,7 @@
 """Subnet -> which prefix of which tensor. The one plan behind running, extracting and pricing."""
 
 import copy
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +11,10 @@ from torch import Tensor, nn
 
 from .cost import Extent
 from .subnet import Subnet
+
+# A leaf and its gradient are parts of larger tensors, with the same gaps between their rows; PyTorch
+# tells that gradients without gaps might be faster.
+warnings.filterwarnings("ignore", "grad and param do not obey the gradient layout", UserWarning)
 
 #: Per atom of a dimension: start, full length, axis (None: constant), elements per unit.
 Segments = tuple[tuple[int, int, str | None, int], ...]

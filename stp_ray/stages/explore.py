@@ -277,12 +277,31 @@ class _Generations(Searcher):
 
 
 class _Keeping(FIFOScheduler):
-    """Keeps every worker for the next batch. Between two generations Tune would stop all of them
-    but one, and the others would have to start again."""
+    """Keeps every worker for the next batch. Tune would stop all of them but one between two
+    generations, and those that are about to be up when another is done first: it gives that one
+    the batch that they were started for."""
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
-        cache = tune_controller._tune_controller._actor_cache
-        cache.increase_max(trial.placement_group_factory)
+        controller = tune_controller._tune_controller
+        controller._actor_cache.increase_max(trial.placement_group_factory)
+        if not isinstance(controller._maybe_reuse_cached_actor, _Reuse):
+            controller._maybe_reuse_cached_actor = _Reuse(controller)
+
+
+class _Reuse:
+    """Tune's way to give a batch to a worker that is done, but not a batch whose own worker is
+    starting: that is up in seconds. One that waits for a machine may lose its batch."""
+
+    def __init__(self, controller: Any) -> None:
+        self._controller, self._reuse = controller, controller._maybe_reuse_cached_actor
+
+    def __call__(self, trial: Any) -> bool:
+        controller = self._controller
+        own = controller._trial_to_actor.get(trial)
+        starting = own and controller._actor_manager.is_actor_started(own)
+        if starting and trial not in controller._resetting_trials:
+            return False
+        return bool(self._reuse(trial))
 
 
 def _workers(config: RunConfig) -> int:

@@ -1,5 +1,7 @@
 """Which part of which tensor a subnet keeps."""
 
+import subprocess
+import sys
 from itertools import pairwise
 
 import pytest
@@ -47,6 +49,21 @@ def test_a_prefix_is_a_view_and_costs_no_copy():
     part = layout.cut("weight", weight, Subnet({"a": 4, "b": 2}))
     assert part.shape == (4, 4)
     assert part.untyped_storage().data_ptr() == weight.untyped_storage().data_ptr()
+
+
+def test_a_step_on_views_warns_of_nothing():
+    """PyTorch says what it has to say about them once in a process: this takes one of its own."""
+    code = """
+import torch
+from stp_ray.elastic import Supernet
+from stp_ray.models import resnet20
+net = Supernet.trace(resnet20(), torch.rand(1, 3, 8, 8))
+for _ in range(2):
+    net(torch.rand(2, 3, 8, 8), net.space.smallest, direct=True).sum().backward()
+"""
+    run = [sys.executable, "-c", code]
+    done = subprocess.run(run, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_narrowed_layer_leaves_the_whole_one_alone():

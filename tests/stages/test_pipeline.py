@@ -486,6 +486,7 @@ def test_the_outcome_does_not_depend_on_who_scores(finished, tmp_path, monkeypat
     monkeypatch.setenv("RAY_worker_niceness", "0")
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     ray.init(num_cpus=2, include_dashboard=False, object_store_memory=200 * 2**20)
+    started = 0
     try:
         for workers in (1, 2):
             tuned = Exploration(
@@ -496,5 +497,8 @@ def test_the_outcome_does_not_depend_on_who_scores(finished, tmp_path, monkeypat
             parts = tuned.store.child("explore", "parts")
             rows = [r for name in parts.names() for r in parts.read_table(name).to_pylist()]
             assert len(rows) == len(alone.outcome()[0])
+            # none is stopped, not even while it starts and another is done with its batch
+            before, started = started, len(ray._private.state.actors())
+            assert started - before == workers
     finally:
         ray.shutdown()
