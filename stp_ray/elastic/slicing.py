@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from .cost import Extent
 from .subnet import Subnet
 
-# A leaf and its gradient are parts of larger tensors, with the same gaps between their rows; PyTorch
-# tells that gradients without gaps might be faster.
+# A leaf and its gradient are parts of larger tensors, with the same gaps between their rows;
+# PyTorch tells that gradients without gaps might be faster.
 warnings.filterwarnings("ignore", "grad and param do not obey the gradient layout", UserWarning)
 
 #: Per atom of a dimension: start, full length, axis (None: constant), elements per unit.
