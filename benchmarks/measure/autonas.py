@@ -24,6 +24,7 @@ from torch import nn
 from stp_ray.elastic import SearchSpace, Subnet
 from stp_ray.method import cross_entropy, kl_divergence
 
+from .group import data_parallel, gathered
 from .setting import Line, Setting, clock_option, sgd
 from .step import OTHERS, compare, rows
 
@@ -32,6 +33,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     # Those whose stages are sequences of blocks: `autonas` shortens nothing else.
     parser.add_argument("--model", choices=["resnet20", "resnet50"], default="resnet50")
     parser.add_argument("--draws", type=int, default=16, help="random subnets")
+    parser.add_argument("--workers", type=int, default=1, help="data-parallel, of one thread each")
     parser.add_argument("--repeats", type=int, default=3)
     clock_option(parser)
 
@@ -39,14 +41,23 @@ def options(parser: argparse.ArgumentParser) -> None:
 def measure(arguments: argparse.Namespace, device: torch.device) -> Iterator[Line]:
     """Ratios of each way's time to that of the dense step and the subnet alone."""
     try:
-        import modelopt
-        import modelopt.torch.nas as mtn
+        import modelopt  # noqa: F401
     except ImportError as error:
         print(
             f"skipped: found no nvidia-modelopt ({error}); expected an environment that has it; "
             "make one as benchmarks/measure/autonas.py says"
         )
         sys.exit()
+    if arguments.workers > 1:
+        yield gathered(_measured, arguments.workers, arguments, device)
+    else:
+        yield _measured(0, 1, arguments, device)
+
+
+def _measured(rank: int, workers: int, arguments: argparse.Namespace, device: torch.device) -> Line:
+    import modelopt
+    import modelopt.torch.nas as mtn
+
     setting, rng = Setting(arguments.model, device), random.Random(0)
     model = mtn.convert(copy.deepcopy(setting.dense), mode="autonas").train()
     full = mtn.get_subnet_config(model)
@@ -57,16 +68,17 @@ def measure(arguments: argparse.Namespace, device: torch.device) -> Iterator[Lin
     def autonas(setting: Setting, subnets: Sequence[Subnet]) -> Callable[[], object]:
         """A backward pass for each network, chosen before its forward pass."""
         optimizer, config = sgd(model), configs[subnets[0]]
+        module = data_parallel(model, parts=True)
 
         # Without this every forward pass of a training draws a subnet by itself.
         @mtn.no_modelopt_patches()
         def step() -> None:
             optimizer.zero_grad(set_to_none=True)
             mtn.select(model, full)
-            main = model(setting.images)
+            main = module(setting.images)
             cross_entropy(main, setting.labels).backward()
             mtn.select(model, config)
-            kl_divergence(main, model(setting.images)).backward()
+            kl_divergence(main, module(setting.images)).backward()
             optimizer.step()
 
         return step
@@ -78,8 +90,8 @@ def measure(arguments: argparse.Namespace, device: torch.device) -> Iterator[Lin
     ways = {**OTHERS, "autonas": autonas}
     space = setting.net.space
     macs = [space.cost(subnet).macs / space.cost().macs for subnet in configs]
-    yield {
-        **compare(setting, [[subnet] for subnet in configs], ways, arguments),
+    return {
+        **compare(setting, [[subnet] for subnet in configs], ways, arguments, rank, workers),
         "macs": round(statistics.median(macs), 3),
         "modelopt": modelopt.__version__,
     }

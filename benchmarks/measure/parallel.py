@@ -4,11 +4,8 @@ import argparse
 import os
 import random
 import statistics
-import tempfile
 import time
 from collections.abc import Iterator
-from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,13 +14,12 @@ from markdown_table import row
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from .group import data_parallel, gathered
 from .setting import CASES, Line, Setting, clock, clock_option
 from .words import where
 
 #: Subnets of a step that are tried.
 COUNTS = (1, 2, 4)
-#: Seconds that a group of workers may take: a rank that hangs may not hang the measurement.
-PATIENCE = 300
 
 
 def options(parser: argparse.ArgumentParser) -> None:
@@ -63,37 +59,12 @@ def measure(arguments: argparse.Namespace, device: torch.device) -> Iterator[Lin
 
 
 def run(model: str, workers: int, steps: int, processor_time: bool = False) -> dict[str, Any]:
-    """What rank 0 of so many workers of one thread each says."""
-    context = torch.multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory() as folder:
-        told = context.SimpleQueue()
-        group = torch.multiprocessing.spawn(
-            _worker,
-            (workers, CASES[model], model, steps, processor_time, folder, told),
-            workers,
-            join=False,
-        )
-        deadline = time.monotonic() + PATIENCE
-        while not group.join(timeout=1):
-            if time.monotonic() > deadline:
-                for process in group.processes:
-                    process.kill()
-                raise TimeoutError(f"{workers} workers took more than {PATIENCE} s")
-        return told.get()
+    """Rates of so many workers, and the bytes that they reduce."""
+    return dict(gathered(_rates, workers, model, steps, processor_time))
 
 
-def _worker(
-    rank: int, workers: int, case: Any, model: str, steps: int, processor_time: bool,
-    folder: str, told: Any,
-) -> None:  # fmt: skip
-    torch.set_num_threads(1)
+def _rates(rank: int, workers: int, model: str, steps: int, processor_time: bool) -> dict[str, Any]:
     now = time.process_time if processor_time else time.perf_counter
-    CASES[model] = case  # as the parent has it
-    if workers > 1:
-        dist.init_process_group(
-            "gloo", init_method=f"file://{Path(folder) / 'rendezvous'}", rank=rank,
-            world_size=workers, timeout=timedelta(seconds=PATIENCE / 2),
-        )  # fmt: skip
     rates, reduced = {}, {}
     for count in COUNTS:
         setting = Setting(model, torch.device("cpu"))
@@ -111,18 +82,15 @@ def _worker(
             work()
         rates[count] = workers * steps * setting.case.batch / (now() - started)
         reduced[count] = sum(sent) // steps
-    if rank == 0:
-        gradient = sum(p.nbytes for p in setting.net.parameters())
-        told.put({"rate": rates, "reduced": reduced, "gradient_bytes": gradient})
-    if workers > 1:
-        dist.destroy_process_group()
+    gradient = sum(p.nbytes for p in setting.net.parameters())
+    return {"rate": rates, "reduced": reduced, "gradient_bytes": gradient}
 
 
 def _wrapped(module: nn.Module, workers: int, sent: list[int]) -> nn.Module:
     """As the stages wrap it, and noting the bytes of each reduction."""
-    if workers == 1:
-        return module
-    wrapped = DistributedDataParallel(module, gradient_as_bucket_view=True)
+    wrapped = data_parallel(module)
+    if not isinstance(wrapped, DistributedDataParallel):
+        return wrapped
 
     def hook(state: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
         sent.append(bucket.buffer().nbytes)

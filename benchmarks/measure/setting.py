@@ -77,9 +77,11 @@ class Setting:
         self.net = Supernet.trace(self.dense, self.images[:1].cpu()).to(device)
         self.dense.to(device)
 
-    def dense_step(self) -> Callable[[], object]:
+    def dense_step(
+        self, wrap: Callable[[nn.Module], nn.Module] = lambda m: m
+    ) -> Callable[[], object]:
         """Plain PyTorch: forward, backward, and the optimiser."""
-        model = self.dense.train()
+        model = wrap(self.dense.train())
         optimizer = sgd(model)
 
         def step() -> None:

@@ -16,7 +16,9 @@ def autonas(setting):
 
 def test_one_line_where_the_library_is_missing(autonas, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "modelopt", None)
-    chosen = argparse.Namespace(model="resnet20", draws=1, repeats=1, processor_time=True)
+    chosen = argparse.Namespace(
+        model="resnet20", draws=1, repeats=1, workers=1, processor_time=True
+    )
     with pytest.raises(SystemExit) as end:
         next(autonas.measure(chosen, torch.device("cpu")))
     assert not end.value.code
@@ -46,7 +48,7 @@ def test_other_answers_are_found(autonas, setting):
 def test_the_table_names_the_version_and_every_way(autonas):
     ways = {"ours": 1.01, "autonas": 1.25}
     line = {
-        "model": "resnet50", "size": 96, "batch": 16, "subnets": 1, "dense_s": 1.5,
+        "model": "resnet50", "size": 96, "batch": 16, "subnets": 1, "workers": 2, "dense_s": 1.5,
         "device": "x86_64", "threads": 1, "clock": "processor", "others": 0.0,
         "ratio": ways, "quartiles": {way: [1.0, 1.5] for way in ways},
         "macs": 0.512, "modelopt": "0.47.0",

@@ -14,11 +14,17 @@ def step(setting):
     return step
 
 
-def test_every_way_of_a_step_is_timed(step):
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize("workers", [1, 2])
+def test_every_way_of_a_step_is_timed(step, workers, monkeypatch):
+    from measure import group
+
+    monkeypatch.setattr(group, "PATIENCE", 150)  # more than two imports on busy cores
     chosen = argparse.Namespace(
-        model="resnet20", subnets=2, draws=2, repeats=1, processor_time=False
+        model="resnet20", subnets=2, draws=2, repeats=1, workers=workers, processor_time=False
     )
     (line,) = step.measure(chosen, torch.device("cpu"))
+    assert line["workers"] == workers
     assert line["ratio"].keys() == {"ours", *step.OTHERS}
     assert all(ratio > 0 for ratio in line["ratio"].values())
 
