@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import secrets
 import shutil
 import signal
 import subprocess
@@ -36,7 +37,8 @@ class Network:
     """A bridge, reachable from here at `HOST`, and the machines on it."""
 
     def __init__(self) -> None:
-        self._bridge = f"stp{os.getpid() % 100000}"
+        # process numbers are the same in several namespaces of them
+        self._bridge = f"stp{secrets.token_hex(3)}"
         self.machines: list[Machine] = []
         ip("link", "add", self._bridge, "type", "bridge")
         ip("address", "add", f"{HOST}/24", "dev", self._bridge)
