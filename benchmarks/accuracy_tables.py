@@ -22,6 +22,8 @@ PROTOCOLS = {
     ),
 }
 OURS = "stp"
+#: Ours with the gift that distillation from scratch and Torch-Pruning get at equal epochs.
+TAUGHT = "stp, taught"
 #: Ours at its cheapest, which equal MACs buy the most epochs of.
 LEAN = "stp, target alone"
 
@@ -51,11 +53,13 @@ def section(kept: Path, docs: Path) -> list[str]:
 EXPLANATION = (
     "`python benchmarks/accuracy.py PROTOCOL --data FOLDER`. *Equal epochs*: every method passes "
     "over the images equally often; one that trains, prunes and tunes splits them. Teachers are a "
-    "gift: distillation from the finished dense network does not count its training. *Equal MACs*: "
-    "every multiplication of training counts, forward and backward (a backward pass as two forward "
-    "ones), teachers and exploration too; the others train until they have spent what STP spent. "
-    "Scratch trains the shape that STP found. Mean ± standard deviation over seeds, their number "
-    "in brackets: where numbers differ, read the differences within a seed, not those of the means."
+    "gift: distillation from the finished dense network does not count its training, which the "
+    "last table does. `stp, taught` gets that gift too: the dense network says half of every "
+    "label. *Equal MACs*: every multiplication of training counts, forward and backward (a "
+    "backward pass as two forward ones), teachers and exploration too; the others train until they "
+    "have spent what STP spent. Scratch trains the shape that STP found. Mean ± standard deviation "
+    "over seeds, their number in brackets: where numbers differ, read the differences within a "
+    "seed, not those of the means."
 )
 
 
@@ -109,16 +113,21 @@ def _claims(lines: list[Line], budgets: list[float]) -> list[str]:
     """Differences within a seed, so that what a seed is lucky in cancels out."""
     epochs = [line for line in lines if line["equal"] == "epochs"]
     macs = [line for line in lines if line["equal"] == "macs"]
-    questions: list[tuple[str, Callable[[float], list[float]]]] = [
-        (
-            "retention, % of the dense network's top-1",
-            lambda b: _paired(epochs, OURS, epochs, "dense", b, ratio=True),
-        ),
-        (
-            "main network at the end, less the dense network",
-            lambda b: _paired(epochs, OURS, epochs, "dense", b, key="main_top1"),
-        ),
-    ]
+    questions: list[tuple[str, Callable[[float], list[float]]]] = []
+    for ours in (OURS, TAUGHT):
+        if not any(line["method"] == ours for line in epochs):
+            continue
+        of = "" if ours == OURS else f" of {ours}"
+        questions += [
+            (
+                f"retention{of}, % of the dense network's top-1",
+                lambda b, o=ours: _paired(epochs, o, epochs, "dense", b, ratio=True),
+            ),
+            (
+                f"main network{of} at the end, less the dense network",
+                lambda b, o=ours: _paired(epochs, o, epochs, "dense", b, key="main_top1"),
+            ),
+        ]
     others = [
         m for m in dict.fromkeys(line["method"] for line in lines) if m not in (OURS, "dense")
     ]
@@ -126,6 +135,14 @@ def _claims(lines: list[Line], budgets: list[float]) -> list[str]:
         (f"STP less {other}, equal epochs", lambda b, o=other: _paired(epochs, OURS, epochs, o, b))
         for other in others
         if any(line["method"] == other for line in epochs)
+    ]
+    questions += [
+        (
+            f"{TAUGHT}, less {other}, equal epochs",
+            lambda b, o=other: _paired(epochs, TAUGHT, epochs, o, b),
+        )
+        for other in dict.fromkeys(line["method"] for line in epochs)
+        if not other.startswith(OURS) and any(line["method"] == TAUGHT for line in epochs)
     ]
     questions += [
         (f"STP less {other}, equal MACs", lambda b, o=other: _paired(epochs, OURS, macs, o, b))

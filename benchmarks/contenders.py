@@ -80,6 +80,24 @@ class Distilled(nn.Module):
         return {"loss": loss}
 
 
+class Taught(nn.Module):
+    """Another objective on labels of which a fixed teacher says a half, as in `Distilled`."""
+
+    def __init__(self, objective: nn.Module, teacher: nn.Module) -> None:
+        super().__init__()
+        self.objective = objective
+        self._teacher = [teacher.eval().requires_grad_(False)]
+
+    def forward(
+        self, images: Tensor, labels: Tensor, subnets: object, backward: Callable[[Tensor], object]
+    ) -> dict[str, Tensor]:
+        with torch.no_grad():
+            said = self._teacher[0](images).softmax(1)
+        mixed = (nn.functional.one_hot(labels, said.shape[1]) + said) / 2
+        found: dict[str, Tensor] = self.objective(images, mixed, subnets, backward)
+        return found
+
+
 # -- dense and from scratch -----------------------------------------------------------
 
 
@@ -289,11 +307,14 @@ class Stp:
     expansion: Expansion = field(default_factory=Expansion)
     turn: float = 0.5
     """The learning rate between the phases, as a share of the protocol's: one fall over both."""
+    taught: bool = False
+    """Whether the finished dense network says half of every label, in both phases: the gift that
+    distillation from scratch gets."""
 
     @property
     def saves(self) -> bool:
         """Whether an epoch costs less than one of STP's, so that equal MACs buy more of them."""
-        return self.expansion.main == "drop"
+        return self.expansion.main == "drop" and not self.taught
 
     def __call__(self, bench: Bench, budget: float, limit: Limit) -> Trained:
         first = max(1, round(self.share * bench.protocol.epochs))
@@ -301,17 +322,19 @@ class Stp:
         target, searched = self._target(bench, net, budget)
         cost = net.cost(target).macs
         full = bench.full_macs if self.expansion.main == "train" else 0
-        objective = ExpansionObjective(net, target, self.expansion)
+        objective = self._with_teacher(bench, ExpansionObjective(net, target, self.expansion))
+        gift, teaching = self._gift(bench)
         sparsity = [sparsity_of(net, kept, target) for kept in weights]
         draw = ladder(net.space, target, self.expansion)
 
         def price(subnet: Subnet) -> int:
             return STEP * net.space.cost(subnet).macs
 
-        per_image = STEP * (full + cost) + _mean(draw, price)
+        fixed = STEP * (full + cost) + teaching
+        per_image = fixed + _mean(draw, price)
         rest = limit.left(_epoch(bench, per_image), epochs=first, macs=paid + searched)
         spent = bench.train(
-            objective, rest, macs=STEP * (full + cost), draw=draw, price=price,
+            objective, rest, macs=fixed, draw=draw, price=price,
             lr=(self.turn, 0.0), warm=False,
             at_epoch=lambda _: sparsity.append(relative_sparsity(net, target)),
         )  # fmt: skip
@@ -322,7 +345,7 @@ class Stp:
         net.eval()
         main = bench.top1(net) if full else None
         return Trained(
-            small, paid + searched + spent + count * cost, first + rest, target,
+            small, gift + paid + searched + spent + count * cost, first + rest, target,
             {"main_top1": main, "sparsity": sparsity},
         )  # fmt: skip
 
@@ -341,7 +364,8 @@ class Stp:
 
             keep(0)
             spent = bench.train(
-                StimulativeObjective(net, self.stimulation), epochs, macs=STEP * bench.full_macs,
+                self._with_teacher(bench, StimulativeObjective(net, self.stimulation)), epochs,
+                macs=STEP * bench.full_macs + self._gift(bench)[1],
                 draw=sampler(self.stimulation, net.space, budgets),
                 price=lambda subnet: STEP * net.space.cost(subnet).macs,
                 lr=(1.0, self.turn), at_epoch=keep,
@@ -352,9 +376,21 @@ class Stp:
         net.model.load_state_dict(found["weights"][-1])
         return net, found["spent"], found["weights"]
 
+    def _with_teacher(self, bench: Bench, objective: nn.Module) -> nn.Module:
+        if not self.taught:
+            return objective
+        return Taught(objective, _dense(bench, bench.protocol.epochs)[0])
+
+    def _gift(self, bench: Bench) -> tuple[int, int]:
+        """What a teacher has cost, and what it costs for an image."""
+        if not self.taught:
+            return 0, 0
+        return _dense(bench, bench.protocol.epochs)[1], bench.full_macs
+
     def _name(self, epochs: int) -> str:
-        s = self.stimulation
-        return f"{epochs}-{self.turn}-{s.sampler}-{s.subnets}-{s.kd_weight}-{s.temperature}"
+        s, taught = self.stimulation, "-taught" * self.taught
+        options = f"{s.sampler}-{s.subnets}-{s.kd_weight}-{s.temperature}"
+        return f"{epochs}-{self.turn}-{options}{taught}"
 
     def _target(self, bench: Bench, net: Supernet, budget: float) -> tuple[Subnet, int]:
         """The shape to prune to, and what finding it cost, all budgets in one search."""
@@ -423,6 +459,10 @@ OWN_SHAPE: dict[str, Any] = {
     "stp, random subnet": replace(STP, target="random"),
     "stp, no expansion": replace(STP, expansion=DIRECT),
     "stp, main let go": replace(STP, expansion=replace(STP.expansion, main="drop")),
+    "stp, taught": replace(STP, taught=True),
+    "stp, taught, main let go": replace(
+        STP, taught=True, expansion=replace(STP.expansion, main="drop")
+    ),
     # an epoch of the supernet, the search, then the found slice alone on the labels
     "stp, target alone": replace(
         STP, share=1 / 12, turn=0.95, expansion=replace(STP.expansion, main="drop", p_start=0.0)
