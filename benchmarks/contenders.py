@@ -314,7 +314,7 @@ class Stp:
     @property
     def saves(self) -> bool:
         """Whether an epoch costs less than one of STP's, so that equal MACs buy more of them."""
-        return self.expansion.main == "drop" and not self.taught
+        return self.expansion.main == "drop"
 
     def __call__(self, bench: Bench, budget: float, limit: Limit) -> Trained:
         first = max(1, round(self.share * bench.protocol.epochs))
@@ -323,14 +323,14 @@ class Stp:
         cost = net.cost(target).macs
         full = bench.full_macs if self.expansion.main == "train" else 0
         objective = self._with_teacher(bench, ExpansionObjective(net, target, self.expansion))
-        gift, teaching = self._gift(bench)
+        gift = _dense(bench, bench.protocol.epochs)[1] if self.taught else 0
         sparsity = [sparsity_of(net, kept, target) for kept in weights]
         draw = ladder(net.space, target, self.expansion)
 
         def price(subnet: Subnet) -> int:
             return STEP * net.space.cost(subnet).macs
 
-        fixed = STEP * (full + cost) + teaching
+        fixed = STEP * (full + cost) + self.taught * bench.full_macs
         per_image = fixed + _mean(draw, price)
         rest = limit.left(_epoch(bench, per_image), epochs=first, macs=paid + searched)
         spent = bench.train(
@@ -365,7 +365,7 @@ class Stp:
             keep(0)
             spent = bench.train(
                 self._with_teacher(bench, StimulativeObjective(net, self.stimulation)), epochs,
-                macs=STEP * bench.full_macs + self._gift(bench)[1],
+                macs=(STEP + self.taught) * bench.full_macs,
                 draw=sampler(self.stimulation, net.space, budgets),
                 price=lambda subnet: STEP * net.space.cost(subnet).macs,
                 lr=(1.0, self.turn), at_epoch=keep,
@@ -380,12 +380,6 @@ class Stp:
         if not self.taught:
             return objective
         return Taught(objective, _dense(bench, bench.protocol.epochs)[0])
-
-    def _gift(self, bench: Bench) -> tuple[int, int]:
-        """What a teacher has cost, and what it costs for an image."""
-        if not self.taught:
-            return 0, 0
-        return _dense(bench, bench.protocol.epochs)[1], bench.full_macs
 
     def _name(self, epochs: int) -> str:
         s, taught = self.stimulation, "-taught" * self.taught
@@ -460,9 +454,6 @@ OWN_SHAPE: dict[str, Any] = {
     "stp, no expansion": replace(STP, expansion=DIRECT),
     "stp, main let go": replace(STP, expansion=replace(STP.expansion, main="drop")),
     "stp, taught": replace(STP, taught=True),
-    "stp, taught, main let go": replace(
-        STP, taught=True, expansion=replace(STP.expansion, main="drop")
-    ),
     # an epoch of the supernet, the search, then the found slice alone on the labels
     "stp, target alone": replace(
         STP, share=1 / 12, turn=0.95, expansion=replace(STP.expansion, main="drop", p_start=0.0)

@@ -16,6 +16,7 @@ import random
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ def options(parser: argparse.ArgumentParser) -> None:
 def measure(arguments: argparse.Namespace, device: torch.device) -> Iterator[Line]:
     """Ratios of each way's time to that of the dense step and the subnet alone."""
     try:
-        import modelopt  # noqa: F401
+        import_module("modelopt.torch.nas")
     except ImportError as error:
         print(
             f"skipped: found no nvidia-modelopt ({error}); expected an environment that has it; "
