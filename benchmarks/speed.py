@@ -9,7 +9,8 @@ run. One line of JSON for each measurement goes into `benchmarks/results/speed/`
 the same command has said there before of the same device; `benchmarks/results.py render` makes
 the tables of docs/performance.md. `all` measures what those tables show, but for steps of several
 workers and those of four subnets on the two larger networks, each action in a process of its own;
-it wants two cores that nobody else uses, for 75 minutes at most. An action that looks at Ray needs Ray, no other does.
+it wants two cores that nobody else uses, for 75 minutes at most. An action that looks at Ray needs
+Ray, no other does.
 """
 
 import argparse
