@@ -19,6 +19,7 @@ from stp_ray.data.options import DataOptions
 from stp_ray.data.split import derive_seed
 from stp_ray.elastic import Subnet, Supernet
 from stp_ray.method import Exploration, Optimisation, Trainer, evaluate
+from stp_ray.method.training import Label
 from stp_ray.models import build_model
 
 #: A backward pass costs two forward passes: one for the inputs' gradients, one for the weights'.
@@ -139,6 +140,7 @@ class Bench:
         price: Callable[[Subnet], int] = lambda subnet: 0,
         lr: tuple[float, float] = (1.0, 0.0),
         warm: bool = True,
+        label: Label | None = None,
         before_step: Callable[[], object] | None = None,
         at_epoch: Callable[[int], object] = lambda epoch: None,
     ) -> int:
@@ -152,6 +154,7 @@ class Bench:
             price: MACs of one image in one step for a drawn subnet.
             lr: where the learning rate starts and ends, as shares of the protocol's.
             warm: start with a warm-up.
+            label: makes the labels that are learnt, as a teacher does.
             before_step: called before each step of the optimiser, the gradients being there.
             at_epoch: called with the number of epochs done.
         """
@@ -165,7 +168,7 @@ class Bench:
         self.ready(objective)
         trainer = Trainer(
             objective, options, steps_per_epoch=self.images.count("train") // protocol.batch_size,
-            seed=self.seed, device=self.images.device,
+            seed=self.seed, device=self.images.device, label=label,
         )  # fmt: skip
 
         def counted(rng: random.Random, progress: float) -> Sequence[Subnet]:

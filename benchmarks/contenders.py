@@ -21,9 +21,8 @@ from stp_ray.method import (
     Explorer,
     Stimulation,
     StimulativeObjective,
+    Teacher,
     calibrate,
-    cross_entropy,
-    kl_divergence,
     ladder,
     reference_logits,
     relative_sparsity,
@@ -57,45 +56,6 @@ class Trained:
     epochs: int
     subnet: Subnet | None = None
     notes: dict[str, Any] = field(default_factory=dict)
-
-
-class Distilled(nn.Module):
-    """(1 - weight) * CE + weight * KL from a fixed teacher; half and half [ours]."""
-
-    def __init__(self, model: nn.Module, teacher: nn.Module, weight: float = 0.5) -> None:
-        super().__init__()
-        self.model, self.weight = model, weight
-        # not a submodule: it is neither trained nor put into training mode
-        self._teacher = [teacher.eval().requires_grad_(False)]
-
-    def forward(
-        self, images: Tensor, labels: Tensor, subnets: object, backward: Callable[[Tensor], object]
-    ) -> dict[str, Tensor]:
-        logits = self.model(images)
-        with torch.no_grad():
-            wanted = self._teacher[0](images)
-        ce, kd = cross_entropy(logits, labels), kl_divergence(wanted, logits)
-        loss = (1 - self.weight) * ce + self.weight * kd
-        backward(loss)
-        return {"loss": loss}
-
-
-class Taught(nn.Module):
-    """Another objective on labels of which a fixed teacher says a half, as in `Distilled`."""
-
-    def __init__(self, objective: nn.Module, teacher: nn.Module) -> None:
-        super().__init__()
-        self.objective = objective
-        self._teacher = [teacher.eval().requires_grad_(False)]
-
-    def forward(
-        self, images: Tensor, labels: Tensor, subnets: object, backward: Callable[[Tensor], object]
-    ) -> dict[str, Tensor]:
-        with torch.no_grad():
-            said = self._teacher[0](images).softmax(1)
-        mixed = (nn.functional.one_hot(labels, said.shape[1]) + said) / 2
-        found: dict[str, Tensor] = self.objective(images, mixed, subnets, backward)
-        return found
 
 
 # -- dense and from scratch -----------------------------------------------------------
@@ -138,7 +98,7 @@ def scratch_distilled(bench: Bench, shape: Subnet, limit: Limit) -> Trained:
     teacher, paid = _dense(bench, bench.protocol.epochs)
     cost = STEP * macs_of(model, bench.example) + bench.full_macs
     epochs = limit.left(_epoch(bench, cost), macs=paid)
-    spent = bench.train(Distilled(model, teacher), epochs, macs=cost)
+    spent = bench.train(DenseObjective(model), epochs, macs=cost, label=Teacher(teacher))
     return Trained(model, paid + spent, epochs, shape)
 
 
@@ -194,7 +154,7 @@ def torch_pruning(
     model.train().requires_grad_(True)
     cost = STEP * macs_of(model, bench.example) + bench.full_macs
     epochs = limit.left(_epoch(bench, cost), epochs=before, macs=paid)
-    spent = bench.train(Distilled(model, teacher), epochs, macs=cost)
+    spent = bench.train(DenseObjective(model), epochs, macs=cost, label=Teacher(teacher))
     return Trained(model, gift + paid + spent, before + epochs)
 
 
@@ -253,7 +213,7 @@ def group_lasso(bench: Bench, budget: float, limit: Limit, *, strength: float = 
     small = net.extract(target)
     cost = STEP * net.cost(target).macs + bench.full_macs
     epochs = limit.left(_epoch(bench, cost), epochs=before, macs=found["spent"])
-    spent = bench.train(Distilled(small, teacher), epochs, macs=cost)
+    spent = bench.train(DenseObjective(small), epochs, macs=cost, label=Teacher(teacher))
     return Trained(
         small, gift + found["spent"] + spent, before + epochs, target,
         {"before_pruning_top1": top1, "sparsity": sparsity},
@@ -322,7 +282,7 @@ class Stp:
         target, searched = self._target(bench, net, budget)
         cost = net.cost(target).macs
         full = bench.full_macs if self.expansion.main == "train" else 0
-        objective = self._with_teacher(bench, ExpansionObjective(net, target, self.expansion))
+        objective = ExpansionObjective(net, target, self.expansion)
         gift = _dense(bench, bench.protocol.epochs)[1] if self.taught else 0
         sparsity = [sparsity_of(net, kept, target) for kept in weights]
         draw = ladder(net.space, target, self.expansion)
@@ -334,7 +294,7 @@ class Stp:
         per_image = fixed + _mean(draw, price)
         rest = limit.left(_epoch(bench, per_image), epochs=first, macs=paid + searched)
         spent = bench.train(
-            objective, rest, macs=fixed, draw=draw, price=price,
+            objective, rest, macs=fixed, draw=draw, price=price, label=self._teacher(bench),
             lr=(self.turn, 0.0), warm=False,
             at_epoch=lambda _: sparsity.append(relative_sparsity(net, target)),
         )  # fmt: skip
@@ -364,7 +324,7 @@ class Stp:
 
             keep(0)
             spent = bench.train(
-                self._with_teacher(bench, StimulativeObjective(net, self.stimulation)), epochs,
+                StimulativeObjective(net, self.stimulation), epochs, label=self._teacher(bench),
                 macs=(STEP + self.taught) * bench.full_macs,
                 draw=sampler(self.stimulation, net.space, budgets),
                 price=lambda subnet: STEP * net.space.cost(subnet).macs,
@@ -376,10 +336,8 @@ class Stp:
         net.model.load_state_dict(found["weights"][-1])
         return net, found["spent"], found["weights"]
 
-    def _with_teacher(self, bench: Bench, objective: nn.Module) -> nn.Module:
-        if not self.taught:
-            return objective
-        return Taught(objective, _dense(bench, bench.protocol.epochs)[0])
+    def _teacher(self, bench: Bench) -> Teacher | None:
+        return Teacher(_dense(bench, bench.protocol.epochs)[0]) if self.taught else None
 
     def _name(self, epochs: int) -> str:
         s, taught = self.stimulation, "-taught" * self.taught

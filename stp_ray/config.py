@@ -238,6 +238,9 @@ class RunConfig(_Section):
     """Images, labels and augmentation."""
     baseline: Optimisation | None = None
     """Train the dense network alone, to compare with; null: not trained."""
+    teacher_weight: float = Field(default=0.0, ge=0, le=1)
+    """The part of every label that the trained baseline says in supernet and finalize, and in
+    finalize's control [ours]; 0: the labels are those of the data."""
     supernet: SupernetOptions = Field(default_factory=SupernetOptions)
     """Stage 1: stimulative training."""
     explore: Exploration = Field(default_factory=Exploration)
@@ -259,6 +262,11 @@ class RunConfig(_Section):
         twice = sorted({label for label in labels if labels.count(label) > 1})
         if twice:
             raise ValueError(f"budgets names {twice[0]} twice; expected each budget once")
+        if self.teacher_weight and self.baseline is None:
+            raise ValueError(
+                f"teacher_weight is {self.teacher_weight} and baseline null; expected a baseline, "
+                "which is the teacher; give baseline.epochs or set teacher_weight to 0"
+            )
         for path, options, key, workers in (
             ("baseline", self.baseline, "cluster.num_workers", self.cluster.num_workers),
             (

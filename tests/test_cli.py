@@ -410,6 +410,11 @@ def test_a_plan_follows_the_work_and_what_is_done(tmp_path, monkeypatch):
     assert ratio == pytest.approx(2)
     more, _ = steps("supernet.stimulation.subnets=3")
     assert more["supernet"].device_hours > first["supernet"].device_hours
+    taught, _ = steps("teacher_weight=0.5")
+    assert taught["baseline"].device_hours == first["baseline"].device_hours
+    # 12 epochs of the teacher's forward passes, a sixth of the baseline's 24 with theirs and back
+    more_h = taught["supernet"].device_hours - first["supernet"].device_hours
+    assert more_h == pytest.approx(expected / 6)
     control, _ = steps("finalize.control=true")
     assert control["finalize/0.5"].device_hours > first["finalize/0.5"].device_hours
 

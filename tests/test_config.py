@@ -152,6 +152,7 @@ def test_an_unknown_key_is_named_with_the_nearest_known_one(override, found, nea
         ("tracking.wandb=on", "tracking.wandb", '"on"', "'off', 'offline' or 'online'"),
         ("seed=.nan", "seed", "nan", "a finite number"),
         ("cluster.num_workers=0", "cluster.num_workers", "0", "greater than or equal to 1"),
+        ("teacher_weight=1.5", "teacher_weight", "1.5", "less than or equal to 1"),
     ],
 )
 def test_a_wrong_value_names_path_found_and_expected(override, path, found, expected):
@@ -186,6 +187,13 @@ def test_bad_budgets(budgets, told):
     message = refusal(None, f"budgets={budgets}")
     assert "budget" in message
     assert told in message
+
+
+def test_a_teacher_has_to_be_trained_first():
+    assert "teacher_weight is 0.5 and baseline null; expected a baseline" in refusal(
+        None, "teacher_weight=0.5"
+    )
+    load_config({"teacher_weight": 0.5, "baseline": {"epochs": 1}})
 
 
 def test_a_batch_has_to_divide_among_the_workers():

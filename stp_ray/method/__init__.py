@@ -13,6 +13,7 @@ from .objective import (
 )
 from .sampling import ladder, sampler
 from .sparsity import relative_sparsity
+from .teacher import Teacher
 from .training import Optimisation, Progress, Trainer, evaluate, learning_rate
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "Scored",
     "Stimulation",
     "StimulativeObjective",
+    "Teacher",
     "Trainer",
     "calibrate",
     "cross_entropy",

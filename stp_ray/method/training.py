@@ -32,6 +32,9 @@ Batches = Callable[[int, int], Iterable[tuple[Tensor, Tensor]]]
 Draw = Callable[[random.Random, float], Sequence[Subnet]]
 """(random numbers of this step, progress in [0, 1)) -> the subnets to train in this step."""
 
+Label = Callable[[Tensor, Tensor], Tensor]
+"""(images, labels), on the device -> the labels to learn, class indices [B] or soft [B, C]."""
+
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _MENDING = "lower lr, set grad_clip or use precision fp32, and look for bad values in the images"
 
@@ -167,6 +170,7 @@ class Trainer:
         device: where to train.
         wrap: applied to the objective once it is on the device; DistributedDataParallel
             in a cluster.
+        label: makes the labels that are learnt of those of the images, as a `Teacher` does.
         check_every: steps between checks that the loss is finite; by default 1 on the CPU
             and 50 elsewhere, where each check waits for the device.
 
@@ -186,6 +190,7 @@ class Trainer:
         shares: int | None = None,
         device: torch.device | str = "cpu",
         wrap: Callable[[nn.Module], nn.Module] = lambda module: module,
+        label: Label | None = None,
         check_every: int | None = None,
     ) -> None:
         require(steps_per_epoch >= 1, "steps_per_epoch", steps_per_epoch, "at least 1", "add data")
@@ -199,6 +204,7 @@ class Trainer:
         require(shares >= world_size, "shares", shares, f"at least {world_size}", "lower workers")
         self._seed, self._world_size = seed, world_size
         self.shares = tuple(range(rank, shares, world_size))
+        self._label = label
         self._draws_differ = getattr(objective, "different_per_rank", True)
         #: DistributedDataParallel takes the mean over workers; wanted is that over shares.
         self._weight = world_size / shares
@@ -260,10 +266,6 @@ class Trainer:
         due = end_of_epoch or bool(
             options.checkpoint_every and done % options.checkpoint_every == 0
         )
-        work = [
-            self._share(share, images, labels, draw)
-            for share, (images, labels) in zip(self.shares, pairs, strict=True)
-        ]
         lr = learning_rate(options, self.step, self.total_steps)
         for group in self._optimizer.param_groups:
             group["lr"] = lr
@@ -275,6 +277,10 @@ class Trainer:
             dtype=_AUTOCAST.get(options.precision),
             enabled=options.precision != "fp32",
         ):
+            work = [
+                self._share(share, images, labels, draw)
+                for share, (images, labels) in zip(self.shares, pairs, strict=True)
+            ]
             parts, losses, complete = self._module(work, self._backward)
         complete.backward()
         self._spoiled += ~torch.isfinite(losses).all()
@@ -303,10 +309,12 @@ class Trainer:
 
     def _share(self, share: int, images: Tensor, labels: Tensor, draw: Draw) -> "_Share":
         rng = random.Random(f"{self._seed}:{self.step}:{share if self._draws_differ else 0}")
+        images = images.to(self.device, non_blocking=True)
+        labels = labels.to(self.device, non_blocking=True)
         return _Share(
             _seed_of(self._seed, self.step, share),
-            images.to(self.device, non_blocking=True),
-            labels.to(self.device, non_blocking=True),
+            images,
+            self._label(images, labels) if self._label else labels,
             draw(rng, self.step / self.total_steps),
         )
 

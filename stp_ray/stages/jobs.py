@@ -4,6 +4,7 @@ It loads the newest checkpoint, trains to the end, evaluates, and writes weights
 `result.json` (last, so that its presence means done). All state is in the run's storage.
 """
 
+import copy
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +26,7 @@ from ..method import (
     ExpansionObjective,
     Optimisation,
     StimulativeObjective,
+    Teacher,
     Trainer,
     evaluate,
     ladder,
@@ -154,6 +156,7 @@ def train(job: Job, images: Images | SharedImages, place: Place, report: Report)
         shares=place.shares,
         device=place.device,
         wrap=place.wrap,
+        label=_teacher(job, net, place.device),
     )
     checkpoints = Checkpoints(store)
     history: list[dict[str, float]] = []
@@ -216,6 +219,16 @@ def _objective(job: Job, net: Supernet) -> tuple[nn.Module, Draw]:
             expansion = config.finalize.expansion
             objective = ExpansionObjective(net, target, expansion, smoothing)
             return objective, ladder(net.space, target, expansion)
+
+
+def _teacher(job: Job, net: Supernet, device: torch.device) -> Teacher | None:
+    """The trained baseline, where it has a say in the labels."""
+    weight = job.config.teacher_weight
+    if not weight or job.kind == "baseline":
+        return None
+    dense = copy.deepcopy(net.model)
+    dense.load_state_dict(job.run.child("baseline").load_tensors(WEIGHTS))
+    return Teacher(dense.to(device), weight)
 
 
 def _no_subnets(rng: Any, progress: float) -> Sequence[Subnet]:

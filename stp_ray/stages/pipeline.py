@@ -186,7 +186,9 @@ class _Pipeline:
             outputs = {f"{kind}/{name}": digest for name, digest in result["outputs"].items()}
             return outputs, {**result["metrics"], "macs": self.net.cost().macs}
 
-        self._stage(kind, {"data": self.config.data.name}, work, self._scale(options), workers)
+        teacher = () if kind == "baseline" else self._teacher
+        inputs = {"data": self.config.data.name, **self._inputs(*teacher)}
+        self._stage(kind, inputs, work, self._scale(options), workers)
 
     def _tabulate(self) -> None:
         """First of all, so that a budget that cannot be met is known before anything is trained."""
@@ -255,7 +257,7 @@ class _Pipeline:
                 seconds = time.monotonic() - started
                 self.manifest.finish(
                     f"finalize/{label}",
-                    inputs=self._inputs("supernet", "explore"),
+                    inputs=self._inputs("supernet", "explore", *self._teacher),
                     outputs={
                         f"{home}/{PRUNED}": self.store.checksum(f"{home}/{PRUNED}"),
                         **{f"{home}/{name}": d for name, d in pruned["outputs"].items()},
@@ -425,6 +427,11 @@ class _Pipeline:
     def _inputs(self, *stages: str) -> dict[str, Any]:
         done: dict[str, Record] = self.manifest.stages()
         return {stage: done[stage]["outputs"] for stage in stages if stage in done}
+
+    @property
+    def _teacher(self) -> tuple[str, ...]:
+        """The stage whose network has a say in the labels of those after it."""
+        return ("baseline",) if self.config.teacher_weight else ()
 
     def _link_latest(self) -> None:
         """On local storage `latest` points to the run that finished last."""

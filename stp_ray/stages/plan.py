@@ -106,14 +106,16 @@ def _work(
     workers, images = config.cluster.num_workers, summary.train_rows
     full, space = net.cost().macs, net.space
 
-    def training(options: Optimisation, macs_of_an_image: float) -> float:
-        return (1 + _BACKWARD) * options.epochs * images * macs_of_an_image
+    def training(options: Optimisation, macs_of_an_image: float, taught: bool = True) -> float:
+        once = (1 + _BACKWARD) * macs_of_an_image
+        once += full if taught and config.teacher_weight else 0
+        return options.epochs * images * once
 
     if timed(config):
         networks = NETWORKS + NEAR * sum(budget.timed for budget in config.budgets)
         yield LATENCY, 1, 2 * PAIRS * networks * full
     if config.baseline is not None:
-        yield "baseline", workers, training(config.baseline, full)
+        yield "baseline", workers, training(config.baseline, full, taught=False)
     draw = sampler(config.supernet.stimulation, space, list(budgets.values()))
     options = config.supernet.optimisation
     yield "supernet", workers, training(options, full + _drawn(draw, net))

@@ -17,6 +17,7 @@ from stp_ray.method import (
     Optimisation,
     Stimulation,
     StimulativeObjective,
+    Teacher,
     Trainer,
     evaluate,
     ladder,
@@ -225,6 +226,29 @@ def test_without_an_average_the_weights_themselves_are_in_place():
     with trainer.averaged():
         assert torch.equal(net.model.get_parameter("head.weight"), before)
     assert not any(name.startswith("ema.") for name in trainer.state()[0])
+
+
+# -- labels ---------------------------------------------------------------------------
+
+
+def test_a_teacher_makes_the_labels_and_is_no_part_of_the_state():
+    torch.manual_seed(1)
+    teacher, seen = Teacher(Residual(), 0.3), []
+
+    class Listening(DenseObjective):
+        def forward(self, images, labels, subnets=(), backward=None):
+            seen.append((images, labels))
+            return super().forward(images, labels, subnets, backward)
+
+    options = Optimisation(epochs=1, batch_size=16)
+    taught = Trainer(Listening(Residual()), options, steps_per_epoch=2, seed=7, label=teacher)
+    alone = Trainer(DenseObjective(Residual()), options, steps_per_epoch=2, seed=7)
+    list(taught.run(batches(2), no_subnets))
+    list(alone.run(batches(2), no_subnets))
+    for (images, labels), (plain, classes) in zip(seen, batches(2)(0, 0), strict=True):
+        assert torch.equal(images, plain)
+        assert torch.equal(labels, teacher(plain, classes))
+    assert taught.state()[0].keys() == alone.state()[0].keys()
 
 
 # -- stopping and going on ----------------------------------------------------------

@@ -19,9 +19,9 @@ from stp_ray.data import describe, eval_batches, load
 from stp_ray.elastic import Budget, Subnet
 from stp_ray.errors import RunError
 from stp_ray.lease import held
-from stp_ray.method import evaluate, training
+from stp_ray.method import Teacher, evaluate, training
 from stp_ray.stages import explore as exploring
-from stp_ray.stages import pipeline
+from stp_ray.stages import jobs, pipeline
 from stp_ray.stages.images import share
 from stp_ray.stages.network import build_supernet
 from tests.stages.runs import (
@@ -354,6 +354,38 @@ def test_the_control_is_the_same_shape_from_scratch_for_as_long(tmp_path):
     pruned = home.load_tensors("model.safetensors")
     assert {n: t.shape for n, t in control.items()} == {n: t.shape for n, t in pruned.items()}
     assert home.read_table("control/metrics.parquet").column("epoch").to_pylist() == [1, 2]
+
+
+def test_the_trained_baseline_has_a_say_in_the_labels_of_all_that_come_after_it(
+    tmp_path, monkeypatch
+):
+    taught = []
+
+    class Heard(Teacher):
+        def __init__(self, network, weight):
+            super().__init__(network, weight)
+            self.steps = 0
+            taught.append(self)
+
+        def __call__(self, images, labels):
+            self.steps += 1
+            return super().__call__(images, labels)
+
+    monkeypatch.setattr(jobs, "Teacher", Heard)
+    baseline = {"epochs": 1, "batch_size": 32, "lr": 0.05}
+    run = Run(tmp_path, minimal(baseline=baseline, teacher_weight=0.25, finalize={"control": True}))
+    run()
+    store = Store(run.folder)
+    dense = store.load_tensors("baseline/model.safetensors")
+    supernet, ladder, control = taught
+    assert supernet.steps == ladder.steps == 3 and control.steps == 6
+    for teacher in taught:
+        assert teacher.weight == 0.25
+        weights = teacher.network.state_dict()
+        assert all(torch.equal(weights[name], value) for name, value in dense.items())
+    stages = Manifest(store).stages()
+    for stage in ("supernet", "finalize/0.5"):
+        assert stages[stage]["inputs"]["baseline"] == stages["baseline"]["outputs"]
 
 
 # -- two drivers -------------------------------------------------------------------------
