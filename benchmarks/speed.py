@@ -9,7 +9,7 @@ run. One line of JSON for each measurement goes into `benchmarks/results/speed/`
 the same command has said there before of the same device; `benchmarks/results.py render` makes
 the tables of docs/performance.md. `all` measures what those tables show, but for steps of several
 workers and those of four subnets on the two larger networks, each action in a process of its own;
-it wants two cores that nobody else uses, for 75 minutes at most. An action that looks at Ray needs
+it wants two cores that nobody else uses, for 83 minutes at most. An action that looks at Ray needs
 Ray, no other does.
 """
 
@@ -34,7 +34,7 @@ EVERYTHING = (
     ("step --repeats 2", 220),
     ("step --repeats 2 --model resnet50", 430),
     ("step --repeats 2 --model mobilenet_v2", 150),
-    ("step --repeats 2 --model vit_small --draws 8", 520),
+    ("step --repeats 1 --model vit_small --draws 16", 1000),
     ("step --repeats 2 --subnets 4 --draws 8", 250),
     ("step --repeats 2 --subnets 4 --model mobilenet_v2 --draws 8", 170),
     # Skipped where nvidia-modelopt is missing.

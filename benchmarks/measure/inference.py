@@ -84,7 +84,9 @@ def pruned(
     }
     assert isinstance(bound.macs, float)
     for name, everywhere in (("Torch-Pruning, even", False), ("Torch-Pruning, global", True)):
-        found[name] = torch_pruned(dense, example, bound.macs, divisor, everywhere)
+        network = torch_pruned(dense, example, bound.macs, divisor, everywhere)
+        if network is not None:
+            found[name] = network
     return found
 
 
@@ -117,8 +119,9 @@ def fastest(
 
 def torch_pruned(
     dense: nn.Module, example: Tensor, budget: float, divisor: int, everywhere: bool
-) -> nn.Module:
-    """The largest network that Torch-Pruning's group magnitudes leave within the budget.
+) -> nn.Module | None:
+    """The largest network that Torch-Pruning's group magnitudes leave within the budget; None
+    where its smallest is larger.
 
     Args:
         everywhere: whether channels of all layers compete; else each layer loses the same share.
@@ -139,8 +142,6 @@ def torch_pruned(
             best, high = model, ratio
         else:
             low = ratio
-    if best is None:
-        raise RuntimeError(f"Torch-Pruning finds no network within {budget} of the MACs")
     return best
 
 
@@ -176,7 +177,7 @@ def _onnx(program: bytes) -> Callable[[Tensor], object]:
 
 
 def table(lines: list[Line]) -> list[str]:
-    shapes = list(lines[0]["faster"])
+    shapes = list(dict.fromkeys(shape for line in lines for shape in line["faster"]))
     fast = (
         f" The fast shape is the one of {DRAWS:,} random ones that a table of latencies, fitted to "
         "networks which ONNX Runtime was timed on with that batch, takes for the fastest."
@@ -190,7 +191,8 @@ def table(lines: list[Line]) -> list[str]:
         "benchmarks/speed.py inference`); in brackets the share of the dense network's MACs. "
         "Weights are random: uniform widths and a random shape are what a search starts from, and "
         "Torch-Pruning's shapes are those of its group magnitudes, every layer for itself (even) "
-        "or all together (global). Widths of all are multiples of the divisor." + fast,
+        "or all together (global). Widths of all are multiples of the divisor; a dash where none is "
+        "that small." + fast,
         "",
         row(["model", "px", "divisor", "runtime", "batch", "device", "dense, ms", *shapes]),
         row(["---"] * (7 + len(shapes))),
@@ -198,7 +200,7 @@ def table(lines: list[Line]) -> list[str]:
     for line in lines:
         cells = [line["model"], line["size"], line["divisor"], line["runtime"], line["batch"]]
         cells += [where(line), f"{line['dense_ms']:.0f}"]
-        found.append(
-            row([*cells, *(f"{line['faster'][s]:.2f} ({line['macs'][s]:.3f})" for s in shapes)])
-        )
+        faster, macs = line["faster"], line["macs"]
+        cells += [f"{faster[s]:.2f} ({macs[s]:.3f})" if s in faster else "–" for s in shapes]
+        found.append(row(cells))
     return [*found, ""]

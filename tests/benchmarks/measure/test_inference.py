@@ -27,6 +27,7 @@ def test_every_network_is_as_large_as_the_budget_allows_and_no_larger(inference)
     full = inference.macs_of(dense, example)
     net, bound = Supernet.trace(dense, example, divisor=2), Budget(macs=BUDGET)
     found = inference.pruned(net, dense, example, bound, divisor=2)
+    assert {"Torch-Pruning, even", "Torch-Pruning, global"} <= found.keys()
     fastest = inference.fastest(
         net.space, bound, example, lambda subnet: inference._program(net.extract(subnet), example)
     )
@@ -55,6 +56,21 @@ def test_a_line_for_each_runtime_and_batch(inference):
     for line in lines:
         assert line["faster"].keys() == line["macs"].keys() - {"dense"}
         assert all(ratio > 0 for ratio in line["faster"].values())
+
+
+def test_a_pruner_that_cannot_get_so_small_is_left_out_and_the_table_shows_it(inference):
+    dense = build_model("resnet20", num_classes=10, image_size=8).eval()
+    example = torch.randn(1, 3, 8, 8)
+    assert inference.torch_pruned(dense, example, 1e-5, divisor=2, everywhere=False) is None
+    line = {
+        "model": "resnet20", "size": 8, "divisor": 2, "runtime": "eager", "batch": 1,
+        "device": "x86_64", "threads": 1, "clock": "wall", "dense_ms": 3.0,
+    }  # fmt: skip
+    both = {"faster": {"ours": 2.0, "theirs": 1.5}, "macs": {"ours": 0.1, "theirs": 0.1}}
+    one = {"faster": {"ours": 2.0}, "macs": {"ours": 0.1}}
+    *_, first, second, _ = inference.table([{**line, **both}, {**line, **one}])
+    assert first.endswith("| 2.00 (0.100) | 1.50 (0.100) |")
+    assert second.endswith("| 2.00 (0.100) | – |")
 
 
 def test_the_program_that_is_timed_computes_what_the_network_does(inference):
