@@ -191,8 +191,8 @@ def table(lines: list[Line]) -> list[str]:
         "benchmarks/speed.py inference`); in brackets the share of the dense network's MACs. "
         "Weights are random: uniform widths and a random shape are what a search starts from, and "
         "Torch-Pruning's shapes are those of its group magnitudes, every layer for itself (even) "
-        "or all together (global). Widths of all are multiples of the divisor; a dash where none is "
-        "that small." + fast,
+        "or all together (global). Widths of all are multiples of the divisor; a dash where that "
+        "leaves no network so small." + fast,
         "",
         row(["model", "px", "divisor", "runtime", "batch", "device", "dense, ms", *shapes]),
         row(["---"] * (7 + len(shapes))),
