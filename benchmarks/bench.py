@@ -154,7 +154,7 @@ class Bench:
             price: MACs of one image in one step for a drawn subnet.
             lr: where the learning rate starts and ends, as shares of the protocol's.
             warm: start with a warm-up.
-            label: makes the labels that are learnt, as a teacher does.
+            label: as the trainer's.
             before_step: called before each step of the optimiser, the gradients being there.
             at_epoch: called with the number of epochs done.
         """

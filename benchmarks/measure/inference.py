@@ -121,7 +121,7 @@ def torch_pruned(
     dense: nn.Module, example: Tensor, budget: float, divisor: int, everywhere: bool
 ) -> nn.Module | None:
     """The largest network that Torch-Pruning's group magnitudes leave within the budget; None
-    where its smallest is larger.
+    where no share that was tried leaves one.
 
     Args:
         everywhere: whether channels of all layers compete; else each layer loses the same share.

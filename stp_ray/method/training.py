@@ -170,7 +170,7 @@ class Trainer:
         device: where to train.
         wrap: applied to the objective once it is on the device; DistributedDataParallel
             in a cluster.
-        label: makes the labels that are learnt of those of the images, as a `Teacher` does.
+        label: makes of a step's labels those that are learnt, as a `Teacher` does.
         check_every: steps between checks that the loss is finite; by default 1 on the CPU
             and 50 elsewhere, where each check waits for the device.
 
