@@ -263,7 +263,7 @@ class Stp:
     share: float = 0.5
     """Share of the epochs that goes to stimulative training."""
     stimulation: Stimulation = field(default_factory=lambda: Stimulation(sampler="narrowing"))
-    target: Literal["explored", "uniform", "random"] = "explored"
+    target: Literal["explored", "uniform", "random"] | Subnet = "explored"
     expansion: Expansion = field(default_factory=Expansion)
     turn: float = 0.5
     """The learning rate between the phases, as a share of the protocol's: one fall over both."""
@@ -271,15 +271,19 @@ class Stp:
     """Whether the finished dense network says half of every label, in both phases: the gift that
     distillation from scratch gets."""
 
+    def first(self, bench: Bench) -> int:
+        """The epochs of stimulative training."""
+        return max(1, round(self.share * bench.protocol.epochs))
+
     @property
     def saves(self) -> bool:
         """Whether an epoch costs less than one of STP's, so that equal MACs buy more of them."""
         return self.expansion.main == "drop"
 
     def __call__(self, bench: Bench, budget: float, limit: Limit) -> Trained:
-        first = max(1, round(self.share * bench.protocol.epochs))
-        net, paid, weights = self._stimulated(bench, first)
-        target, searched = self._target(bench, net, budget)
+        first = self.first(bench)
+        net, paid, weights = self.stimulated(bench, first)
+        target, searched = self.shape(bench, net, budget)
         cost = net.cost(target).macs
         full = bench.full_macs if self.expansion.main == "train" else 0
         objective = ExpansionObjective(net, target, self.expansion)
@@ -309,7 +313,7 @@ class Stp:
             {"main_top1": main, "sparsity": sparsity},
         )  # fmt: skip
 
-    def _stimulated(
+    def stimulated(
         self, bench: Bench, epochs: int
     ) -> tuple[Supernet, int, list[dict[str, Tensor]]]:
         """The supernet after its training, the price, and its weights after each epoch."""
@@ -344,9 +348,11 @@ class Stp:
         options = f"{s.sampler}-{s.subnets}-{s.kd_weight}-{s.temperature}"
         return f"{epochs}-{self.turn}-{options}{taught}"
 
-    def _target(self, bench: Bench, net: Supernet, budget: float) -> tuple[Subnet, int]:
+    def shape(self, bench: Bench, net: Supernet, budget: float) -> tuple[Subnet, int]:
         """The shape to prune to, and what finding it cost, all budgets in one search."""
         space, wanted = net.space, Budget(macs=budget)
+        if isinstance(self.target, Subnet):
+            return self.target, 0
         if self.target == "uniform":
             return space.uniform_within(wanted), 0
         if self.target == "random":
@@ -363,11 +369,7 @@ class Stp:
                 scores = {}
                 for candidate in candidates:
                     count = candidate.images or held
-                    scores[candidate.key] = score(
-                        net, candidate.subnet,
-                        images.calibration(bench.seed, options.calibration_images),
-                        (x for x, _ in images.plain("holdout", count)), logits[:count],
-                    )  # fmt: skip
+                    scores[candidate.key] = score_of(bench, net, candidate.subnet, logits[:count])
                     spent += (count + options.calibration_images) * space.cost(
                         candidate.subnet
                     ).macs
@@ -379,9 +381,16 @@ class Stp:
                 "spent": spent,
             }
 
-        first = max(1, round(self.share * bench.protocol.epochs))
+        first = self.first(bench)
         found = bench.kept(f"explored-{self._name(first)}", make)
         return Subnet.from_json(found["targets"][str(budget)]), found["spent"]
+
+
+def score_of(bench: Bench, net: Supernet, subnet: Subnet, logits: Tensor) -> float:
+    """The score of a slice on as many held-out images as there are logits of the main network."""
+    images, count = bench.images, bench.protocol.exploration.calibration_images
+    held_out = (x for x, _ in images.plain("holdout", len(logits)))
+    return score(net, subnet, images.calibration(bench.seed, count), held_out, logits)
 
 
 def _mean(draw: Draw, price: Callable[[Subnet], int], looks: int = 256) -> int:

@@ -1,0 +1,92 @@
+"""Whether the search's score ranks: it against the accuracy after the full distillation.
+
+    python benchmarks/proxy.py cifar10_resnet20_cpu --data FOLDER --work FOLDER
+
+For each budget: the shape that the search found, the uniform one and random ones, each scored as
+a slice of the same supernet and then distilled as STP does. Each is one line of
+`benchmarks/results/proxy/PROTOCOL.jsonl`; what is there already is not trained again.
+`benchmarks/results.py render` makes the table and the plot.
+"""
+
+import argparse
+import json
+import random
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from accuracy import PROTOCOLS, read
+from bench import Bench, Images
+from contenders import STP, Limit, score_of
+from surroundings import surroundings
+
+from stp_ray.elastic import Budget, Subnet, Supernet
+from stp_ray.method import reference_logits
+
+KEPT = Path(__file__).resolve().parent / "results" / "proxy"
+
+
+def shapes(bench: Bench, net: Supernet, budget: float, count: int) -> list[tuple[str, Subnet]]:
+    """So many different shapes within the budget, and where each comes from."""
+    found = [
+        (name, replace(STP, target=name).shape(bench, net, budget)[0])
+        for name in ("explored", "uniform")
+    ]
+    rng = random.Random(bench.seed)
+    while len(found) < count:
+        drawn = net.space.sample(rng, Budget(macs=budget))
+        if drawn not in [subnet for _, subnet in found]:
+            found.append(("random", drawn))
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("protocol", choices=PROTOCOLS)
+    parser.add_argument("--data", help="folder or URI with train.parquet and test.parquet")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--budget", type=float, nargs="*", help="default: those of the protocol")
+    parser.add_argument("--subnets", type=int, default=12, help="for each budget, 2 or more")
+    parser.add_argument(
+        "--work", type=Path, help="where the supernet is kept; default: a temporary folder"
+    )
+    parser.add_argument("--out", type=Path, help="the file of results")
+    chosen = parser.parse_args()
+    protocol = PROTOCOLS[chosen.protocol]
+    if chosen.data is not None:
+        protocol = replace(protocol, data=replace(protocol.data, uri=chosen.data))
+    out = chosen.out or KEPT / f"{chosen.protocol}.jsonl"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    images, around = Images(protocol.data, device), surroundings(device)
+    with tempfile.TemporaryDirectory() as scratch:
+        bench = Bench(protocol, images, chosen.seed, chosen.work or Path(scratch))
+        net, _, _ = STP.stimulated(bench, STP.first(bench))
+        logits = reference_logits(net, (x for x, _ in images.plain("holdout")))
+        for budget in chosen.budget or protocol.budgets:
+            for how, subnet in shapes(bench, net, budget, chosen.subnets):
+                cell = {"seed": chosen.seed, "budget": budget, "subnet": subnet.to_json()}
+                if any(all(line[key] == cell[key] for key in cell) for line in read(out)):
+                    continue
+                started = time.perf_counter()
+                score = score_of(bench, net, subnet, logits)
+                trained = replace(STP, target=subnet)(bench, budget, Limit(protocol.epochs))
+                line = {
+                    **cell, "how": how, "score": score,
+                    "top1": bench.top1(trained.network.eval()),
+                    "macs": net.cost(subnet).macs, "full_macs": bench.full_macs,
+                    "seconds": round(time.perf_counter() - started, 1), **around,
+                }  # fmt: skip
+                with out.open("a") as file:
+                    file.write(json.dumps(line) + "\n")
+                print(
+                    f"seed {chosen.seed}  {budget:<5} {how:9} score {score:.4f}  "
+                    f"top-1 {line['top1']:6.2f}  {line['seconds']:7.1f} s",
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    main()
