@@ -218,7 +218,7 @@ def _accuracy_plot(lines: list[Line], path: Path) -> None:
     axes.set_xticks(range(len(budgets)), [f"{b:g} of the MACs" for b in budgets])
     axes.set_ylabel("top-1, %")
     figure.legend(loc="outside right upper", frameon=False, fontsize="small")
-    _save(figure, path)
+    save(figure, path)
 
 
 def _sparsity_plot(lines: list[Line], path: Path) -> None:
@@ -244,9 +244,10 @@ def _sparsity_plot(lines: list[Line], path: Path) -> None:
         axes.set_title(f"{title}, budget {budget:g}", fontsize="medium")
         axes.set_xlabel("epoch")
         axes.legend(frameon=False, fontsize="small")
-    _save(figure, path)
+    save(figure, path)
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
+    """Write a plot as SVG."""
     with matplotlib.rc_context({"svg.hashsalt": "stp_ray"}):  # the same file from the same figures
         figure.savefig(path, metadata={"Date": None})

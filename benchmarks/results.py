@@ -19,6 +19,7 @@ from typing import Any
 from accuracy_tables import section as comparison
 from chaos_table import render as chaos
 from markdown_table import row
+from proxy_table import section as ranking
 from speed_tables import performance
 
 from stp_ray.artifacts import Store
@@ -93,6 +94,7 @@ def render() -> None:
     for recipe in sorted(runs, key=lambda name: list(RECIPES).index(name)):
         parts += _section(recipe, runs[recipe])
     parts += comparison(KEPT / "accuracy", DOCS)
+    parts += ranking(KEPT / "proxy", DOCS)
     parts += _calibration()
     parts += [
         "## What was not measured",

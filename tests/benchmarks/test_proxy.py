@@ -1,0 +1,70 @@
+"""The score against the accuracy: different shapes within the budget, and what the table says."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from stp_ray.elastic import Subnet
+
+from .conftest import BENCHMARKS
+
+
+@pytest.mark.timeout(300)
+def test_shapes_differ_keep_the_budget_and_are_trained_once(tmp_path):
+    command = [
+        sys.executable, "proxy.py", "smoke", "--out", str(tmp_path / "smoke.jsonl"),
+        "--work", str(tmp_path), "--subnets",
+    ]  # fmt: skip
+    seen = []
+    for count in ("2", "3", "3"):
+        done = subprocess.run(
+            [*command, count], cwd=BENCHMARKS, capture_output=True, text=True, timeout=140
+        )
+        assert done.returncode == 0, done.stderr
+        seen.append((tmp_path / "smoke.jsonl").read_text().splitlines())
+    two, three, again = seen
+    assert three[:2] == two and again == three
+    lines = [json.loads(line) for line in three]
+    assert [line["how"] for line in lines] == ["explored", "uniform", "random"]
+    assert len({Subnet.from_json(line["subnet"]).id for line in lines}) == 3
+    for line in lines:
+        assert 0 < line["macs"] <= line["budget"] * line["full_macs"]
+        assert line["score"] > 0
+        assert line["top1"] > 25  # of ten classes
+
+
+def line(score, top1, how="random", budget=0.15):
+    return {
+        "seed": 0, "budget": budget, "how": how, "score": score, "top1": top1,
+        "device": "x86_64", "threads": 1, "torch": "2.15.0", "revision": "abc",
+    }  # fmt: skip
+
+
+def test_tau_is_one_where_the_lowest_score_is_the_most_accurate():
+    from proxy_table import tau
+
+    found = [line(score, 60 - score) for score in range(6)]
+    assert tau(found)[0] == pytest.approx(1)
+    assert tau([line(score, 60 + score) for score in range(6)])[0] == pytest.approx(-1)
+
+
+def test_the_table_has_a_row_for_each_seed_and_budget_and_a_plot(tmp_path):
+    from proxy_table import section
+
+    assert section(tmp_path, tmp_path) == []
+    lines = [
+        line(score, 60 - score + (budget == 0.05), how, budget)
+        for budget in (0.05, 0.15)
+        for score, how in enumerate(["explored", "uniform", "random", "random"])
+    ]
+    (tmp_path / "smoke.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    page = section(tmp_path, tmp_path)
+    rows = [text.split(" | ") for text in page if text.startswith("| 0")]
+    assert [cells[1] for cells in rows] == ["0.15", "0.05"]
+    assert [cells[5:] for cells in rows] == [
+        ["60.00", "59.00", "57.50", "58.00 |"], ["61.00", "60.00", "58.50", "59.00 |"],
+    ]  # fmt: skip
+    assert (tmp_path / "smoke-proxy.svg").read_text().count("explored") >= 1
+    assert "![Accuracy against the score](smoke-proxy.svg)" in page
