@@ -72,13 +72,21 @@ def cells(protocol: Protocol, methods: list[str], accounting: list[str]) -> list
 def train(bench: Bench, cell: dict[str, Any], done: list[dict[str, Any]]) -> dict[str, Any]:
     """One line of the results: the cell, and what came out of it."""
     protocol, method, budget = bench.protocol, cell["method"], cell["budget"]
-    ours = next((d for d in done if d["method"] == "stp" and d["budget"] == budget), None)
-    if ours is None and (method in GIVEN_SHAPE or cell["equal"] == "macs"):
-        raise SystemExit(f"seed {bench.seed}: {method} at {budget} needs STP's line; add it first")
-    limit = Limit(protocol.epochs, ours["training_macs"] if cell["equal"] == "macs" else None)
+
+    def line_of(other: str) -> dict[str, Any]:
+        for line in done:
+            if line["method"] == other and line["budget"] == budget:
+                return line
+        raise SystemExit(
+            f"seed {bench.seed}: {method} at {budget} needs the line of {other}; add it first"
+        )
+
+    macs = line_of("stp")["training_macs"] if cell["equal"] == "macs" else None
+    limit = Limit(protocol.epochs, macs)
     started = time.perf_counter()
     if method in GIVEN_SHAPE:
-        trained = GIVEN_SHAPE[method](bench, Subnet.from_json(ours["subnet"]), limit)
+        make, finder = GIVEN_SHAPE[method]
+        trained = make(bench, Subnet.from_json(line_of(finder)["subnet"]), limit)
     else:
         trained = OWN_SHAPE[method](bench, budget, limit)
     return {

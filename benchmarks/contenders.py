@@ -411,6 +411,7 @@ def sparsity_of(net: Supernet, weights: dict[str, Tensor], target: Subnet) -> di
 
 STP = Stp()
 DIRECT = replace(STP.expansion, rungs=0)
+FOUR = replace(STP.stimulation, subnets=4)
 
 #: Methods with a shape of their own: (bench, budget, limit) -> `Trained`.
 OWN_SHAPE: dict[str, Any] = {
@@ -429,6 +430,8 @@ OWN_SHAPE: dict[str, Any] = {
     "stp, a sixth stimulative": replace(STP, share=1 / 6),
     "stp, two rungs": replace(STP, expansion=replace(STP.expansion, rungs=2)),
     "stp, two subnets a step": replace(STP, stimulation=replace(STP.stimulation, subnets=2)),
+    "stp, four subnets a step": replace(STP, stimulation=FOUR),
+    "stp, taught, four subnets a step": replace(STP, taught=True, stimulation=FOUR),
     "stp, stratified sampler": replace(
         STP, stimulation=replace(STP.stimulation, sampler="stratified")
     ),
@@ -438,8 +441,11 @@ OWN_SHAPE: dict[str, Any] = {
     "torch-pruning, sparse learning": partial(torch_pruning, sparse=True),
 }
 
-#: Methods that train the shape that STP found.
-GIVEN_SHAPE: dict[str, Callable[[Bench, Subnet, Limit], Trained]] = {
-    "scratch": scratch,
-    "scratch + distillation": scratch_distilled,
-}
+#: Methods that train a shape that STP found, and which STP it was.
+GIVEN_SHAPE: dict[str, tuple[Callable[[Bench, Subnet, Limit], Trained], str]] = {
+    "scratch": (scratch, "stp"),
+    "scratch + distillation": (scratch_distilled, "stp"),
+    "scratch + distillation, shape of four": (
+        scratch_distilled, "stp, taught, four subnets a step"
+    ),
+}  # fmt: skip
