@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from accuracy import PROTOCOLS, read
 from bench import Bench, Images
-from contenders import STP, Limit, score_of
+from contenders import OWN_SHAPE, Limit, Stp, score_of
 from surroundings import surroundings
 
 from stp_ray.elastic import Budget, Subnet, Supernet
@@ -28,10 +28,12 @@ from stp_ray.method import reference_logits
 KEPT = Path(__file__).resolve().parent / "results" / "proxy"
 
 
-def shapes(bench: Bench, net: Supernet, budget: float, count: int) -> list[tuple[str, Subnet]]:
+def shapes(
+    bench: Bench, stp: Stp, net: Supernet, budget: float, count: int
+) -> list[tuple[str, Subnet]]:
     """So many different shapes within the budget, and where each comes from."""
     found = [
-        (name, replace(STP, target=name).shape(bench, net, budget)[0])
+        (name, replace(stp, target=name).shape(bench, net, budget)[0])
         for name in ("explored", "uniform")
     ]
     rng = random.Random(bench.seed)
@@ -46,6 +48,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("protocol", choices=PROTOCOLS)
     parser.add_argument("--data", help="folder or URI with train.parquet and test.parquet")
+    parser.add_argument(
+        "--method",
+        choices=[name for name, method in OWN_SHAPE.items() if isinstance(method, Stp)],
+        default="stp, taught, four subnets a step",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--budget", type=float, nargs="*", help="default: those of the protocol")
     parser.add_argument("--subnets", type=int, default=12, help="for each budget, 2 or more")
@@ -63,16 +70,20 @@ def main() -> None:
     images, around = Images(protocol.data, device), surroundings(device)
     with tempfile.TemporaryDirectory() as scratch:
         bench = Bench(protocol, images, chosen.seed, chosen.work or Path(scratch))
-        net, _, _ = STP.stimulated(bench, STP.first(bench))
+        stp: Stp = OWN_SHAPE[chosen.method]
+        net, _, _ = stp.stimulated(bench, stp.first(bench))
         logits = reference_logits(net, (x for x, _ in images.plain("holdout")))
         for budget in chosen.budget or protocol.budgets:
-            for how, subnet in shapes(bench, net, budget, chosen.subnets):
-                cell = {"seed": chosen.seed, "budget": budget, "subnet": subnet.to_json()}
+            for how, subnet in shapes(bench, stp, net, budget, chosen.subnets):
+                cell = {
+                    "method": chosen.method, "seed": chosen.seed, "budget": budget,
+                    "subnet": subnet.to_json(),
+                }  # fmt: skip
                 if any(all(line[key] == cell[key] for key in cell) for line in read(out)):
                     continue
                 started = time.perf_counter()
                 score = score_of(bench, net, subnet, logits)
-                trained = replace(STP, target=subnet)(bench, budget, Limit(protocol.epochs))
+                trained = replace(stp, target=subnet)(bench, budget, Limit(protocol.epochs))
                 line = {
                     **cell, "how": how, "score": score,
                     "top1": bench.top1(trained.network.eval()),

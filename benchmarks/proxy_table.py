@@ -12,11 +12,13 @@ from matplotlib.figure import Figure
 from scipy.stats import kendalltau
 
 Line = dict[str, Any]
+Group = tuple[str, int, float]
+"""Method, seed, budget."""
 
 #: How a shape was chosen, and its mark in the plot.
 MARKS = {"random": "o", "uniform": "s", "explored": "*"}
 HEADING = (
-    "seed", "budget", "shapes", "Kendall's tau", "p",
+    "method", "seed", "budget", "shapes", "Kendall's tau", "p",
     "found", "uniform", "random, median", "random, best",
 )  # fmt: skip
 
@@ -25,9 +27,9 @@ def section(kept: Path, docs: Path) -> list[str]:
     """The part of docs/results.md on the score; writes its plots beside it."""
     lines: list[str] = []
     for path in sorted(kept.glob("*.jsonl")):
-        groups: dict[tuple[int, float], list[Line]] = defaultdict(list)
+        groups: dict[Group, list[Line]] = defaultdict(list)
         for line in map(json.loads, path.read_text().splitlines()):
-            groups[line["seed"], line["budget"]].append(line)
+            groups[line["method"], line["seed"], line["budget"]].append(line)
         lines += _protocol(path.stem, dict(sorted(groups.items(), key=_order)))
         _plot(groups, docs / f"{path.stem}-proxy.svg")
         lines += [f"![Accuracy against the score]({path.stem}-proxy.svg)", ""]
@@ -43,9 +45,9 @@ EXPLANATION = (
 )
 
 
-def _order(group: tuple[tuple[int, float], list[Line]]) -> tuple[int, float]:
-    (seed, budget), _ = group
-    return seed, -budget
+def _order(group: tuple[Group, list[Line]]) -> Group:
+    (method, seed, budget), _ = group
+    return method, seed, -budget
 
 
 def tau(lines: list[Line]) -> tuple[float, float]:
@@ -54,7 +56,7 @@ def tau(lines: list[Line]) -> tuple[float, float]:
     return float(found.statistic), float(found.pvalue)
 
 
-def _protocol(name: str, groups: dict[tuple[int, float], list[Line]]) -> list[str]:
+def _protocol(name: str, groups: dict[Group, list[Line]]) -> list[str]:
     first = next(iter(groups.values()))[0]
     out = [
         f"{name}, {first['device']}, {first['threads']} thread(s), torch {first['torch']}, "
@@ -63,25 +65,25 @@ def _protocol(name: str, groups: dict[tuple[int, float], list[Line]]) -> list[st
         row(HEADING),
         row(["---"] * len(HEADING)),
     ]
-    for (seed, budget), lines in groups.items():
+    for (method, seed, budget), lines in groups.items():
         by = defaultdict(list)
         for line in lines:
             by[line["how"]].append(line["top1"])
         drawn = by["random"]
         statistic, chance = tau(lines)
-        cells = [seed, budget, len(lines), f"{statistic:.2f}", f"{chance:.1g}"]
+        cells = [method, seed, budget, len(lines), f"{statistic:.2f}", f"{chance:.1g}"]
         cells += [f"{by[how][0]:.2f}" for how in ("explored", "uniform")]
         out.append(row([*cells, f"{statistics.median(drawn):.2f}", f"{max(drawn):.2f}"]))
     return [*out, ""]
 
 
-def _plot(groups: dict[tuple[int, float], list[Line]], path: Path) -> None:
+def _plot(groups: dict[Group, list[Line]], path: Path) -> None:
     figure = Figure(figsize=(7.5, 3.2), layout="constrained")
-    budgets = sorted({budget for _, budget in groups}, reverse=True)
+    budgets = sorted({budget for *_, budget in groups}, reverse=True)
     for axes, budget in zip(
         figure.subplots(1, len(budgets), squeeze=False)[0], budgets, strict=True
     ):
-        lines = [line for (_, b), found in groups.items() if b == budget for line in found]
+        lines = [line for (*_, b), found in groups.items() if b == budget for line in found]
         for how, mark in MARKS.items():
             of = [line for line in lines if line["how"] == how]
             axes.plot(

@@ -37,7 +37,7 @@ def test_shapes_differ_keep_the_budget_and_are_trained_once(tmp_path):
 
 def line(score, top1, how="random", budget=0.15):
     return {
-        "seed": 0, "budget": budget, "how": how, "score": score, "top1": top1,
+        "method": "stp", "seed": 0, "budget": budget, "how": how, "score": score, "top1": top1,
         "device": "x86_64", "threads": 1, "torch": "2.15.0", "revision": "abc",
     }  # fmt: skip
 
@@ -61,9 +61,9 @@ def test_the_table_has_a_row_for_each_seed_and_budget_and_a_plot(tmp_path):
     ]
     (tmp_path / "smoke.jsonl").write_text("\n".join(map(json.dumps, lines)))
     page = section(tmp_path, tmp_path)
-    rows = [text.split(" | ") for text in page if text.startswith("| 0")]
-    assert [cells[1] for cells in rows] == ["0.15", "0.05"]
-    assert [cells[5:] for cells in rows] == [
+    rows = [text.split(" | ") for text in page if text.startswith("| stp")]
+    assert [cells[2] for cells in rows] == ["0.15", "0.05"]
+    assert [cells[6:] for cells in rows] == [
         ["60.00", "59.00", "57.50", "58.00 |"], ["61.00", "60.00", "58.50", "59.00 |"],
     ]  # fmt: skip
     assert (tmp_path / "smoke-proxy.svg").read_text().count("explored") >= 1
