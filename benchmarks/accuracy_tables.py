@@ -42,8 +42,8 @@ def section(kept: Path, docs: Path) -> list[str]:
             _sparsity_plot(results, docs / f"{name}-sparsity.svg")
             lines += [
                 "Mean L2 norm of a kept channel over that of a dropped one, and of both, by epoch "
-                "(mean over seeds; the slice is the one that is pruned to in the end). The strength "
-                "of the group lasso, 0.01, was not tuned:",
+                "(mean over seeds; the slice is the one that is pruned to in the end). The "
+                "strength of the group lasso, 0.01, was not tuned:",
                 "",
                 f"![Relative sparsity]({name}-sparsity.svg)",
                 "",
