@@ -57,10 +57,11 @@ def tau(lines: list[Line]) -> tuple[float, float]:
 
 
 def _protocol(name: str, groups: dict[Group, list[Line]]) -> list[str]:
-    first = next(iter(groups.values()))[0]
+    everything = [line for lines in groups.values() for line in lines]
+    first = everything[0]
     out = [
         f"{name}, {first['device']}, {first['threads']} thread(s), torch {first['torch']}, "
-        f"revision {first['revision']}.",
+        f"revision {', '.join(sorted({line['revision'] for line in everything}))}.",
         "",
         row(HEADING),
         row(["---"] * len(HEADING)),

@@ -8,8 +8,8 @@ Each action is a module of `benchmarks/measure/`. All sides of a ratio are timed
 run. One line of JSON for each measurement goes into `benchmarks/results/speed/`, in place of what
 the same command has said there before of the same device; `benchmarks/results.py render` makes
 the tables of docs/performance.md. `all` measures what those tables show, but for steps of several
-workers and those of four subnets on the two larger networks, each action in a process of its own;
-it wants two cores that nobody else uses, for 83 minutes at most. An action that looks at Ray needs
+workers, those of ViT and those of four subnets on ResNet-50, each action in a process of its own;
+it wants two cores that nobody else uses, for 66 minutes at most. An action that looks at Ray needs
 Ray, no other does.
 """
 
@@ -34,7 +34,6 @@ EVERYTHING = (
     ("step --repeats 2", 220),
     ("step --repeats 2 --model resnet50", 430),
     ("step --repeats 2 --model mobilenet_v2", 150),
-    ("step --repeats 1 --model vit_small --draws 16", 1000),
     ("step --repeats 2 --subnets 4 --draws 8", 250),
     ("step --repeats 2 --subnets 4 --model mobilenet_v2 --draws 8", 170),
     # Skipped where nvidia-modelopt is missing.
