@@ -111,14 +111,34 @@ def figures(bench: Bench, trained: Trained) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("protocol", nargs="?", choices=[p for p in PROTOCOLS if p != "smoke"])
+def add_data(parser: argparse.ArgumentParser) -> None:
+    """The option that says where the images are."""
     parser.add_argument(
         "--data",
         default=os.environ.get("STP_DATA"),
         help="folder or URI with train.parquet and test.parquet; default: $STP_DATA",
     )
+
+
+def protocol_of(parser: argparse.ArgumentParser, name: str, data: str | None) -> Protocol:
+    """A protocol with its images, which all but the smoke test want."""
+    protocol = PROTOCOLS[name]
+    if name == "smoke":
+        return protocol
+    if data is None:
+        parser.error("expected --data or STP_DATA, the folder of train.parquet and test.parquet")
+    return replace(protocol, data=replace(protocol.data, uri=data))
+
+
+def is_there(cell: dict[str, Any], lines: list[dict[str, Any]]) -> bool:
+    """Whether one of the lines is that of the cell."""
+    return any(all(line[key] == cell[key] for key in cell) for line in lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("protocol", nargs="?", choices=[p for p in PROTOCOLS if p != "smoke"])
+    add_data(parser)
     parser.add_argument("--seed", type=int, nargs="*", help="default: those of the protocol")
     parser.add_argument(
         "--method", nargs="*", choices=[*OWN_SHAPE, *GIVEN_SHAPE], help="default: all"
@@ -136,13 +156,7 @@ def main() -> None:
     chosen = parser.parse_args()
     if chosen.smoke == (chosen.protocol is not None):
         parser.error("expected a protocol or --smoke")
-    protocol = PROTOCOLS["smoke" if chosen.smoke else chosen.protocol]
-    if not chosen.smoke:
-        if chosen.data is None:
-            parser.error(
-                "expected --data or STP_DATA, the folder of train.parquet and test.parquet"
-            )
-        protocol = replace(protocol, data=replace(protocol.data, uri=chosen.data))
+    protocol = protocol_of(parser, chosen.protocol or "smoke", chosen.data)
     methods = chosen.method or [*OWN_SHAPE, *GIVEN_SHAPE]
     with tempfile.TemporaryDirectory() as scratch:
         work = chosen.work or Path(scratch)
@@ -156,7 +170,7 @@ def main() -> None:
             bench = Bench(protocol, images, seed, work)
             for cell in cells(protocol, methods, chosen.equal):
                 done = [d for d in read(out) if d["seed"] == seed]
-                if any(all(d[key] == cell[key] for key in cell) for d in done):
+                if is_there(cell, done):
                     continue
                 line = {**train(bench, cell, done), **around}
                 with out.open("a") as file:

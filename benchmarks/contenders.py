@@ -282,7 +282,7 @@ class Stp:
 
     def __call__(self, bench: Bench, budget: float, limit: Limit) -> Trained:
         first = self.first(bench)
-        net, paid, weights = self.stimulated(bench, first)
+        net, paid, weights = self.stimulated(bench)
         target, searched = self.shape(bench, net, budget)
         cost = net.cost(target).macs
         full = bench.full_macs if self.expansion.main == "train" else 0
@@ -313,11 +313,9 @@ class Stp:
             {"main_top1": main, "sparsity": sparsity},
         )  # fmt: skip
 
-    def stimulated(
-        self, bench: Bench, epochs: int
-    ) -> tuple[Supernet, int, list[dict[str, Tensor]]]:
+    def stimulated(self, bench: Bench) -> tuple[Supernet, int, list[dict[str, Tensor]]]:
         """The supernet after its training, the price, and its weights after each epoch."""
-        net = bench.supernet()
+        net, epochs = bench.supernet(), self.first(bench)
         budgets = [Budget(macs=budget) for budget in bench.protocol.budgets]
 
         def make() -> dict[str, Any]:
@@ -381,8 +379,7 @@ class Stp:
                 "spent": spent,
             }
 
-        first = self.first(bench)
-        found = bench.kept(f"explored-{self._name(first)}", make)
+        found = bench.kept(f"explored-{self._name(self.first(bench))}", make)
         return Subnet.from_json(found["targets"][str(budget)]), found["spent"]
 
 

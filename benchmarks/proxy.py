@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from accuracy import PROTOCOLS, read
+from accuracy import PROTOCOLS, add_data, is_there, protocol_of, read
 from bench import Bench, Images
 from contenders import OWN_SHAPE, Limit, Stp, score_of
 from surroundings import surroundings
@@ -47,7 +47,7 @@ def shapes(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("protocol", choices=PROTOCOLS)
-    parser.add_argument("--data", help="folder or URI with train.parquet and test.parquet")
+    add_data(parser)
     parser.add_argument(
         "--method",
         choices=[name for name, method in OWN_SHAPE.items() if isinstance(method, Stp)],
@@ -61,9 +61,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, help="the file of results")
     chosen = parser.parse_args()
-    protocol = PROTOCOLS[chosen.protocol]
-    if chosen.data is not None:
-        protocol = replace(protocol, data=replace(protocol.data, uri=chosen.data))
+    protocol = protocol_of(parser, chosen.protocol, chosen.data)
     out = chosen.out or KEPT / f"{chosen.protocol}.jsonl"
     out.parent.mkdir(parents=True, exist_ok=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -71,7 +69,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         bench = Bench(protocol, images, chosen.seed, chosen.work or Path(scratch))
         stp: Stp = OWN_SHAPE[chosen.method]
-        net, _, _ = stp.stimulated(bench, stp.first(bench))
+        net, _, _ = stp.stimulated(bench)
         logits = reference_logits(net, (x for x, _ in images.plain("holdout")))
         for budget in chosen.budget or protocol.budgets:
             for how, subnet in shapes(bench, stp, net, budget, chosen.subnets):
@@ -79,7 +77,7 @@ def main() -> None:
                     "method": chosen.method, "seed": chosen.seed, "budget": budget,
                     "subnet": subnet.to_json(),
                 }  # fmt: skip
-                if any(all(line[key] == cell[key] for key in cell) for line in read(out)):
+                if is_there(cell, read(out)):
                     continue
                 started = time.perf_counter()
                 score = score_of(bench, net, subnet, logits)

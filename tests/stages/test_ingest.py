@@ -142,14 +142,12 @@ def test_reading_ahead_leaves_the_interpreter_to_the_trainer(cluster, tmp_path, 
     arriving = iter(stream(options(tmp_path), "train").iter_batches(batch_size=None))
     for count, _ in enumerate(arriving, 1):
         if count == 4:  # half of the object store is soon full of what was read ahead
-            begun, spent = time.monotonic(), time.process_time()
+            spent = time.process_time()
         if count <= 14:
             time.sleep(0.2)
         if count == 14:
-            took, spent = time.monotonic() - begun, time.process_time() - spent
-    # Half of the two seconds, or of what a busy machine makes of them; the thread that waits for
-    # room would take all.
-    assert spent < 0.5 * took
+            spent = time.process_time() - spent
+    assert spent < 1.0  # of two seconds; the thread that waits for room would take all
     assert count == 40
 
 
