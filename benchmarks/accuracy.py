@@ -36,7 +36,7 @@ PROTOCOLS = {
     # reduced, for two cores: 16,000 small images, few epochs
     "cifar10_resnet20_cpu": Protocol(
         model="resnet20", data=replace(CIFAR10, image_size=12, crop_padding=1, limit=16_512),
-        epochs=12, batch_size=64, lr=0.1, calibration_images=1024,
+        epochs=12, batch_size=64, lr=0.1, calibration_images=1024, also=(0.5, 0.3),
         exploration=Exploration(
             generations=6, population=32, parents=16, calibration_images=512, scoring_images=256
         ),
@@ -55,8 +55,11 @@ PROTOCOLS = {
 }  # fmt: skip
 
 
-def cells(protocol: Protocol, methods: list[str], accounting: list[str]) -> list[dict[str, Any]]:
-    """Everything to train for one seed, in an order in which nothing waits for what follows."""
+def cells(
+    of: list[float] | tuple[float, ...], methods: list[str], accounting: list[str]
+) -> list[dict[str, Any]]:
+    """Everything to train for these budgets and one seed, in an order in which nothing waits for
+    what follows."""
     found = []
     for count in accounting:
         for method in [*OWN_SHAPE, *GIVEN_SHAPE]:
@@ -64,7 +67,7 @@ def cells(protocol: Protocol, methods: list[str], accounting: list[str]) -> list
                 continue
             if count == "macs" and method.startswith("stp") and not OWN_SHAPE[method].saves:
                 continue  # STP's own expense is what equal MACs means
-            budgets = (1.0,) if method == "dense" and count == "epochs" else protocol.budgets
+            budgets = (1.0,) if method == "dense" and count == "epochs" else of
             found += [{"method": method, "budget": b, "equal": count} for b in budgets]
     return found
 
@@ -144,6 +147,9 @@ def main() -> None:
         "--method", nargs="*", choices=[*OWN_SHAPE, *GIVEN_SHAPE], help="default: all"
     )
     parser.add_argument(
+        "--budget", type=float, nargs="*", help="default: those that the supernet is trained for"
+    )
+    parser.add_argument(
         "--equal", nargs="*", choices=["epochs", "macs"], default=["epochs", "macs"]
     )
     parser.add_argument(
@@ -157,6 +163,9 @@ def main() -> None:
     if chosen.smoke == (chosen.protocol is not None):
         parser.error("expected a protocol or --smoke")
     protocol = protocol_of(parser, chosen.protocol or "smoke", chosen.data)
+    budgets = chosen.budget or protocol.budgets
+    if unknown := set(budgets) - {*protocol.budgets, *protocol.also}:
+        parser.error(f"--budget is {unknown}; expected some of {protocol.budgets + protocol.also}")
     methods = chosen.method or [*OWN_SHAPE, *GIVEN_SHAPE]
     with tempfile.TemporaryDirectory() as scratch:
         work = chosen.work or Path(scratch)
@@ -168,7 +177,7 @@ def main() -> None:
         images, around = Images(protocol.data, device), surroundings(device)
         for seed in chosen.seed or protocol.seeds:
             bench = Bench(protocol, images, seed, work)
-            for cell in cells(protocol, methods, chosen.equal):
+            for cell in cells(budgets, methods, chosen.equal):
                 done = [d for d in read(out) if d["seed"] == seed]
                 if is_there(cell, done):
                     continue

@@ -49,6 +49,9 @@ class Protocol:
     calibration_images: int = 2048
     exploration: Exploration = field(default_factory=Exploration)
     budgets: tuple[float, ...] = (0.15, 0.05)
+    """What the supernet is trained towards and pruned to."""
+    also: tuple[float, ...] = ()
+    """What the same supernet is pruned to besides, after a search of their own."""
     seeds: tuple[int, ...] = (0, 1, 2)
 
 

@@ -347,7 +347,8 @@ class Stp:
         return f"{epochs}-{self.turn}-{options}{taught}"
 
     def shape(self, bench: Bench, net: Supernet, budget: float) -> tuple[Subnet, int]:
-        """The shape to prune to, and what finding it cost, all budgets in one search."""
+        """The shape to prune to, and what finding it cost: one search for the budgets that the
+        supernet was trained for, one for the others."""
         space, wanted = net.space, Budget(macs=budget)
         if isinstance(self.target, Subnet):
             return self.target, 0
@@ -356,9 +357,12 @@ class Stp:
         if self.target == "random":
             return space.sample(random.Random(bench.seed), wanted), 0
 
+        main = budget in bench.protocol.budgets
+        together = bench.protocol.budgets if main else bench.protocol.also
+
         def make() -> dict[str, Any]:
             options, images = bench.protocol.exploration, bench.images
-            budgets = [Budget(macs=each) for each in bench.protocol.budgets]
+            budgets = [Budget(macs=each) for each in together]
             held = images.count("holdout")
             explorer = Explorer(space, budgets, options, bench.seed, held_out=held)
             logits = reference_logits(net, (x for x, _ in images.plain("holdout")))
@@ -372,14 +376,15 @@ class Stp:
                         candidate.subnet
                     ).macs
                 explorer.tell(scores)
-            found = {str(each): explorer.best(Budget(macs=each)) for each in bench.protocol.budgets}
+            found = {str(each): explorer.best(Budget(macs=each)) for each in together}
             return {
                 "targets": {label: scored.subnet.to_json() for label, scored in found.items()},
                 "scores": {label: scored.score for label, scored in found.items()},
                 "spent": spent,
             }
 
-        found = bench.kept(f"explored-{self._name(self.first(bench))}", make)
+        name = f"explored-{self._name(self.first(bench))}{'' if main else '-also'}"
+        found = bench.kept(name, make)
         return Subnet.from_json(found["targets"][str(budget)]), found["spent"]
 
 
