@@ -4,7 +4,7 @@ and arithmetic, and one count of what training costs. Needs neither Ray nor pyda
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -162,11 +162,9 @@ class Bench:
             at_epoch: called with the number of epochs done.
         """
         protocol, spent = self.protocol, 0
-        options = Optimisation(
-            epochs=epochs, batch_size=protocol.batch_size, lr=protocol.lr * lr[0],
-            min_lr=lr[1] / lr[0], weight_decay=protocol.weight_decay,
+        options = replace(
+            self.optimisation(epochs, lr=lr[0]), min_lr=lr[1] / lr[0],
             warmup_epochs=min(protocol.warmup_epochs, epochs) if warm else 0,
-            precision=protocol.precision,
         )  # fmt: skip
         self.ready(objective)
         trainer = Trainer(
@@ -190,6 +188,15 @@ class Bench:
                 if step.end_of_epoch:
                     at_epoch(step.epoch + 1)
         return spent
+
+    def optimisation(self, epochs: int, *, lr: float) -> Optimisation:
+        """How networks are trained, without a warm-up, from this share of the protocol's learning
+        rate down to zero."""
+        protocol = self.protocol
+        return Optimisation(
+            epochs=epochs, batch_size=protocol.batch_size, lr=protocol.lr * lr,
+            weight_decay=protocol.weight_decay, precision=protocol.precision, warmup_epochs=0,
+        )  # fmt: skip
 
     def top1(self, forward: Callable[[Tensor], Tensor]) -> float:
         return evaluate(forward, self.images.plain("test"))["top1"]

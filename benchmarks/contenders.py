@@ -28,7 +28,9 @@ from stp_ray.method import (
     relative_sparsity,
     sampler,
     score,
+    tuned_score,
 )
+from stp_ray.method.scoring import TUNING_BATCH
 from stp_ray.method.training import Draw
 
 
@@ -264,6 +266,8 @@ class Stp:
     """Share of the epochs that goes to stimulative training."""
     stimulation: Stimulation = field(default_factory=lambda: Stimulation(sampler="narrowing"))
     target: Literal["explored", "uniform", "random"] | Subnet = "explored"
+    tuning_steps: int = 0
+    """Steps of distillation that a promoted candidate gets before it is scored again."""
     expansion: Expansion = field(default_factory=Expansion)
     turn: float = 0.5
     """The learning rate between the phases, as a share of the protocol's: one fall over both."""
@@ -361,20 +365,21 @@ class Stp:
         together = bench.protocol.budgets if main else bench.protocol.also
 
         def make() -> dict[str, Any]:
-            options, images = bench.protocol.exploration, bench.images
+            images = bench.images
+            options = replace(bench.protocol.exploration, tuning_steps=self.tuning_steps)
             budgets = [Budget(macs=each) for each in together]
             held = images.count("holdout")
             explorer = Explorer(space, budgets, options, bench.seed, held_out=held)
-            logits = reference_logits(net, (x for x, _ in images.plain("holdout")))
-            spent = held * bench.full_macs
+            judge = Judge(bench, net)
+            spent = (held + options.calibration_images) * bench.full_macs
             while candidates := explorer.ask():
                 scores = {}
                 for candidate in candidates:
                     count = candidate.images or held
-                    scores[candidate.key] = score_of(bench, net, candidate.subnet, logits[:count])
-                    spent += (count + options.calibration_images) * space.cost(
-                        candidate.subnet
-                    ).macs
+                    steps = options.tuning_steps * candidate.tuned
+                    scores[candidate.key] = judge(candidate.subnet, count, steps)
+                    looks = count + options.calibration_images + STEP * TUNING_BATCH * steps
+                    spent += looks * space.cost(candidate.subnet).macs
                 explorer.tell(scores)
             found = {str(each): explorer.best(Budget(macs=each)) for each in together}
             return {
@@ -383,16 +388,32 @@ class Stp:
                 "spent": spent,
             }
 
-        name = f"explored-{self._name(self.first(bench))}{'' if main else '-also'}"
+        tuned = f"-tuned-{self.tuning_steps}" * bool(self.tuning_steps)
+        name = f"explored-{self._name(self.first(bench))}{tuned}{'' if main else '-also'}"
         found = bench.kept(name, make)
         return Subnet.from_json(found["targets"][str(budget)]), found["spent"]
 
 
-def score_of(bench: Bench, net: Supernet, subnet: Subnet, logits: Tensor) -> float:
-    """The score of a slice on as many held-out images as there are logits of the main network."""
-    images, count = bench.images, bench.protocol.exploration.calibration_images
-    held_out = (x for x, _ in images.plain("holdout", len(logits)))
-    return score(net, subnet, images.calibration(bench.seed, count), held_out, logits)
+class Judge:
+    """Scores slices of a supernet as the search does."""
+
+    def __init__(self, bench: Bench, net: Supernet) -> None:
+        self._bench, self._net = bench, net
+        count = bench.protocol.exploration.calibration_images
+        self._calibration = list(bench.images.calibration(bench.seed, count))
+        self._known = reference_logits(net, self._calibration)
+        self._logits = reference_logits(net, (x for x, _ in bench.images.plain("holdout")))
+
+    def __call__(self, subnet: Subnet, images: int, steps: int) -> float:
+        """The score on so many held-out images, after so many steps of distillation."""
+        bench, net, logits = self._bench, self._net, self._logits[:images]
+        held_out = (x for x, _ in bench.images.plain("holdout", images))
+        if not steps:
+            return score(net, subnet, self._calibration, held_out, logits)
+        return tuned_score(
+            net, subnet, self._calibration, self._known, held_out, logits,
+            steps=steps, options=bench.optimisation(bench.protocol.epochs, lr=0.5), seed=bench.seed,
+        )  # fmt: skip
 
 
 def _mean(draw: Draw, price: Callable[[Subnet], int], looks: int = 256) -> int:
@@ -434,6 +455,9 @@ OWN_SHAPE: dict[str, Any] = {
     "stp, two subnets a step": replace(STP, stimulation=replace(STP.stimulation, subnets=2)),
     "stp, four subnets a step": replace(STP, stimulation=FOUR),
     "stp, taught, four subnets a step": replace(STP, taught=True, stimulation=FOUR),
+    "stp, taught, four subnets a step, tuned scores": replace(
+        STP, taught=True, stimulation=FOUR, tuning_steps=50
+    ),
     "stp, stratified sampler": replace(
         STP, stimulation=replace(STP.stimulation, sampler="stratified")
     ),

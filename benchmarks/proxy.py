@@ -1,11 +1,12 @@
-"""Whether the search's score ranks: it against the accuracy after the full distillation.
+"""Whether the search's scores rank: them against the accuracy after the full distillation.
 
     python benchmarks/proxy.py cifar10_resnet20_cpu --data FOLDER --work FOLDER
 
 For each budget: the shape that the search found, the uniform one and random ones, each scored as
-a slice of the same supernet and then distilled as STP does. Each is one line of
-`benchmarks/results/proxy/PROTOCOL.jsonl`; what is there already is not trained again.
-`benchmarks/results.py render` makes the table and the plot.
+a slice of the same supernet, as it is and after a few steps of distillation, and then distilled as
+STP does. Each is one line of `benchmarks/results/proxy/PROTOCOL.jsonl`; what is there already is
+not trained again, and gets the scores that it lacks. `benchmarks/results.py render` makes the table
+and the plot.
 """
 
 import argparse
@@ -15,16 +16,19 @@ import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from accuracy import PROTOCOLS, add_data, is_there, protocol_of, read
 from bench import Bench, Images
-from contenders import OWN_SHAPE, Limit, Stp, score_of
+from contenders import OWN_SHAPE, Judge, Limit, Stp
 from surroundings import surroundings
 
 from stp_ray.elastic import Budget, Subnet, Supernet
-from stp_ray.method import reference_logits
+from stp_ray.method import Exploration
 
+#: Steps of distillation before a slice is scored; the search's own number among them.
+STEPS = (0, 10, 25, Exploration().tuning_steps, 100)
 KEPT = Path(__file__).resolve().parent / "results" / "proxy"
 
 
@@ -70,31 +74,42 @@ def main() -> None:
         bench = Bench(protocol, images, chosen.seed, chosen.work or Path(scratch))
         stp: Stp = OWN_SHAPE[chosen.method]
         net, _, _ = stp.stimulated(bench)
-        logits = reference_logits(net, (x for x, _ in images.plain("holdout")))
+        judge, held_out = Judge(bench, net), images.count("holdout")
         for budget in chosen.budget or protocol.budgets:
             for how, subnet in shapes(bench, stp, net, budget, chosen.subnets):
                 cell = {
                     "method": chosen.method, "seed": chosen.seed, "budget": budget,
                     "subnet": subnet.to_json(),
                 }  # fmt: skip
-                if is_there(cell, read(out)):
-                    continue
-                started = time.perf_counter()
-                score = score_of(bench, net, subnet, logits)
-                trained = replace(stp, target=subnet)(bench, budget, Limit(protocol.epochs))
-                line = {
-                    **cell, "how": how, "score": score,
-                    "top1": bench.top1(trained.network.eval()),
-                    "macs": net.cost(subnet).macs, "full_macs": bench.full_macs,
-                    "seconds": round(time.perf_counter() - started, 1), **around,
-                }  # fmt: skip
-                with out.open("a") as file:
-                    file.write(json.dumps(line) + "\n")
+                lines = read(out)
+                line = next((each for each in lines if is_there(cell, [each])), None)
+                if line is None:
+                    started = time.perf_counter()
+                    trained = replace(stp, target=subnet)(bench, budget, Limit(protocol.epochs))
+                    line = {
+                        **cell, "how": how, "scores": {},
+                        "top1": bench.top1(trained.network.eval()),
+                        "macs": net.cost(subnet).macs, "full_macs": bench.full_macs,
+                        "seconds": round(time.perf_counter() - started, 1), **around,
+                    }  # fmt: skip
+                    lines.append(line)
+                for steps in STEPS:
+                    if str(steps) not in line["scores"]:
+                        line["scores"][str(steps)] = judge(subnet, held_out, steps)
+                write(out, lines)
                 print(
-                    f"seed {chosen.seed}  {budget:<5} {how:9} score {score:.4f}  "
+                    f"seed {chosen.seed}  {budget:<5} {how:9} scores "
+                    f"{'  '.join(f'{score:.4f}' for score in line['scores'].values())}  "
                     f"top-1 {line['top1']:6.2f}  {line['seconds']:7.1f} s",
                     flush=True,
                 )
+
+
+def write(path: Path, lines: list[dict[str, Any]]) -> None:
+    """All lines at once: a file that is cut off would have lost what took hours."""
+    part = path.with_suffix(".part")
+    part.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    part.rename(path)
 
 
 if __name__ == "__main__":

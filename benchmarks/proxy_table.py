@@ -11,16 +11,16 @@ from markdown_table import row
 from matplotlib.figure import Figure
 from scipy.stats import kendalltau
 
+from stp_ray.method import Exploration
+
 Line = dict[str, Any]
 Group = tuple[str, int, float]
 """Method, seed, budget."""
 
 #: How a shape was chosen, and its mark in the plot.
 MARKS = {"random": "o", "uniform": "s", "explored": "*"}
-HEADING = (
-    "method", "seed", "budget", "shapes", "Kendall's tau", "p",
-    "found", "uniform", "random, median", "random, best",
-)  # fmt: skip
+#: After so many steps of distillation the search scores again what it promotes.
+TUNED = str(Exploration().tuning_steps)
 
 
 def section(kept: Path, docs: Path) -> list[str]:
@@ -37,11 +37,13 @@ def section(kept: Path, docs: Path) -> list[str]:
 
 
 EXPLANATION = (
-    "`python benchmarks/proxy.py PROTOCOL --data FOLDER`. The search never trains a candidate: it "
-    "ranks shapes by how badly their slices imitate the main network after stimulative training. "
-    "Here shapes within a budget, the one that the search found, the uniform one and random ones, "
-    "get the whole distillation that the found one gets. Kendall's tau is that of the score (lower "
-    "is better) with top-1 after it: 1 where both rank alike, 0 where the score says nothing."
+    "`python benchmarks/proxy.py PROTOCOL --data FOLDER`. The search ranks shapes by how badly "
+    "their slices imitate the main network after stimulative training: as they are, and those "
+    "that it promotes once more after some steps in which a copy of the slice learns from the main "
+    "network on the calibration images. Here shapes within a budget, the one that a search without "
+    "such steps found, the uniform one and random ones, get the whole distillation that the found "
+    "one gets. Kendall's tau is that of the score (lower is better) with top-1 after it: 1 where "
+    "both rank alike, 0 where the score says nothing; a star: p < 0.05."
 )
 
 
@@ -50,49 +52,58 @@ def _order(group: tuple[Group, list[Line]]) -> Group:
     return method, seed, -budget
 
 
-def tau(lines: list[Line]) -> tuple[float, float]:
-    """Kendall's tau of score and accuracy, and the chance of one so far from zero by accident."""
-    found = kendalltau([-line["score"] for line in lines], [line["top1"] for line in lines])
+def tau(lines: list[Line], steps: str) -> tuple[float, float]:
+    """Kendall's tau of the score after so many steps with the accuracy, and the chance of one so
+    far from zero by accident."""
+    scores = [-line["scores"][steps] for line in lines]
+    found = kendalltau(scores, [line["top1"] for line in lines])
     return float(found.statistic), float(found.pvalue)
 
 
 def _protocol(name: str, groups: dict[Group, list[Line]]) -> list[str]:
     everything = [line for lines in groups.values() for line in lines]
     first = everything[0]
+    steps = list(first["scores"])
+    heading = [
+        "method", "seed", "budget", "shapes", *(f"tau, {count} steps" for count in steps),
+        "found", "uniform", "random, median", "random, best",
+    ]  # fmt: skip
     out = [
         f"{name}, {first['device']}, {first['threads']} thread(s), torch {first['torch']}, "
         f"revision {', '.join(sorted({line['revision'] for line in everything}))}.",
         "",
-        row(HEADING),
-        row(["---"] * len(HEADING)),
+        row(heading),
+        row(["---"] * len(heading)),
     ]
     for (method, seed, budget), lines in groups.items():
         by = defaultdict(list)
         for line in lines:
             by[line["how"]].append(line["top1"])
         drawn = by["random"]
-        statistic, chance = tau(lines)
-        cells = [method, seed, budget, len(lines), f"{statistic:.2f}", f"{chance:.1g}"]
+        cells = [method, seed, budget, len(lines)]
+        for statistic, chance in (tau(lines, count) for count in steps):
+            cells.append(f"{statistic:.2f}{'*' * (chance < 0.05)}")
         cells += [f"{by[how][0]:.2f}" for how in ("explored", "uniform")]
         out.append(row([*cells, f"{statistics.median(drawn):.2f}", f"{max(drawn):.2f}"]))
     return [*out, ""]
 
 
 def _plot(groups: dict[Group, list[Line]], path: Path) -> None:
-    figure = Figure(figsize=(7.5, 3.2), layout="constrained")
     budgets = sorted({budget for *_, budget in groups}, reverse=True)
-    for axes, budget in zip(
-        figure.subplots(1, len(budgets), squeeze=False)[0], budgets, strict=True
-    ):
+    kinds = {"0": "as it is", TUNED: f"after {TUNED} steps"}
+    figure = Figure(figsize=(7.5, 3.2 * len(budgets)), layout="constrained")
+    panels = figure.subplots(len(budgets), len(kinds), squeeze=False, sharey="row")
+    for budget, row_of in zip(budgets, panels, strict=True):
         lines = [line for (*_, b), found in groups.items() if b == budget for line in found]
-        for how, mark in MARKS.items():
-            of = [line for line in lines if line["how"] == how]
-            axes.plot(
-                [line["score"] for line in of], [line["top1"] for line in of],
-                mark, label=how, markersize=10 if mark == "*" else 5,
-            )  # fmt: skip
-        axes.set_title(f"{budget:g} of the MACs", fontsize="medium")
-        axes.set_xlabel("score before: KL from the main network")
-        axes.set_ylabel("top-1 after distillation, %")
-        axes.legend(frameon=False, fontsize="small")
+        for (steps, kind), axes in zip(kinds.items(), row_of, strict=True):
+            for how, mark in MARKS.items():
+                of = [line for line in lines if line["how"] == how]
+                axes.plot(
+                    [line["scores"][steps] for line in of], [line["top1"] for line in of],
+                    mark, label=how, markersize=10 if mark == "*" else 5,
+                )  # fmt: skip
+            axes.set_title(f"{budget:g} of the MACs", fontsize="medium")
+            axes.set_xlabel(f"KL from the main network, {kind}")
+        row_of[0].set_ylabel("top-1 after distillation, %")
+        row_of[0].legend(frameon=False, fontsize="small")
     save(figure, path)

@@ -65,7 +65,7 @@ def measure(arguments: argparse.Namespace, device: torch.device) -> Iterator[Lin
         subnet, count = candidate.subnet, candidate.images
         plain = alone(scorer, subnet, count)
         taken = in_turn(
-            {"ours": lambda s=subnet, n=count: scorer(s, n), "plain": plain},
+            {"ours": lambda s=subnet, n=count: scorer(s, n, False), "plain": plain},
             arguments.repeats, device, arguments.processor_time,
         )  # fmt: skip
         ratios.append(taken["plain"] / taken["ours"])

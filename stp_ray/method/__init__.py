@@ -1,7 +1,7 @@
 """The mathematics of STP: objectives, samplers, calibration, exploration and the loop."""
 
 from .calibrate import calibrate
-from .explore import Candidate, Exploration, Explorer, Scored, reference_logits, score
+from .explore import Candidate, Exploration, Explorer, Scored
 from .objective import (
     DenseObjective,
     Expansion,
@@ -12,6 +12,7 @@ from .objective import (
     kl_divergence,
 )
 from .sampling import ladder, sampler
+from .scoring import reference_logits, score, tuned_score
 from .sparsity import relative_sparsity
 from .teacher import Teacher
 from .training import Optimisation, Progress, Trainer, evaluate, learning_rate
@@ -40,4 +41,5 @@ __all__ = [
     "relative_sparsity",
     "sampler",
     "score",
+    "tuned_score",
 ]

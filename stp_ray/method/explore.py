@@ -11,18 +11,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
-import torch
-from torch import Tensor
-from torch.nn import functional as F
-
 from ..elastic.cost import Budget, Cost
 from ..elastic.space import SearchSpace
 from ..elastic.subnet import Subnet
-from ..elastic.supernet import Supernet
 from ..errors import BudgetError, RunError
-from .calibrate import calibrate
 from .checks import require
-from .modes import device_of, inspecting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +41,9 @@ class Exploration:
     promote: float = 0.25
     """Share of a generation, for each budget, that is scored again on all held-out images
     (successive halving); 0 for none."""
+    tuning_steps: int = 50
+    """Steps of distillation that a copy of a promoted candidate gets on the calibration images
+    before it is scored again; 0 scores it as it is."""
     batch_of_candidates: int = 8
     """Most candidates that one worker is given at a time."""
 
@@ -61,6 +57,9 @@ class Exploration:
             "batch_of_candidates",
         ):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1", "raise it")
+        require(
+            self.tuning_steps >= 0, "tuning_steps", self.tuning_steps, "0 or more", "50 is usual"
+        )
         require(0 < self.mutation <= 1, "mutation", self.mutation, "in (0, 1]", "0.1 is usual")
         for name in ("crossover", "promote"):
             require(
@@ -79,11 +78,13 @@ class Candidate:
     """The generation that it belongs to, counted from 0."""
     rung: int
     """0 when it is scored first, 1 when it was promoted."""
+    tuned: bool = False
+    """Whether it is scored after a short distillation."""
 
     @property
     def key(self) -> str:
-        """Names the subnet and the number of images; no key is asked for twice."""
-        return f"{self.subnet.id}-{self.images or 'all'}"
+        """Names the subnet and what it is scored on; no key is asked for twice."""
+        return f"{self.subnet.id}-{self.images or 'all'}{'-tuned' if self.tuned else ''}"
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,14 @@ class Scored:
     """The generation that it belongs to, counted from 0."""
     cost: Cost
     """What it costs."""
+    tuned: bool = False
+    """Whether it was scored after a short distillation."""
+
+    @property
+    def fidelity(self) -> tuple[bool, bool]:
+        """Sorts what says more before what says less: tuned, then on all images. Scores of
+        different fidelity are not compared."""
+        return not self.tuned, self.images != 0
 
 
 class Explorer:
@@ -108,7 +117,8 @@ class Explorer:
     Generation 0 holds the uniform-width subnet of each budget and random subnets near the
     budgets; later ones hold offspring of the best candidates of each budget. Each
     generation is scored on a few images; the best of it, budget by budget, are scored again
-    on all. A candidate made for one budget serves every other one that it keeps.
+    on all, after a short distillation. A candidate made for one budget serves every other one
+    that it keeps.
 
     Args:
         space: where to search.
@@ -116,7 +126,8 @@ class Explorer:
         options: size of the search.
         seed: with the scores, decides the outcome.
         held_out: the number of held-out images, where known: if it is not more than
-            `options.scoring_images`, every candidate is scored on all of them at once.
+            `options.scoring_images`, every candidate is scored on all of them at once, and again
+            only if it is tuned for that.
 
     Raises:
         ValueError: there is no budget, or the population is smaller than their number.
@@ -189,9 +200,9 @@ class Explorer:
             score = float(scores[candidate.key])
             score = math.inf if math.isnan(score) else score
             images, generation = candidate.images, candidate.generation
-            new.append(Scored(candidate.subnet, score, images, generation, cost))
+            new.append(Scored(candidate.subnet, score, images, generation, cost, candidate.tuned))
             self._scored[candidate.key] = new[-1]
-        again = {scored.subnet for scored in new}  # on more images: their first score is void
+        again = {scored.subnet for scored in new}  # at a higher fidelity: their first score is void
         for budget, elders in self._elders.items():
             kept = [scored for scored in elders if scored.subnet not in again]
             self._elders[budget] = self._leading([*kept, *new], budget)
@@ -200,10 +211,12 @@ class Explorer:
 
     def _advance(self) -> None:
         """From a generation to its promoted part, and from there to the next generation."""
-        if self._rung == 0 and self.options.promote > 0 and self._first_images:
+        options = self.options
+        again = self._first_images > 0 or options.tuning_steps > 0
+        if self._rung == 0 and options.promote > 0 and again:
             self._rung = 1
             promoted = [self._promoted(cohort) for cohort in self._cohorts]
-            self._open = self._candidates(promoted, 0)
+            self._open = self._candidates(promoted, 0, tuned=options.tuning_steps > 0)
             return
         self._rung = 0
         self._generation += 1
@@ -212,20 +225,22 @@ class Explorer:
         self._cohorts = self._breed()
         self._open = self._candidates(self._cohorts, self._first_images)
 
-    def _candidates(self, cohorts: Iterable[Iterable[Subnet]], images: int) -> dict[str, Candidate]:
+    def _candidates(
+        self, cohorts: Iterable[Iterable[Subnet]], images: int, *, tuned: bool = False
+    ) -> dict[str, Candidate]:
         """By key."""
         found = (
-            Candidate(subnet, images, self._generation, self._rung)
+            Candidate(subnet, images, self._generation, self._rung, tuned)
             for cohort in cohorts
             for subnet in cohort
         )
         return {candidate.key: candidate for candidate in found}
 
     def _promoted(self, cohort: Sequence[Subnet]) -> list[Subnet]:
-        ranked = sorted(
-            cohort, key=lambda s: (self._scored[f"{s.id}-{self._first_images}"].score, s.id)
-        )
-        return ranked[: math.ceil(self.options.promote * len(ranked))]
+        first = self._candidates([cohort], self._first_images)
+        ranked = sorted(first.values(), key=lambda c: (self._scored[c.key].score, c.subnet.id))
+        count = math.ceil(self.options.promote * len(ranked))
+        return [candidate.subnet for candidate in ranked[:count]]
 
     # -- breeding -------------------------------------------------------------------
 
@@ -271,26 +286,26 @@ class Explorer:
     def scored(self) -> list[Scored]:
         """Everything scored so far, each fidelity apart, in an order that the seed decides."""
         return sorted(
-            self._scored.values(), key=lambda s: (s.generation, s.images == 0, s.subnet.id)
+            self._scored.values(), key=lambda s: (s.generation, s.tuned, s.images == 0, s.subnet.id)
         )
 
     def _best_known(self) -> list[Scored]:
-        """One entry for each subnet: its score on the most images."""
+        """One entry for each subnet: its score of the highest fidelity."""
         return list({scored.subnet: scored for scored in self._scored.values()}.values())
 
     def _leading(self, found: Iterable[Scored], budget: Budget) -> list[Scored]:
-        """The best that keep the budget, as many as have offspring, best first; a score on all
-        images goes before others."""
+        """The best that keep the budget, as many as have offspring, best first; a higher fidelity
+        goes before others."""
         return self._fitting(found, budget)[: self.options.parents]
 
     def _fitting(self, found: Iterable[Scored], budget: Budget) -> list[Scored]:
         full = self.space.cost()
         fitting = [scored for scored in found if budget.admits(scored.cost, of=full)]
-        fitting.sort(key=lambda s: (s.images != 0, s.score, s.subnet.id))
+        fitting.sort(key=lambda s: (s.fidelity, s.score, s.subnet.id))
         return fitting
 
     def best(self, budget: Budget) -> Scored:
-        """The best candidate that keeps the budget, by its score on the most images.
+        """The best candidate that keeps the budget, by its score of the highest fidelity.
 
         Raises:
             BudgetError: none was scored that keeps it.
@@ -321,8 +336,8 @@ class Explorer:
     def front(self) -> list[Scored]:
         """Candidates that none beats in both price and score, from cheap to expensive.
 
-        The price is MACs, or what the budgets bound where none bounds MACs. Only scores on the most
-        images are compared with each other.
+        The price is MACs, or what the budgets bound where none bounds MACs. Only scores of the
+        highest fidelity are compared with each other.
         """
         by_macs = any(budget.macs is not None for budget in self.budgets)
         by_params = any(budget.params is not None for budget in self.budgets)
@@ -333,71 +348,9 @@ class Explorer:
             return scored.cost.params if by_params else cast(float, scored.cost.latency_s)
 
         found = [s for s in self._best_known() if math.isfinite(s.score)]
-        precise = [s for s in found if s.images == 0] or found
+        precise = [s for s in found if s.fidelity == min(f.fidelity for f in found)]
         front: list[Scored] = []
         for scored in sorted(precise, key=lambda s: (price(s), s.score, s.subnet.id)):
             if not front or scored.score < front[-1].score:
                 front.append(scored)
         return front
-
-
-def reference_logits(net: Supernet, images: Iterable[Tensor]) -> Tensor:
-    """The main network's logits [N, C] in eval mode, for `score`; computed once and shared.
-
-    Args:
-        net: the supernet.
-        images: batches [B, C, H, W], N images in all.
-    """
-    device = device_of(net)
-    with inspecting(net):
-        return torch.cat([net(batch.to(device)) for batch in images])
-
-
-def score(
-    net: Supernet,
-    subnet: Subnet,
-    calibration: Iterable[Tensor],
-    images: Iterable[Tensor],
-    main_logits: Tensor,
-) -> float:
-    """The distillation loss of a slice: mean KL(z_M || z_a) over the images, lower is better.
-
-    BatchNorm statistics are measured on `calibration`, the rest runs in eval mode without
-    gradients; the network is left as it was [paper; recalibration: ST].
-
-    Args:
-        net: the supernet.
-        subnet: the slice to score.
-        calibration: batches of training images [B, ...].
-        images: batches of held-out training images [B, ...], N in all.
-        main_logits: of the main network for those images in that order, [N, C].
-
-    Raises:
-        ValueError: the images are not N, or there are none.
-    """
-    stats = calibrate(net, subnet, calibration)
-    device = device_of(net)
-    count, losses = 0, []
-    with inspecting(net):
-        for batch in images:
-            student = net(batch.to(device), subnet, stats=stats).float()
-            teacher = main_logits[count : count + len(batch)].to(device).float()
-            count += len(batch)
-            if len(teacher) < len(batch):
-                break
-            losses.append(
-                F.kl_div(
-                    F.log_softmax(student, dim=1),
-                    F.log_softmax(teacher, dim=1),
-                    reduction="sum",
-                    log_target=True,
-                )
-            )
-    require(
-        0 < count == len(main_logits),
-        "the number of images",
-        count,
-        f"as many as rows of main_logits ({len(main_logits)}), at least 1",
-        "score the images that the logits were computed for",
-    )
-    return math.fsum(torch.stack(losses).tolist()) / count

@@ -55,8 +55,9 @@ def render(
         summary: the run's summary, as in summary.json.
         config: the resolved configuration.
         candidates: every subnet scored, one row for each score: columns `macs` and `score`,
-            and where present `subnet_id`, `subnet` (JSON) and `images` (the number it was
-            scored on, 0 for all). `with_space` adds what the drawing of the network needs.
+            and where present `subnet_id`, `subnet` (JSON), `images` (the number it was
+            scored on, 0 for all) and `tuned` (whether a short distillation went before).
+            `with_space` adds what the drawing of the network needs.
         curves: a folder -> a table of one row per step: `step` or `epoch`, and any metrics.
         environment: what environment.json holds.
         stages: what manifest.json says of each stage.
@@ -67,7 +68,6 @@ def render(
         StorageError: `candidates` lacks a column that is needed.
     """
     scored = _best_fidelity(candidates)
-    points = [(row["macs"], row["score"]) for row in scored]
     chosen = _chosen(scored, summary)
     templates = resources.files(__package__)
     loader = jinja2.FunctionLoader(lambda name: templates.joinpath(name).read_text("utf-8"))
@@ -83,7 +83,7 @@ def render(
         summary=summary,
         cards=[_card(budget, entry, summary) for budget, entry in summary["budgets"].items()],
         rows=networks(summary),
-        figures=_figures(summary, points, chosen, curves),
+        figures=_figures(summary, scored, chosen, curves),
         architecture=drawing(candidates, chosen),
         classes=classes(predictions),
         reference=_reference(pruned),
@@ -102,7 +102,7 @@ def render(
 def chosen_candidates(
     candidates: pa.Table, summary: Mapping[str, Any]
 ) -> dict[str, dict[str, Any]]:
-    """Budget -> the row of the candidate that was pruned to, as scored on the most images.
+    """Budget -> the row of the candidate that was pruned to, at its highest fidelity.
 
     Raises:
         StorageError: `candidates` lacks a column that is needed.
@@ -166,23 +166,25 @@ def _runtimes(
 
 
 def _best_fidelity(candidates: pa.Table) -> list[dict[str, Any]]:
-    """One row for each subnet, the score on the most images; without scores that are not finite."""
+    """One row for each subnet, its score of the highest fidelity: tuned, or else on the most
+    images; without scores that are not finite."""
     for column in ("macs", "score"):
         if column not in candidates.column_names:
             raise StorageError(
                 f"the table of candidates has the columns {', '.join(candidates.column_names)}; "
                 f"expected {column} as well; run the exploration again"
             )
-    best: dict[Any, tuple[float, dict[str, Any]]] = {}
+    best: dict[Any, tuple[tuple[bool, float], dict[str, Any]]] = {}
     for number, row in enumerate(candidates.to_pylist()):
         if row["score"] is None or not math.isfinite(row["score"]):
             continue
         subnet = row.get("subnet")
         row.setdefault("subnet_id", Subnet.from_json(subnet).id if subnet else None)
         identity = row["subnet_id"] or number
-        images = row.get("images", 0) or math.inf  # 0 stands for all of them
-        if identity not in best or images >= best[identity][0]:
-            best[identity] = (images, row)
+        # 0 stands for all images
+        fidelity = (bool(row.get("tuned")), row.get("images", 0) or math.inf)
+        if identity not in best or fidelity >= best[identity][0]:
+            best[identity] = (fidelity, row)
     return [row for _, row in best.values()]
 
 
@@ -197,14 +199,18 @@ def _front(points: plots.Points) -> list[tuple[float, float]]:
 
 def _figures(
     summary: Mapping[str, Any],
-    points: plots.Points,
+    scored: Sequence[Mapping[str, Any]],
     chosen: Mapping[str, Mapping[str, Any]],
     curves: Mapping[str, pa.Table],
 ) -> dict[str, list[Markup]]:
     stars = {budget: (row["macs"], row["score"]) for budget, row in chosen.items()}
     cost = [plots.accuracy_svg(summary)]
-    if points:
-        cost.append(plots.front_svg(points, _front(points), stars))
+    if scored:
+        points, tuned = (
+            [(row["macs"], row["score"]) for row in scored if bool(row.get("tuned")) == wanted]
+            for wanted in (False, True)
+        )
+        cost.append(plots.front_svg(points, tuned, _front(tuned or points), stars))
     training, accuracy, sparsity = [], {}, {}
     for folder, table in curves.items():
         x_label, series = _series(table)

@@ -60,25 +60,33 @@ def accuracy_svg(summary: Mapping[str, Any]) -> str:
     return _svg(figure, "Top-1 accuracy against MACs")
 
 
-def front_svg(candidates: Points, front: Points, chosen: Mapping[str, tuple[float, float]]) -> str:
+def front_svg(
+    candidates: Points, tuned: Points, front: Points, chosen: Mapping[str, tuple[float, float]]
+) -> str:
     """Every candidate's distillation loss against its MACs.
 
     Args:
-        candidates: (MACs, score) of every subnet scored, at its best fidelity.
+        candidates: (MACs, score) of every subnet that was scored as it is alone.
+        tuned: the same of those that were scored after a short distillation.
         front: those that no other one beats in both, ascending in MACs.
         chosen: budget -> (MACs, score) of the subnet that was pruned to.
     """
     with _style():
         figure, axes = _axes()
-        axes.scatter(
-            *_columns(candidates),
-            s=9,
-            color=FAINT,
-            alpha=0.6,
-            linewidths=0,
-            label=f"{len(candidates):,} candidates",
-            rasterized=len(candidates) > 3000,
-        )
+        for points, color, name in (
+            (candidates, FAINT, "candidates"),
+            (tuned, PALETTE[0], "after a short distillation"),
+        ):
+            if points:
+                axes.scatter(
+                    *_columns(points),
+                    s=9,
+                    color=color,
+                    alpha=0.6,
+                    linewidths=0,
+                    label=f"{len(points):,} {name}",
+                    rasterized=len(points) > 3000,
+                )
         axes.plot(*_columns(front), color=PALETTE[0], marker=".", label="front")
         if chosen:
             axes.scatter(
@@ -91,7 +99,7 @@ def front_svg(candidates: Points, front: Points, chosen: Mapping[str, tuple[floa
             )
         for budget, (macs, score) in chosen.items():
             axes.annotate(budget, (macs, score), (6, 6), textcoords="offset points")
-        _log_where_wide(axes, [score for _, score in candidates], ratio=5)
+        _log_where_wide(axes, [score for _, score in [*candidates, *tuned]], ratio=5)
         _macs_axis(axes)
         axes.set_ylabel("KL from the main network")
         axes.legend()

@@ -24,8 +24,7 @@ from ..artifacts import Store
 from ..config import RunConfig
 from ..elastic import Subnet, Supernet
 from ..errors import RunError
-from ..method import Candidate, Explorer, Scored, score
-from ..method.explore import reference_logits
+from ..method import Candidate, Explorer, Scored, reference_logits, score, tuned_score
 from ..tracking import Tracker
 from . import cluster, latency
 from .images import EVALUATION_BATCH, Images, SharedImages
@@ -68,18 +67,27 @@ class Scorer:
         self.net: Supernet = build_supernet(config, images.summary)
         self.net.model.load_state_dict(dict(weights))
         self.net.to(device).eval()
+        self.config = config
         count = config.explore.calibration_images
         self.calibration = list(images.calibration(config.seed, count, device))
+        self.calibration_logits = reference_logits(self.net, self.calibration)
         self.held_out = torch.cat([x for x, _ in images.batches("holdout", device)])
         if main_logits is None:
             main_logits = reference_logits(self.net, self.held_out.split(EVALUATION_BATCH))
         self.main_logits = main_logits.to(device)
 
-    def __call__(self, subnet: Subnet, images: int) -> float:
-        """The distillation loss of a slice on the first `images` held-out ones (0: all)."""
+    def __call__(self, subnet: Subnet, images: int, tuned: bool) -> float:
+        """The distillation loss of a slice on the first `images` held-out ones (0: all), as it is
+        or tuned."""
         count = images or len(self.held_out)
-        batches = self.held_out[:count].split(EVALUATION_BATCH)
-        return score(self.net, subnet, self.calibration, batches, self.main_logits[:count])
+        batches, logits = self.held_out[:count].split(EVALUATION_BATCH), self.main_logits[:count]
+        if not tuned:
+            return score(self.net, subnet, self.calibration, batches, logits)
+        return tuned_score(
+            self.net, subnet, self.calibration, self.calibration_logits, batches, logits,
+            steps=self.config.explore.tuning_steps, options=self.config.finalize.optimisation,
+            seed=self.config.seed,
+        )  # fmt: skip
 
 
 def explore(
@@ -108,7 +116,7 @@ def explore(
         if config.cluster.in_process:
             scorer = Scorer(config, images.here(), weights, torch.device("cpu"))
             while batch := search.take():
-                search.put(batch, {c.key: scorer(c.subnet, c.images) for c in batch})
+                search.put(batch, {c.key: scorer(c.subnet, c.images, c.tuned) for c in batch})
         else:
             _tune(config, search, images, weights)
     met = latency.choose(config, run, images.summary, explorer) if timed(config) else {}
@@ -214,7 +222,8 @@ class _Trial(tune.Trainable):
 
     def step(self) -> dict[str, Any]:
         scores = [
-            self._scorer(Subnet.from_json(subnet), images) for subnet, images in self._candidates
+            self._scorer(Subnet.from_json(subnet), images, tuned)
+            for subnet, images, tuned in self._candidates
         ]
         return {"scores": scores, "done": True}
 
@@ -246,7 +255,7 @@ class _Generations(Searcher):
         if not batch:
             return None  # the generation is handed out; wait for its scores
         self._batches[trial_id] = batch
-        return {"candidates": [(c.subnet.to_json(), c.images) for c in batch]}
+        return {"candidates": [(c.subnet.to_json(), c.images, c.tuned) for c in batch]}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Scores come with the last result of a trial."""
@@ -390,6 +399,7 @@ def _write(
             "subnet": scored.subnet.to_json(),
             "score": scored.score,
             "images": scored.images,
+            "tuned": scored.tuned,
             "generation": scored.generation,
             "macs": scored.cost.macs,
             "params": scored.cost.params,

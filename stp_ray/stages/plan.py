@@ -15,6 +15,7 @@ from ..data import DataSummary
 from ..elastic import Budget, SearchSpace, Subnet, Supernet
 from ..elastic.latency import NEAR, NETWORKS
 from ..method import Optimisation, ladder, sampler
+from ..method.scoring import TUNING_BATCH
 from ..method.training import Draw
 from ..timing import PAIRS
 from .finalize import control_options
@@ -121,9 +122,11 @@ def _work(
     yield "supernet", workers, training(options, full + _drawn(draw, net))
     targets = {label: space.uniform_within(budget) for label, budget in budgets.items()}
     search = config.explore
-    looked_at = search.calibration_images + (search.scoring_images or summary.holdout_rows)
+    looked_at: float = search.calibration_images + search.scoring_images
     mean = sum(net.cost(target).macs for target in targets.values()) / len(targets)
     scorers = config.cluster.explore_workers or workers
+    tuning = search.tuning_steps * TUNING_BATCH * (1 + _BACKWARD)
+    looked_at += search.promote * (tuning + search.calibration_images + summary.holdout_rows)
     yield "explore", scorers, search.generations * search.population * looked_at * mean
     expansion, finalize = config.finalize.expansion, config.finalize
     for label, target in targets.items():

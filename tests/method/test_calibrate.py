@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from stp_ray.method import calibrate, reference_logits, relative_sparsity, score
+from stp_ray.method import calibrate, relative_sparsity
 
 from .networks import images_and_labels, supernet
 
@@ -31,17 +31,18 @@ def test_statistics_are_those_of_the_extracted_network():
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_calibration_and_scoring_leave_the_network_as_it_was(training):
+def test_calibration_leaves_the_network_as_it_was(training):
     net = supernet(dropout=0.5).train(training)
     net.model.get_submodule("dropout").train(not training)
     modes = {name: m.training for name, m in net.named_modules()}
     before = {name: t.clone() for name, t in net.state_dict().items()}
     images, _ = images_and_labels(16)
     subnet = net.space.uniform(0.5)
-    main = reference_logits(net, images.split(8))
-    first = score(net, subnet, images.split(8), images.split(4), main)
+    first = calibrate(net, subnet, images.split(8))
     torch.manual_seed(1)
-    assert score(net, subnet, images.split(8), images.split(4), main) == first  # no dropout
+    again = calibrate(net, subnet, images.split(8))  # no dropout
+    for name, stats in first.items():
+        assert all(torch.equal(stats[key], again[name][key]) for key in stats)
     assert {name: m.training for name, m in net.named_modules()} == modes
     for name, tensor in net.state_dict().items():
         assert torch.equal(tensor, before[name]), name
@@ -62,26 +63,6 @@ def test_nothing_to_calibrate():
     assert calibrate(net, net.space.full, images_and_labels(4)[0].split(2)) == {}
     with pytest.raises(ValueError, match="calibration batches is 0; expected at least 1"):
         calibrate(supernet(), supernet().space.full, [])
-
-
-def test_score_is_zero_for_the_main_network_and_does_not_depend_on_batching():
-    net = supernet()
-    images, _ = images_and_labels(24)
-    bare = supernet(norm=False)
-    assert score(bare, bare.space.full, [images], [images], reference_logits(bare, [images])) == 0
-    main = reference_logits(net, [images])
-    subnet = net.space.uniform(0.25)
-    whole = score(net, subnet, [images], [images], main)
-    assert whole > 0
-    assert score(net, subnet, [images], images.split(7), main) == pytest.approx(whole, rel=1e-5)
-
-
-@pytest.mark.parametrize("rows", [0, 16, 32])
-def test_score_wants_the_logits_of_its_images(rows):
-    net = supernet()
-    images, _ = images_and_labels(24)
-    with pytest.raises(ValueError, match=r"number of images is .*; expected as many as rows"):
-        score(net, net.space.full, [images], images.split(8), torch.zeros(rows, 3))
 
 
 def test_relative_sparsity_compares_channels_inside_and_outside():

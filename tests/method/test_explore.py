@@ -3,6 +3,8 @@ import os
 import random
 import subprocess
 import sys
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -149,11 +151,38 @@ def test_a_score_on_all_images_goes_before_a_luckier_one_on_few():
     assert all(s.images == 0 for s in explorer.front())
 
 
-def test_few_held_out_images_are_scored_once():
+@pytest.mark.parametrize("steps", [0, 5])
+def test_few_held_out_images_are_scored_once_but_for_tuning(steps):
     space = make_space([16, 16], [])
-    explorer = Explorer(space, [Budget(macs=0.5)], SMALL, 0, held_out=16)
-    search(explorer)
+    options = replace(SMALL, tuning_steps=steps)
+    explorer = search(Explorer(space, [Budget(macs=0.5)], options, 0, held_out=16))
     assert {s.images for s in explorer.scored} == {0}
+    times = Counter(s.subnet for s in explorer.scored)
+    assert max(times.values()) == (2 if steps else 1)
+    assert {s.tuned for s in explorer.scored} == ({False, True} if steps else {False})
+
+
+def test_what_is_promoted_is_tuned_and_goes_before_the_rest():
+    space = make_space([24, 24], [24])
+    budget = Budget(macs=0.5)
+    explorer = search(
+        Explorer(space, [budget], SMALL, 2), lambda c: made_up(c) + (10 if c.tuned else 0)
+    )
+    best = explorer.best(budget)
+    assert best.tuned and best.images == 0
+    ranked = [s.tuned for s in explorer.ranked(budget)]
+    assert ranked == sorted(ranked, reverse=True) and set(ranked) == {True, False}
+    assert all(s.tuned for s in explorer.front())
+    promoted = [s for s in explorer.scored if s.tuned]
+    assert len(promoted) == SMALL.generations * SMALL.population * SMALL.promote
+
+
+def test_without_tuning_what_is_promoted_is_scored_as_it_is():
+    space = make_space([24, 24], [24])
+    options = replace(SMALL, tuning_steps=0)
+    explorer = search(Explorer(space, [Budget(macs=0.5)], options, 2))
+    assert not any(s.tuned for s in explorer.scored)
+    assert all(s.images == 0 for s in explorer.front())
 
 
 def test_a_tiny_space_is_exhausted_without_repeating():

@@ -31,6 +31,7 @@ TINY: dict[str, Any] = {
         "parents": 4,
         "calibration_images": 32,
         "scoring_images": 16,
+        "tuning_steps": 3,
         "batch_of_candidates": 2,
     },
     "finalize": {"optimisation": {**_OPTIMISATION, "epochs": 3}, "calibration_images": 64},

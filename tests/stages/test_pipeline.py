@@ -461,6 +461,11 @@ class Silent:
         pass
 
 
+def key(subnet_id, images, tuned):
+    """What no two scores have in common."""
+    return f"{subnet_id}-{images or 'all'}{'-tuned' if tuned else ''}"
+
+
 @pytest.fixture
 def asked(monkeypatch):
     """Keys of the candidates that were scored in this process, in order; None in it stops."""
@@ -468,11 +473,11 @@ def asked(monkeypatch):
     score = exploring.Scorer.__call__
     stop_at: list[int] = []
 
-    def counted(self, subnet, images):
+    def counted(self, subnet, images, tuned):
         if stop_at and len(seen) == stop_at[0]:
             raise KeyboardInterrupt
-        seen.append(f"{subnet.id}-{images or 'all'}")
-        return score(self, subnet, images)
+        seen.append(key(subnet.id, images, tuned))
+        return score(self, subnet, images, tuned)
 
     monkeypatch.setattr(exploring.Scorer, "__call__", counted)
     return seen, stop_at
@@ -483,9 +488,9 @@ def test_no_candidate_is_scored_twice(finished, tmp_path, asked):
     whole = Exploration(finished, tmp_path / "whole")
     whole()
     assert len(seen) == len(set(seen)) == len(whole.outcome()[0])
-    assert set(seen) == {
-        f"{row['subnet_id']}-{row['images'] or 'all'}" for row in whole.outcome()[0]
-    }
+    rows = whole.outcome()[0]
+    assert set(seen) == {key(row["subnet_id"], row["images"], row["tuned"]) for row in rows}
+    assert any(row["tuned"] for row in rows)
     # Stopped within a generation, it goes on with what is not known, and finds the same.
     every = set(seen)
     stopped = Exploration(finished, tmp_path / "stopped")

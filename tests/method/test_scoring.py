@@ -1,0 +1,98 @@
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from stp_ray.method import Optimisation, reference_logits, score, tuned_score
+
+from .networks import images_and_labels, supernet
+
+OPTIONS = Optimisation(batch_size=128, lr=0.1)
+
+
+def tuned(net, subnet, images, *, steps=20, options=OPTIONS, seed=0):
+    """The score of a slice that has learnt from these images, on the same ones."""
+    parts = images.split(8)
+    main = reference_logits(net, parts)
+    return tuned_score(
+        net, subnet, parts, main, parts, main, steps=steps, options=options, seed=seed
+    )
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("how", ["as it is", "tuned"])
+def test_scoring_leaves_the_network_as_it_was_and_repeats_itself(training, how):
+    net = supernet(dropout=0.5).train(training)
+    net.model.get_submodule("dropout").train(not training)
+    modes = {name: m.training for name, m in net.named_modules()}
+    before = {name: t.clone() for name, t in net.state_dict().items()}
+    images, _ = images_and_labels(16)
+    subnet = net.space.uniform(0.5)
+
+    def scored():
+        if how == "tuned":
+            return tuned(net, subnet, images)
+        return score(
+            net, subnet, images.split(8), images.split(4), reference_logits(net, images.split(8))
+        )
+
+    first = scored()
+    torch.manual_seed(1)
+    assert scored() == first
+    assert {name: m.training for name, m in net.named_modules()} == modes
+    for name, tensor in net.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+    assert all(p.grad is None for p in net.parameters())
+    assert torch.is_grad_enabled()
+
+
+def test_score_is_zero_for_the_main_network_and_does_not_depend_on_batching():
+    net = supernet()
+    images, _ = images_and_labels(24)
+    bare = supernet(norm=False)
+    assert score(bare, bare.space.full, [images], [images], reference_logits(bare, [images])) == 0
+    main = reference_logits(net, [images])
+    subnet = net.space.uniform(0.25)
+    whole = score(net, subnet, [images], [images], main)
+    assert whole > 0
+    assert score(net, subnet, [images], images.split(7), main) == pytest.approx(whole, rel=1e-5)
+
+
+@pytest.mark.parametrize("rows", [0, 16, 32])
+def test_score_wants_the_logits_of_its_images(rows):
+    net = supernet()
+    images, _ = images_and_labels(24)
+    with pytest.raises(ValueError, match=r"number of images is .*; expected as many as rows"):
+        score(net, net.space.full, [images], images.split(8), torch.zeros(rows, 3))
+
+
+@pytest.mark.parametrize("share", [0.25, 0.5])
+def test_a_slice_that_has_learnt_imitates_better(share):
+    net = supernet()
+    images, _ = images_and_labels(24)
+    subnet, parts = net.space.uniform(share), images.split(8)
+    plain = score(net, subnet, parts, parts, reference_logits(net, parts))
+    few, many = (tuned(net, subnet, images, steps=steps) for steps in (5, 80))
+    assert many < few < plain
+
+
+def test_the_main_network_has_nothing_to_learn_from_itself():
+    net = supernet(norm=False)
+    images, _ = images_and_labels(24)
+    still = replace(OPTIONS, weight_decay=0.0)
+    assert tuned(net, net.space.full, images, options=still) == pytest.approx(0, abs=1e-6)
+
+
+def test_the_learning_rate_belongs_to_a_batch():
+    """A rate for twice the images is the same rate."""
+    net, (images, _) = supernet(), images_and_labels(24)
+    subnet = net.space.uniform(0.5)
+    twice = replace(OPTIONS, batch_size=256, lr=0.2)
+    assert tuned(net, subnet, images, options=twice) == tuned(net, subnet, images)
+
+
+def test_a_slice_that_diverges_has_no_score():
+    net, (images, _) = supernet(norm=False), images_and_labels(24)
+    wild = replace(OPTIONS, lr=1e12)
+    assert math.isnan(tuned(net, net.space.uniform(0.5), images, options=wild))
