@@ -6,6 +6,7 @@ from xml.etree import ElementTree
 import pyarrow as pa
 import pytest
 import yaml
+from markupsafe import Markup
 
 from stp_ray.artifacts import Store
 from stp_ray.errors import StorageError
@@ -203,6 +204,25 @@ def test_a_subnet_counts_once_with_its_best_score(candidates):
     assert len(rows) == candidates.num_rows - 1
     twice = candidates.to_pylist()[0]["subnet_id"]
     assert [row["score"] for row in rows if row["subnet_id"] == twice] == [0.123]
+
+
+@pytest.mark.parametrize("tuned", [True, False])
+def test_scores_of_tuned_candidates_are_drawn_apart_and_make_the_front(
+    summary, candidates, tuned, monkeypatch
+):
+    drawn = {}
+
+    def front_svg(points, again, front, chosen):
+        drawn.update(points=points, again=again, front=front)
+        return Markup("")
+
+    monkeypatch.setattr(page.plots, "front_svg", front_svg)
+    rows = candidates.to_pylist()
+    table = candidates if tuned else pa.Table.from_pylist(rows[:-1]).drop_columns("tuned")
+    render(summary, {}, table, {})
+    assert len(drawn["points"]) == len(rows) - 1 - tuned
+    assert drawn["again"] == ([(rows[-1]["macs"], 0.123)] if tuned else [])
+    assert (drawn["front"] == drawn["again"]) == tuned
 
 
 def test_the_front_holds_what_nothing_beats():
