@@ -274,6 +274,8 @@ class Stp:
     taught: bool = False
     """Whether the finished dense network says half of every label, in both phases: the gift that
     distillation from scratch gets."""
+    to_the_end: bool = True
+    """Whether it does so in the second phase too, where each step costs a pass of it."""
 
     def first(self, bench: Bench) -> int:
         """The epochs of stimulative training."""
@@ -298,11 +300,12 @@ class Stp:
         def price(subnet: Subnet) -> int:
             return STEP * net.space.cost(subnet).macs
 
-        fixed = STEP * (full + cost) + self.taught * bench.full_macs
+        teacher = self._teacher(bench) if self.to_the_end else None
+        fixed = STEP * (full + cost) + (teacher is not None) * bench.full_macs
         per_image = fixed + _mean(draw, price)
         rest = limit.left(_epoch(bench, per_image), epochs=first, macs=paid + searched)
         spent = bench.train(
-            objective, rest, macs=fixed, draw=draw, price=price, label=self._teacher(bench),
+            objective, rest, macs=fixed, draw=draw, price=price, label=teacher,
             lr=(self.turn, 0.0), warm=False,
             at_epoch=lambda _: sparsity.append(relative_sparsity(net, target)),
         )  # fmt: skip
@@ -457,6 +460,9 @@ OWN_SHAPE: dict[str, Any] = {
     "stp, taught, four subnets a step": replace(STP, taught=True, stimulation=FOUR),
     "stp, taught, four subnets a step, tuned scores": replace(
         STP, taught=True, stimulation=FOUR, tuning_steps=50
+    ),
+    "stp, taught at first, four subnets a step": replace(
+        STP, taught=True, to_the_end=False, stimulation=FOUR
     ),
     "stp, stratified sampler": replace(
         STP, stimulation=replace(STP.stimulation, sampler="stratified")
