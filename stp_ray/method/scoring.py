@@ -4,6 +4,7 @@ or after a short distillation."""
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import cycle, islice
 
 import torch
 from torch import Tensor
@@ -86,11 +87,11 @@ def tuned_score(
         net: the supernet.
         subnet: the slice to score.
         calibration: batches of training images [B, ...], M in all: for BatchNorm statistics and
-            then, time and again, for the steps.
+            then, 64 at a time and time and again, for the steps.
         calibration_logits: of the main network for those images in that order, [M, C].
         images: batches of held-out training images [B, ...], N in all.
         main_logits: of the main network for those, [N, C].
-        steps: steps of the optimiser, with 64 images each.
+        steps: steps of the optimiser, with 64 images each or as many as a batch has.
         options: how the pruned network will be trained: optimiser, arithmetic, and the learning
             rate, which is scaled to the batch and falls to zero.
         seed: of dropout and its kin.
@@ -102,8 +103,14 @@ def tuned_score(
         ValueError: the images are not N, or there are none.
     """
     student = net.extract(subnet, calibrate(net, subnet, calibration))
-    inputs, labels = torch.cat(list(calibration)), calibration_logits.float().softmax(dim=1)
-    size = min(TUNING_BATCH, len(inputs))
+    size = min(TUNING_BATCH, max(len(batch) for batch in calibration))
+    labels = calibration_logits.float().softmax(dim=1).split([len(batch) for batch in calibration])
+    pieces = [
+        piece
+        for batch in zip(calibration, labels, strict=True)
+        for piece in zip(*(tensor.split(size) for tensor in batch), strict=True)
+        if len(piece[0]) == size
+    ]
     options = replace(
         options, epochs=1, batch_size=size, lr=options.lr * size / options.batch_size, min_lr=0.0,
         warmup_epochs=0.0, label_smoothing=0.0, ema=None, checkpoint_every=0,
@@ -114,9 +121,7 @@ def tuned_score(
     )
 
     def batches(epoch: int, first: int) -> Iterator[tuple[Tensor, Tensor]]:
-        for step in range(first, steps):
-            rows = torch.arange(step * size, (step + 1) * size) % len(inputs)
-            yield inputs[rows.to(inputs.device)], labels[rows.to(labels.device)]
+        yield from islice(cycle(pieces), first, steps)
 
     try:
         for _ in trainer.run(batches, lambda rng, progress: ()):
