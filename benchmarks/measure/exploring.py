@@ -39,7 +39,10 @@ def settings(model: str, size: int, calibration: int, scoring: int, **explore: i
     return load_config({
         "name": "speed", "budgets": list(BUDGETS), "model": {"name": model},
         "data": {"name": "digits", "image_size": size, "holdout": scoring},
-        "explore": {"calibration_images": calibration, "scoring_images": scoring, **explore},
+        "explore": {  # slices as they are: tuning is training, which `step` measures
+            "calibration_images": calibration, "scoring_images": scoring, "tuning_steps": 0,
+            **explore,
+        },
         "tracking": {"wandb": "off", "console": False},
     })  # fmt: skip
 
