@@ -295,13 +295,13 @@ class Explorer:
 
     def _leading(self, found: Iterable[Scored], budget: Budget) -> list[Scored]:
         """The best that keep the budget, as many as have offspring, best first; a higher fidelity
-        goes before others."""
+        goes before others, but for what has no finite score."""
         return self._fitting(found, budget)[: self.options.parents]
 
     def _fitting(self, found: Iterable[Scored], budget: Budget) -> list[Scored]:
         full = self.space.cost()
         fitting = [scored for scored in found if budget.admits(scored.cost, of=full)]
-        fitting.sort(key=lambda s: (s.fidelity, s.score, s.subnet.id))
+        fitting.sort(key=lambda s: (math.isinf(s.score), s.fidelity, s.score, s.subnet.id))
         return fitting
 
     def best(self, budget: Budget) -> Scored:
@@ -348,7 +348,8 @@ class Explorer:
             return scored.cost.params if by_params else cast(float, scored.cost.latency_s)
 
         found = [s for s in self._best_known() if math.isfinite(s.score)]
-        precise = [s for s in found if s.fidelity == min(f.fidelity for f in found)]
+        highest = min((s.fidelity for s in found), default=None)
+        precise = [s for s in found if s.fidelity == highest]
         front: list[Scored] = []
         for scored in sorted(precise, key=lambda s: (price(s), s.score, s.subnet.id)):
             if not front or scored.score < front[-1].score:

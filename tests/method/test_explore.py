@@ -177,6 +177,17 @@ def test_what_is_promoted_is_tuned_and_goes_before_the_rest():
     assert len(promoted) == SMALL.generations * SMALL.population * SMALL.promote
 
 
+def test_where_all_tuning_diverges_the_others_are_left():
+    space = make_space([24, 24], [24])
+    budget = Budget(macs=0.5)
+    explorer = search(
+        Explorer(space, [budget], SMALL, 2), lambda c: float("nan") if c.tuned else made_up(c)
+    )
+    best = explorer.best(budget)
+    assert not best.tuned and best.score < float("inf")
+    assert explorer.front()
+
+
 def test_without_tuning_what_is_promoted_is_scored_as_it_is():
     space = make_space([24, 24], [24])
     options = replace(SMALL, tuning_steps=0)
