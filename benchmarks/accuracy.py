@@ -12,6 +12,7 @@ import json
 import os
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ PROTOCOLS = {
 
 
 def cells(
-    of: list[float] | tuple[float, ...], methods: list[str], accounting: list[str]
+    budgets: Sequence[float], methods: list[str], accounting: list[str]
 ) -> list[dict[str, Any]]:
     """Everything to train for these budgets and one seed, in an order in which nothing waits for
     what follows."""
@@ -67,8 +68,8 @@ def cells(
                 continue
             if count == "macs" and method.startswith("stp") and not OWN_SHAPE[method].saves:
                 continue  # STP's own expense is what equal MACs means
-            budgets = (1.0,) if method == "dense" and count == "epochs" else of
-            found += [{"method": method, "budget": b, "equal": count} for b in budgets]
+            of = (1.0,) if method == "dense" and count == "epochs" else budgets
+            found += [{"method": method, "budget": b, "equal": count} for b in of]
     return found
 
 

@@ -6,7 +6,7 @@ import copy
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import torch
@@ -374,7 +374,8 @@ class Stp:
             held = images.count("holdout")
             explorer = Explorer(space, budgets, options, bench.seed, held_out=held)
             judge = Judge(bench, net)
-            spent = (held + options.calibration_images) * bench.full_macs
+            known = held + bool(self.tuning_steps) * options.calibration_images
+            spent = known * bench.full_macs
             while candidates := explorer.ask():
                 scores = {}
                 for candidate in candidates:
@@ -404,8 +405,12 @@ class Judge:
         self._bench, self._net = bench, net
         count = bench.protocol.exploration.calibration_images
         self._calibration = list(bench.images.calibration(bench.seed, count))
-        self._known = reference_logits(net, self._calibration)
         self._logits = reference_logits(net, (x for x, _ in bench.images.plain("holdout")))
+
+    @cached_property
+    def _known(self) -> Tensor:
+        """What the main network says of the calibration images, which only tuning learns from."""
+        return reference_logits(self._net, self._calibration)
 
     def __call__(self, subnet: Subnet, images: int, steps: int) -> float:
         """The score on so many held-out images, after so many steps of distillation."""

@@ -10,6 +10,7 @@ import math
 import os
 from collections import deque
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import ray
@@ -70,11 +71,15 @@ class Scorer:
         self.config = config
         count = config.explore.calibration_images
         self.calibration = list(images.calibration(config.seed, count, device))
-        self.calibration_logits = reference_logits(self.net, self.calibration)
         self.held_out = torch.cat([x for x, _ in images.batches("holdout", device)])
         if main_logits is None:
             main_logits = reference_logits(self.net, self.held_out.split(EVALUATION_BATCH))
         self.main_logits = main_logits.to(device)
+
+    @cached_property
+    def _calibration_logits(self) -> Tensor:
+        """Of the main network, which only tuning learns from."""
+        return reference_logits(self.net, self.calibration)
 
     def __call__(self, subnet: Subnet, images: int, tuned: bool) -> float:
         """The distillation loss of a slice on the first `images` held-out ones (0: all), as it is
@@ -84,7 +89,7 @@ class Scorer:
         if not tuned:
             return score(self.net, subnet, self.calibration, batches, logits)
         return tuned_score(
-            self.net, subnet, self.calibration, self.calibration_logits, batches, logits,
+            self.net, subnet, self.calibration, self._calibration_logits, batches, logits,
             steps=self.config.explore.tuning_steps, options=self.config.finalize.optimisation,
             seed=self.config.seed,
         )  # fmt: skip

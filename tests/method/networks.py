@@ -1,6 +1,7 @@
 """Small networks to train in tests, and batches for them."""
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +44,19 @@ class Residual(nn.Module):
 def supernet(dropout: float = 0.0, norm: bool = True, seed: int = 0) -> Supernet:
     torch.manual_seed(seed)
     return Supernet.trace(Residual(dropout, norm), torch.zeros(2, 3, 8, 8), divisor=1)
+
+
+@contextmanager
+def left_as_it_was(net: Supernet) -> Iterator[None]:
+    """Modes, weights and buffers are the same afterwards, to the bit, and there is no gradient."""
+    modes = {name: m.training for name, m in net.named_modules()}
+    before = {name: t.clone() for name, t in net.state_dict().items()}
+    yield
+    assert {name: m.training for name, m in net.named_modules()} == modes
+    for name, tensor in net.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+    assert all(p.grad is None for p in net.parameters())
+    assert torch.is_grad_enabled()
 
 
 def images_and_labels(count: int, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ from stp_ray.data import describe, eval_batches, load
 from stp_ray.elastic import Budget, Subnet
 from stp_ray.errors import RunError
 from stp_ray.lease import held
-from stp_ray.method import Teacher, evaluate, training
+from stp_ray.method import Candidate, Teacher, evaluate, training
 from stp_ray.stages import explore as exploring
 from stp_ray.stages import jobs, pipeline
 from stp_ray.stages.images import share
@@ -461,11 +461,6 @@ class Silent:
         pass
 
 
-def key(subnet_id, images, tuned):
-    """What no two scores have in common."""
-    return f"{subnet_id}-{images or 'all'}{'-tuned' if tuned else ''}"
-
-
 @pytest.fixture
 def asked(monkeypatch):
     """Keys of the candidates that were scored in this process, in order; None in it stops."""
@@ -476,7 +471,7 @@ def asked(monkeypatch):
     def counted(self, subnet, images, tuned):
         if stop_at and len(seen) == stop_at[0]:
             raise KeyboardInterrupt
-        seen.append(key(subnet.id, images, tuned))
+        seen.append(Candidate(subnet, images, 0, 0, tuned).key)
         return score(self, subnet, images, tuned)
 
     monkeypatch.setattr(exploring.Scorer, "__call__", counted)
@@ -489,7 +484,10 @@ def test_no_candidate_is_scored_twice(finished, tmp_path, asked):
     whole()
     assert len(seen) == len(set(seen)) == len(whole.outcome()[0])
     rows = whole.outcome()[0]
-    assert set(seen) == {key(row["subnet_id"], row["images"], row["tuned"]) for row in rows}
+    assert set(seen) == {
+        Candidate(Subnet.from_json(row["subnet"]), row["images"], 0, 0, row["tuned"]).key
+        for row in rows
+    }
     assert any(row["tuned"] for row in rows)
     # Stopped within a generation, it goes on with what is not known, and finds the same.
     every = set(seen)
