@@ -1,6 +1,7 @@
 """STP against everything else at equal cost: equal epochs, and equal MACs of training.
 
     python benchmarks/accuracy.py cifar10_resnet20_cpu --data FOLDER
+    python benchmarks/accuracy.py cifar10_resnet56 --data FOLDER --jobs 16
     python benchmarks/accuracy.py --smoke
 
 Each trained network is one line of `benchmarks/results/accuracy/PROTOCOL.jsonl`; what is there
@@ -9,10 +10,13 @@ already is not trained again. `benchmarks/results.py render` makes the tables.
 
 import argparse
 import json
+import multiprocessing
 import os
 import tempfile
 import time
+import traceback
 from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,9 +46,11 @@ PROTOCOLS = {
             generations=6, population=32, parents=16, calibration_images=512, scoring_images=256
         ),
     ),
+    # widths in multiples of 8, as its matrix units want them; batches that fill a large GPU
     "cifar10_resnet56": Protocol(
-        model="resnet56", data=CIFAR10, epochs=100, lr=0.2, precision="bf16", warmup_epochs=5,
-        budgets=(0.5, 0.3, 0.15, 0.05),
+        model="resnet56", divisor=8, data=replace(CIFAR10, holdout=2000), epochs=24,
+        batch_size=512, lr=0.4, warmup_epochs=2, precision="bf16", also=(0.5, 0.3),
+        exploration=Exploration(generations=10),
     ),
     "smoke": Protocol(
         model="resnet20", data=DataOptions(name="digits", holdout=64, limit=320), epochs=4,
@@ -59,13 +65,10 @@ PROTOCOLS = {
 def cells(
     budgets: Sequence[float], methods: list[str], accounting: list[str]
 ) -> list[dict[str, Any]]:
-    """Everything to train for these budgets and one seed, in an order in which nothing waits for
-    what follows."""
+    """Everything to train for these budgets and one seed, in the order of the methods."""
     found = []
     for count in accounting:
-        for method in [*OWN_SHAPE, *GIVEN_SHAPE]:
-            if method not in methods:
-                continue
+        for method in methods:
             if count == "macs" and method.startswith("stp") and not OWN_SHAPE[method].saves:
                 continue  # STP's own expense is what equal MACs means
             of = (1.0,) if method == "dense" and count == "epochs" else budgets
@@ -73,17 +76,18 @@ def cells(
     return found
 
 
+def needs(cell: dict[str, Any]) -> list[str]:
+    """The methods whose line at the same budget a cell reads."""
+    finder = [GIVEN_SHAPE[cell["method"]][1]] if cell["method"] in GIVEN_SHAPE else []
+    return finder + ["stp"] * (cell["equal"] == "macs")
+
+
 def train(bench: Bench, cell: dict[str, Any], done: list[dict[str, Any]]) -> dict[str, Any]:
     """One line of the results: the cell, and what came out of it."""
     protocol, method, budget = bench.protocol, cell["method"], cell["budget"]
 
     def line_of(other: str) -> dict[str, Any]:
-        for line in done:
-            if line["method"] == other and line["budget"] == budget:
-                return line
-        raise SystemExit(
-            f"seed {bench.seed}: {method} at {budget} needs the line of {other}; add it first"
-        )
+        return next(line for line in done if (line["method"], line["budget"]) == (other, budget))
 
     macs = line_of("stp")["training_macs"] if cell["equal"] == "macs" else None
     limit = Limit(protocol.epochs, macs)
@@ -139,6 +143,98 @@ def is_there(cell: dict[str, Any], lines: list[dict[str, Any]]) -> bool:
     return any(all(line[key] == cell[key] for key in cell) for line in lines)
 
 
+class Worker:
+    """Trains cells on images that it reads once."""
+
+    def __init__(self, protocol: Protocol, work: Path) -> None:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._protocol, self._work = protocol, work
+        self._images, self._around = Images(protocol.data, device), surroundings(device)
+
+    def __call__(
+        self, seed: int, cell: dict[str, Any], done: list[dict[str, Any]]
+    ) -> dict[str, Any]:
+        bench = Bench(self._protocol, self._images, seed, self._work)
+        return {**train(bench, cell, done), **self._around}
+
+
+def _prepare(protocol: Protocol, work: Path) -> None:
+    """Make the worker of this process."""
+    global _worker
+    _worker = Worker(protocol, work)
+
+
+def _train(*arguments: Any) -> dict[str, Any]:
+    return _worker(*arguments)
+
+
+class Table:
+    """The file of results, and what it still lacks."""
+
+    def __init__(self, path: Path, wanted: list[tuple[int, dict[str, Any]]]) -> None:
+        self._path = path
+        lines = read(path)
+        self.wanted = [
+            (seed, cell) for seed, cell in wanted if not is_there({**cell, "seed": seed}, lines)
+        ]
+
+    def of(self, seed: int) -> list[dict[str, Any]]:
+        """The lines of a seed."""
+        return [line for line in read(self._path) if line["seed"] == seed]
+
+    def lacks(self, seed: int, cell: dict[str, Any]) -> list[str]:
+        """The methods that have to be there before the cell can be trained."""
+        there = {line["method"] for line in self.of(seed) if line["budget"] == cell["budget"]}
+        return [method for method in needs(cell) if method not in there]
+
+    def add(self, line: dict[str, Any]) -> None:
+        with self._path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        print(
+            f"seed {line['seed']}  {line['method']:30} {line['budget']:<5} "
+            f"equal {line['equal']:6} top-1 {line['top1']:6.2f}  {line['epochs']:4} epochs  "
+            f"{line['training_macs'] / 1e9:9.1f} GMACs  {line['seconds']:7.1f} s",
+            flush=True,
+        )
+
+
+def one_by_one(table: Table, protocol: Protocol, work: Path) -> None:
+    """Fill the table in this process."""
+    worker = Worker(protocol, work)
+    for seed, cell in table.wanted:
+        if lacking := table.lacks(seed, cell):
+            raise SystemExit(
+                f"seed {seed}: {cell['method']} at {cell['budget']} needs the line of "
+                f"{lacking[0]}; add it first"
+            )
+        table.add(worker(seed, cell, table.of(seed)))
+
+
+def side_by_side(table: Table, protocol: Protocol, work: Path, jobs: int) -> None:
+    """Fill the table in so many processes; one cell that fails keeps none of the others back."""
+    waiting, failed = list(table.wanted), 0
+    with ProcessPoolExecutor(
+        jobs, multiprocessing.get_context("spawn"), _prepare, (protocol, work)
+    ) as pool:
+        running: set[Future[dict[str, Any]]] = set()
+        while True:
+            ready = [unit for unit in waiting if not table.lacks(*unit)]
+            for seed, cell in ready[: jobs - len(running)]:
+                running.add(pool.submit(_train, seed, cell, table.of(seed)))
+                waiting.remove((seed, cell))
+            if not running:
+                break
+            finished, running = wait(running, return_when=FIRST_COMPLETED)
+            for future in finished:
+                try:
+                    table.add(future.result())
+                except Exception:
+                    failed += 1
+                    traceback.print_exc()
+    if failed or waiting:
+        raise SystemExit(f"{failed} failed, and {len(waiting)} need lines that are not there")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("protocol", nargs="?", choices=[p for p in PROTOCOLS if p != "smoke"])
@@ -159,6 +255,10 @@ def main() -> None:
         help="where weights are kept that several methods need; default: a temporary folder",
     )
     parser.add_argument("--out", type=Path, help="the file of results")
+    parser.add_argument(
+        "--jobs", type=int, default=1,
+        help="networks trained side by side, each in a process of its own, on the same device",
+    )  # fmt: skip
     parser.add_argument("--smoke", action="store_true", help="every method for a few steps")
     chosen = parser.parse_args()
     if chosen.smoke == (chosen.protocol is not None):
@@ -174,23 +274,13 @@ def main() -> None:
             Path(scratch) / "smoke.jsonl" if chosen.smoke else KEPT / f"{chosen.protocol}.jsonl"
         )
         out.parent.mkdir(parents=True, exist_ok=True)
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        images, around = Images(protocol.data, device), surroundings(device)
-        for seed in chosen.seed or protocol.seeds:
-            bench = Bench(protocol, images, seed, work)
-            for cell in cells(budgets, methods, chosen.equal):
-                done = [d for d in read(out) if d["seed"] == seed]
-                if is_there(cell, done):
-                    continue
-                line = {**train(bench, cell, done), **around}
-                with out.open("a") as file:
-                    file.write(json.dumps(line) + "\n")
-                print(
-                    f"seed {seed}  {cell['method']:30} {cell['budget']:<5} equal {cell['equal']:6} "
-                    f"top-1 {line['top1']:6.2f}  {line['epochs']:4} epochs  "
-                    f"{line['training_macs'] / 1e9:9.1f} GMACs  {line['seconds']:7.1f} s",
-                    flush=True,
-                )
+        seeds = chosen.seed or protocol.seeds
+        wanted = [(seed, cell) for seed in seeds for cell in cells(budgets, methods, chosen.equal)]
+        if chosen.jobs == 1:
+            one_by_one(Table(out, wanted), protocol, work)
+        else:  # what each seed needs first, first
+            wanted.sort(key=lambda unit: cells(budgets, methods, chosen.equal).index(unit[1]))
+            side_by_side(Table(out, wanted), protocol, work, chosen.jobs)
 
 
 def read(path: Path) -> list[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """The bench that every method of `accuracy.py` is trained on: the same images, batches, optimiser
 and arithmetic, and one count of what training costs. Needs neither Ray nor pydantic."""
 
+import fcntl
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -38,6 +39,8 @@ class Protocol:
     """What all methods share."""
 
     model: str
+    divisor: int | None = None
+    """Widths are multiples of it; None for what the tracer chooses."""
     data: DataOptions
     epochs: int
     """Passes over the images that each method has under equal epochs."""
@@ -126,7 +129,8 @@ class Bench:
 
     def supernet(self) -> Supernet:
         """The same, traced."""
-        return self.ready(Supernet.trace(self.fresh(), self.example))
+        net = Supernet.trace(self.fresh(), self.example, divisor=self.protocol.divisor)
+        return self.ready(net)
 
     def ready(self, module: nn.Module) -> Any:
         """On the device, in its layout."""
@@ -202,13 +206,16 @@ class Bench:
         return evaluate(forward, self.images.plain("test"))["top1"]
 
     def kept(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Tensors and numbers that were made before, or are made and kept now."""
+        """Tensors and numbers that were made before, or are made and kept now. Of several processes
+        that want the same, one makes it and the others wait."""
         path = self.work / f"seed{self.seed}-{name}.pt"
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            part = path.with_suffix(".part")
-            torch.save(make(), part)
-            part.rename(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with Path(f"{path}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not path.exists():
+                part = Path(f"{path}.part")
+                torch.save(make(), part)
+                part.rename(path)
         return torch.load(path, map_location=self.images.device, weights_only=True)
 
 

@@ -443,6 +443,7 @@ def sparsity_of(net: Supernet, weights: dict[str, Tensor], target: Subnet) -> di
 STP = Stp()
 DIRECT = replace(STP.expansion, rungs=0)
 FOUR = replace(STP.stimulation, subnets=4)
+BEST = replace(STP, taught=True, stimulation=FOUR)
 
 #: Methods with a shape of their own: (bench, budget, limit) -> `Trained`.
 OWN_SHAPE: dict[str, Any] = {
@@ -462,13 +463,12 @@ OWN_SHAPE: dict[str, Any] = {
     "stp, two rungs": replace(STP, expansion=replace(STP.expansion, rungs=2)),
     "stp, two subnets a step": replace(STP, stimulation=replace(STP.stimulation, subnets=2)),
     "stp, four subnets a step": replace(STP, stimulation=FOUR),
-    "stp, taught, four subnets a step": replace(STP, taught=True, stimulation=FOUR),
-    "stp, taught, four subnets a step, tuned scores": replace(
-        STP, taught=True, stimulation=FOUR, tuning_steps=50
-    ),
-    "stp, taught at first, four subnets a step": replace(
-        STP, taught=True, to_the_end=False, stimulation=FOUR
-    ),
+    "stp, taught, four subnets a step": BEST,
+    "stp, taught, four subnets a step, tuned scores": replace(BEST, tuning_steps=50),
+    "stp, taught at first, four subnets a step": replace(BEST, to_the_end=False),
+    "stp, taught, four subnets a step, uniform widths": replace(BEST, target="uniform"),
+    "stp, taught, four subnets a step, random subnet": replace(BEST, target="random"),
+    "stp, taught, four subnets a step, no expansion": replace(BEST, expansion=DIRECT),
     "stp, stratified sampler": replace(
         STP, stimulation=replace(STP.stimulation, sampler="stratified")
     ),
@@ -482,6 +482,7 @@ OWN_SHAPE: dict[str, Any] = {
 GIVEN_SHAPE: dict[str, tuple[Callable[[Bench, Subnet, Limit], Trained], str]] = {
     "scratch": (scratch, "stp"),
     "scratch + distillation": (scratch_distilled, "stp"),
+    "scratch, shape of four": (scratch, "stp, taught, four subnets a step"),
     "scratch + distillation, shape of four": (
         scratch_distilled, "stp, taught, four subnets a step"
     ),
