@@ -77,24 +77,24 @@ def cells(
 
 
 def needs(cell: dict[str, Any]) -> list[str]:
-    """The methods whose line at the same budget a cell reads."""
-    finder = [GIVEN_SHAPE[cell["method"]][1]] if cell["method"] in GIVEN_SHAPE else []
-    return finder + ["stp"] * (cell["equal"] == "macs")
+    """The methods whose line at the same budget a cell cannot do without."""
+    return ["stp"] if cell["equal"] == "macs" else []
 
 
 def train(bench: Bench, cell: dict[str, Any], done: list[dict[str, Any]]) -> dict[str, Any]:
     """One line of the results: the cell, and what came out of it."""
     protocol, method, budget = bench.protocol, cell["method"], cell["budget"]
-
-    def line_of(other: str) -> dict[str, Any]:
-        return next(line for line in done if (line["method"], line["budget"]) == (other, budget))
-
-    macs = line_of("stp")["training_macs"] if cell["equal"] == "macs" else None
+    lines = {line["method"]: line for line in done if line["budget"] == budget}
+    macs = lines["stp"]["training_macs"] if cell["equal"] == "macs" else None
     limit = Limit(protocol.epochs, macs)
     started = time.perf_counter()
     if method in GIVEN_SHAPE:
         make, finder = GIVEN_SHAPE[method]
-        trained = make(bench, Subnet.from_json(line_of(finder)["subnet"]), limit)
+        if finder in lines:
+            shape = Subnet.from_json(lines[finder]["subnet"])
+        else:
+            shape = OWN_SHAPE[finder].found(bench, budget)
+        trained = make(bench, shape, limit)
     else:
         trained = OWN_SHAPE[method](bench, budget, limit)
     return {

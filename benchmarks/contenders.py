@@ -320,6 +320,10 @@ class Stp:
             {"main_top1": main, "sparsity": sparsity},
         )  # fmt: skip
 
+    def found(self, bench: Bench, budget: float) -> Subnet:
+        """The shape that is pruned to."""
+        return self.shape(bench, self.stimulated(bench)[0], budget)[0]
+
     def stimulated(self, bench: Bench) -> tuple[Supernet, int, list[dict[str, Tensor]]]:
         """The supernet after its training, the price, and its weights after each epoch."""
         net, epochs = bench.supernet(), self.first(bench)
