@@ -271,6 +271,8 @@ class Stp:
     expansion: Expansion = field(default_factory=Expansion)
     turn: float = 0.5
     """The learning rate between the phases, as a share of the protocol's: one fall over both."""
+    warm_turn: bool = False
+    """Whether the second phase, whose losses weigh more on the slice, starts with a warm-up."""
     taught: bool = False
     """Whether the finished dense network says half of every label, in both phases: the gift that
     distillation from scratch gets."""
@@ -306,7 +308,7 @@ class Stp:
         rest = limit.left(_epoch(bench, per_image), epochs=first, macs=paid + searched)
         spent = bench.train(
             objective, rest, macs=fixed, draw=draw, price=price, label=teacher,
-            lr=(self.turn, 0.0), warm=False,
+            lr=(self.turn, 0.0), warm=self.warm_turn,
             at_epoch=lambda _: sparsity.append(relative_sparsity(net, target)),
         )  # fmt: skip
         count = bench.protocol.calibration_images
@@ -470,6 +472,7 @@ OWN_SHAPE: dict[str, Any] = {
     "stp, taught, four subnets a step": BEST,
     "stp, taught, four subnets a step, tuned scores": replace(BEST, tuning_steps=50),
     "stp, taught at first, four subnets a step": replace(BEST, to_the_end=False),
+    "stp, taught, four subnets a step, warm turn": replace(BEST, warm_turn=True),
     "stp, taught, four subnets a step, uniform widths": replace(BEST, target="uniform"),
     "stp, taught, four subnets a step, random subnet": replace(BEST, target="random"),
     "stp, taught, four subnets a step, no expansion": replace(BEST, expansion=DIRECT),
