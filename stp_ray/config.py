@@ -119,6 +119,11 @@ class ModelOptions(_Section):
     null: they stay as they are. Random weights have no order."""
 
 
+#: What is trained: the dense network alone, the supernet, the ladder towards a target, or the
+#: target's shape from scratch.
+Training = Literal["baseline", "supernet", "finalize", "control"]
+
+
 class SpaceOptions(_Section):
     """Which widths are admissible."""
 
@@ -148,6 +153,9 @@ class FinalizeOptions(_Section):
     """How the shared weights are trained on."""
     expansion: Expansion = Field(default_factory=Expansion)
     """How the expanded subnets between the target and the main network are drawn."""
+    taught: bool = True
+    """Whether the baseline says its part of the labels (`teacher_weight`) in this stage too, for a
+    forward pass of it in each step; its control is taught in any case [ours]."""
     num_workers: int = Field(default=1, ge=1)
     """Data-parallel workers of each budget's training."""
     calibration_images: int = Field(default=2048, ge=1)
@@ -239,8 +247,8 @@ class RunConfig(_Section):
     baseline: Optimisation | None = None
     """Train the dense network alone, to compare with; null: not trained."""
     teacher_weight: float = Field(default=0.0, ge=0, le=1)
-    """The part of every label that the trained baseline says in supernet and finalize, and in
-    finalize's control [ours]; 0: the labels are those of the data."""
+    """The part of every label that the trained baseline says in supernet, in finalize with
+    `finalize.taught`, and in finalize's control [ours]; 0: the labels are those of the data."""
     supernet: SupernetOptions = Field(default_factory=SupernetOptions)
     """Stage 1: stimulative training."""
     explore: Exploration = Field(default_factory=Exploration)
@@ -253,6 +261,11 @@ class RunConfig(_Section):
     """Where metrics go."""
     export: ExportOptions = Field(default_factory=ExportOptions)
     """Formats of the pruned networks."""
+
+    def teacher_weight_in(self, training: Training) -> float:
+        """The part of every label that the baseline says in one of the trainings."""
+        untaught = training == "baseline" or (training == "finalize" and not self.finalize.taught)
+        return 0.0 if untaught else self.teacher_weight
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:

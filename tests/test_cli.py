@@ -415,6 +415,9 @@ def test_a_plan_follows_the_work_and_what_is_done(tmp_path, monkeypatch):
     # 12 epochs of the teacher's forward passes, a sixth of the baseline's 24 with theirs and back
     more_h = taught["supernet"].device_hours - first["supernet"].device_hours
     assert more_h == pytest.approx(expected / 6)
+    at_first, _ = steps("teacher_weight=0.5", "finalize.taught=false")
+    assert at_first["supernet"] == taught["supernet"]
+    assert at_first["finalize/0.5"] == first["finalize/0.5"]
     control, _ = steps("finalize.control=true")
     assert control["finalize/0.5"].device_hours > first["finalize/0.5"].device_hours
 

@@ -9,14 +9,14 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..artifacts import Checkpoints, Store
-from ..config import RunConfig
+from ..config import RunConfig, Training
 from ..data import steps_per_epoch
 from ..data.split import derive_seed
 from ..elastic import Subnet, Supernet
@@ -58,8 +58,7 @@ class Job:
 
     Args:
         stage: name of the stage in manifest and tracking, such as "finalize/0.15".
-        kind: what is trained: the dense network alone, the supernet, the ladder towards a
-            target, or the target's shape from scratch.
+        kind: what is trained.
         folder: where in the run's folder it writes.
         run_uri: the run's folder.
         config: the whole configuration.
@@ -68,7 +67,7 @@ class Job:
     """
 
     stage: str
-    kind: Literal["baseline", "supernet", "finalize", "control"]
+    kind: Training
     folder: str
     run_uri: str
     config: RunConfig
@@ -223,8 +222,8 @@ def _objective(job: Job, net: Supernet) -> tuple[nn.Module, Draw]:
 
 def _teacher(job: Job, net: Supernet, device: torch.device) -> Teacher | None:
     """The trained baseline, where it has a say in the labels."""
-    weight = job.config.teacher_weight
-    if not weight or job.kind == "baseline":
+    weight = job.config.teacher_weight_in(job.kind)
+    if not weight:
         return None
     dense = copy.deepcopy(net.model)
     dense.load_state_dict(job.run.child("baseline").load_tensors(WEIGHTS))

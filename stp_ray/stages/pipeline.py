@@ -13,7 +13,7 @@ import torch
 
 from .. import export
 from ..artifacts import Manifest, Record, Store
-from ..config import RunConfig, dump_config, load_config, run_id
+from ..config import RunConfig, Training, dump_config, load_config, run_id
 from ..data import DataSummary, describe, steps_per_epoch
 from ..elastic import Supernet
 from ..lease import held
@@ -174,7 +174,7 @@ class _Pipeline:
 
     # -- stages ---------------------------------------------------------------------
 
-    def _training(self, kind: Any, options: Optimisation) -> None:
+    def _training(self, kind: Training, options: Optimisation) -> None:
         job = Job(
             stage=kind, kind=kind, folder=kind, run_uri=self.store.uri, config=self.config,
             options=options,
@@ -186,8 +186,7 @@ class _Pipeline:
             outputs = {f"{kind}/{name}": digest for name, digest in result["outputs"].items()}
             return outputs, {**result["metrics"], "macs": self.net.cost().macs}
 
-        teacher = () if kind == "baseline" else self._teacher
-        inputs = {"data": self.config.data.name, **self._inputs(*teacher)}
+        inputs = {"data": self.config.data.name, **self._inputs(*self._teacher(kind))}
         self._stage(kind, inputs, work, self._scale(options), workers)
 
     def _tabulate(self) -> None:
@@ -233,7 +232,7 @@ class _Pipeline:
             return
         for label in missing:
             self._forget(f"finalize/{label}", folder(label))
-        kinds = {"finalize": self.config.finalize.optimisation}
+        kinds: dict[Training, Optimisation] = {"finalize": self.config.finalize.optimisation}
         if self.config.finalize.control:
             kinds["control"] = control_options(self.config)
         started = time.monotonic()
@@ -257,7 +256,7 @@ class _Pipeline:
                 seconds = time.monotonic() - started
                 self.manifest.finish(
                     f"finalize/{label}",
-                    inputs=self._inputs("supernet", "explore", *self._teacher),
+                    inputs=self._inputs("supernet", "explore", *self._teacher(*kinds)),
                     outputs={
                         f"{home}/{PRUNED}": self.store.checksum(f"{home}/{PRUNED}"),
                         **{f"{home}/{name}": d for name, d in pruned["outputs"].items()},
@@ -428,10 +427,10 @@ class _Pipeline:
         done: dict[str, Record] = self.manifest.stages()
         return {stage: done[stage]["outputs"] for stage in stages if stage in done}
 
-    @property
-    def _teacher(self) -> tuple[str, ...]:
-        """The stage whose network has a say in the labels of those after it."""
-        return ("baseline",) if self.config.teacher_weight else ()
+    def _teacher(self, *trainings: Training) -> tuple[str, ...]:
+        """The stage whose network has a say in the labels of one of the trainings, if any."""
+        taught = any(self.config.teacher_weight_in(training) for training in trainings)
+        return ("baseline",) if taught else ()
 
     def _link_latest(self) -> None:
         """On local storage `latest` points to the run that finished last."""

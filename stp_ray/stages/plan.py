@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from ..artifacts import Manifest, Store
-from ..config import RunConfig, run_id
+from ..config import RunConfig, Training, run_id
 from ..data import DataSummary
 from ..elastic import Budget, SearchSpace, Subnet, Supernet
 from ..elastic.latency import NEAR, NETWORKS
@@ -107,19 +107,19 @@ def _work(
     workers, images = config.cluster.num_workers, summary.train_rows
     full, space = net.cost().macs, net.space
 
-    def training(options: Optimisation, macs_of_an_image: float, taught: bool = True) -> float:
+    def training(kind: Training, options: Optimisation, macs_of_an_image: float) -> float:
         once = (1 + _BACKWARD) * macs_of_an_image
-        once += full if taught and config.teacher_weight else 0
+        once += full if config.teacher_weight_in(kind) else 0
         return options.epochs * images * once
 
     if timed(config):
         networks = NETWORKS + NEAR * sum(budget.timed for budget in config.budgets)
         yield LATENCY, 1, 2 * PAIRS * networks * full
     if config.baseline is not None:
-        yield "baseline", workers, training(config.baseline, full, taught=False)
+        yield "baseline", workers, training("baseline", config.baseline, full)
     draw = sampler(config.supernet.stimulation, space, list(budgets.values()))
     options = config.supernet.optimisation
-    yield "supernet", workers, training(options, full + _drawn(draw, net))
+    yield "supernet", workers, training("supernet", options, full + _drawn(draw, net))
     targets = {label: space.uniform_within(budget) for label, budget in budgets.items()}
     search = config.explore
     looked_at: float = search.calibration_images + search.scoring_images
@@ -132,9 +132,9 @@ def _work(
     for label, target in targets.items():
         macs = net.cost(target).macs + _drawn(ladder(space, target, expansion), net)
         macs += full if expansion.main == "train" else 0
-        total = training(finalize.optimisation, macs)
+        total = training("finalize", finalize.optimisation, macs)
         if finalize.control:
-            total += training(control_options(config), net.cost(target).macs)
+            total += training("control", control_options(config), net.cost(target).macs)
         yield f"finalize/{label}", finalize.num_workers, total
 
 

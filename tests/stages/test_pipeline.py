@@ -356,9 +356,9 @@ def test_the_control_is_the_same_shape_from_scratch_for_as_long(tmp_path):
     assert home.read_table("control/metrics.parquet").column("epoch").to_pylist() == [1, 2]
 
 
-def test_the_trained_baseline_has_a_say_in_the_labels_of_all_that_come_after_it(
-    tmp_path, monkeypatch
-):
+@pytest.fixture
+def heard(monkeypatch):
+    """The teachers of a run, in order; each counts the steps that it was asked in."""
     taught = []
 
     class Heard(Teacher):
@@ -372,20 +372,35 @@ def test_the_trained_baseline_has_a_say_in_the_labels_of_all_that_come_after_it(
             return super().__call__(images, labels)
 
     monkeypatch.setattr(jobs, "Teacher", Heard)
-    baseline = {"epochs": 1, "batch_size": 32, "lr": 0.05}
-    run = Run(tmp_path, minimal(baseline=baseline, teacher_weight=0.25, finalize={"control": True}))
+    return taught
+
+
+TAUGHT = {"baseline": {"epochs": 1, "batch_size": 32, "lr": 0.05}, "teacher_weight": 0.25}
+
+
+def test_the_trained_baseline_has_a_say_in_the_labels_of_all_that_come_after_it(tmp_path, heard):
+    run = Run(tmp_path, minimal(**TAUGHT, finalize={"control": True}))
     run()
     store = Store(run.folder)
     dense = store.load_tensors("baseline/model.safetensors")
-    supernet, ladder, control = taught
+    supernet, ladder, control = heard
     assert supernet.steps == ladder.steps == 3 and control.steps == 6
-    for teacher in taught:
+    for teacher in heard:
         assert teacher.weight == 0.25
         weights = teacher.network.state_dict()
         assert all(torch.equal(weights[name], value) for name, value in dense.items())
     stages = Manifest(store).stages()
     for stage in ("supernet", "finalize/0.5"):
         assert stages[stage]["inputs"]["baseline"] == stages["baseline"]["outputs"]
+
+
+def test_the_last_stage_can_do_without_the_baselines_say(tmp_path, heard):
+    run = Run(tmp_path, minimal(**TAUGHT, finalize={"taught": False}))
+    run()
+    assert [teacher.steps for teacher in heard] == [3], "in the supernet alone"
+    stages = Manifest(Store(run.folder)).stages()
+    assert "baseline" in stages["supernet"]["inputs"]
+    assert "baseline" not in stages["finalize/0.5"]["inputs"]
 
 
 # -- two drivers -------------------------------------------------------------------------
