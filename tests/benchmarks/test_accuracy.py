@@ -9,15 +9,19 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 BUDGET = 0.3
+pytestmark = pytest.mark.xdist_group("accuracy")  # one process, so that `lines` are made once
+
+
+def smoke(out, *options, timeout):
+    command = [sys.executable, "benchmarks/accuracy.py", "--smoke", "--out", str(out), *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in out.read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
 def lines(tmp_path_factory):
-    out = tmp_path_factory.mktemp("accuracy") / "smoke.jsonl"
-    command = [sys.executable, "benchmarks/accuracy.py", "--smoke", "--out", str(out)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=880)
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in out.read_text().splitlines()]
+    return smoke(tmp_path_factory.mktemp("accuracy") / "smoke.jsonl", timeout=880)
 
 
 @pytest.mark.timeout(900)
@@ -51,3 +55,17 @@ def test_networks_learn(lines):
     for line in lines:
         best[line["method"]] = max(best[line["method"]], line["top1"])
     assert min(best.values()) > 25, best
+
+
+@pytest.mark.timeout(200)
+def test_networks_trained_side_by_side_are_those_trained_one_by_one(lines, tmp_path):
+    methods = ("stp, taught, four subnets a step", "scratch + distillation, shape of four", "dense")
+    options = ("--jobs", "2", "--equal", "epochs", "--method", *methods)
+    found = smoke(tmp_path / "smoke.jsonl", *options, timeout=180)
+    assert {line["method"] for line in found} == set(methods)
+    for line in found:
+        (same,) = [
+            other for other in lines
+            if (other["method"], other["equal"]) == (line["method"], "epochs")
+        ]  # fmt: skip
+        assert {**line, "seconds": 0} == {**same, "seconds": 0}
