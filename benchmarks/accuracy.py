@@ -9,21 +9,19 @@ already is not trained again. `benchmarks/results.py render` makes the tables.
 """
 
 import argparse
-import json
-import multiprocessing
 import os
 import tempfile
 import time
-import traceback
 from collections.abc import Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from bench import Bench, Images, Protocol, macs_of
 from contenders import GIVEN_SHAPE, OWN_SHAPE, Limit, Trained
+from filling import Cell, Line, Table, fill
 from surroundings import surroundings
 
 from stp_ray.data.options import DataOptions
@@ -62,9 +60,7 @@ PROTOCOLS = {
 }  # fmt: skip
 
 
-def cells(
-    budgets: Sequence[float], methods: list[str], accounting: list[str]
-) -> list[dict[str, Any]]:
+def cells(budgets: Sequence[float], methods: list[str], accounting: list[str]) -> list[Cell]:
     """Everything to train for these budgets and one seed, in the order of the methods."""
     found = []
     for count in accounting:
@@ -76,12 +72,12 @@ def cells(
     return found
 
 
-def needs(cell: dict[str, Any]) -> list[str]:
+def needs(cell: Cell) -> list[str]:
     """The methods whose line at the same budget a cell cannot do without."""
     return ["stp"] if cell["equal"] == "macs" else []
 
 
-def train(bench: Bench, cell: dict[str, Any], done: list[dict[str, Any]]) -> dict[str, Any]:
+def train(bench: Bench, cell: Cell, done: list[Line]) -> Line:
     """One line of the results: the cell, and what came out of it."""
     protocol, method, budget = bench.protocol, cell["method"], cell["budget"]
     lines = {line["method"]: line for line in done if line["budget"] == budget}
@@ -138,101 +134,17 @@ def protocol_of(parser: argparse.ArgumentParser, name: str, data: str | None) ->
     return replace(protocol, data=replace(protocol.data, uri=data))
 
 
-def is_there(cell: dict[str, Any], lines: list[dict[str, Any]]) -> bool:
-    """Whether one of the lines is that of the cell."""
-    return any(all(line[key] == cell[key] for key in cell) for line in lines)
-
-
 class Worker:
-    """Trains cells on images that it reads once."""
+    """What a process trains cells with: images that are read once."""
 
     def __init__(self, protocol: Protocol, work: Path) -> None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._protocol, self._work = protocol, work
         self._images, self._around = Images(protocol.data, device), surroundings(device)
 
-    def __call__(
-        self, seed: int, cell: dict[str, Any], done: list[dict[str, Any]]
-    ) -> dict[str, Any]:
+    def __call__(self, seed: int, cell: Cell, done: list[Line]) -> Line:
         bench = Bench(self._protocol, self._images, seed, self._work)
         return {**train(bench, cell, done), **self._around}
-
-
-def _prepare(protocol: Protocol, work: Path) -> None:
-    """Make the worker of this process."""
-    global _worker
-    _worker = Worker(protocol, work)
-
-
-def _train(*arguments: Any) -> dict[str, Any]:
-    return _worker(*arguments)
-
-
-class Table:
-    """The file of results, and what it still lacks."""
-
-    def __init__(self, path: Path, wanted: list[tuple[int, dict[str, Any]]]) -> None:
-        self._path = path
-        lines = read(path)
-        self.wanted = [
-            (seed, cell) for seed, cell in wanted if not is_there({**cell, "seed": seed}, lines)
-        ]
-
-    def of(self, seed: int) -> list[dict[str, Any]]:
-        """The lines of a seed."""
-        return [line for line in read(self._path) if line["seed"] == seed]
-
-    def lacks(self, seed: int, cell: dict[str, Any]) -> list[str]:
-        """The methods that have to be there before the cell can be trained."""
-        there = {line["method"] for line in self.of(seed) if line["budget"] == cell["budget"]}
-        return [method for method in needs(cell) if method not in there]
-
-    def add(self, line: dict[str, Any]) -> None:
-        with self._path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-        print(
-            f"seed {line['seed']}  {line['method']:30} {line['budget']:<5} "
-            f"equal {line['equal']:6} top-1 {line['top1']:6.2f}  {line['epochs']:4} epochs  "
-            f"{line['training_macs'] / 1e9:9.1f} GMACs  {line['seconds']:7.1f} s",
-            flush=True,
-        )
-
-
-def one_by_one(table: Table, protocol: Protocol, work: Path) -> None:
-    """Fill the table in this process."""
-    worker = Worker(protocol, work)
-    for seed, cell in table.wanted:
-        if lacking := table.lacks(seed, cell):
-            raise SystemExit(
-                f"seed {seed}: {cell['method']} at {cell['budget']} needs the line of "
-                f"{lacking[0]}; add it first"
-            )
-        table.add(worker(seed, cell, table.of(seed)))
-
-
-def side_by_side(table: Table, protocol: Protocol, work: Path, jobs: int) -> None:
-    """Fill the table in so many processes; one cell that fails keeps none of the others back."""
-    waiting, failed = list(table.wanted), 0
-    with ProcessPoolExecutor(
-        jobs, multiprocessing.get_context("spawn"), _prepare, (protocol, work)
-    ) as pool:
-        running: set[Future[dict[str, Any]]] = set()
-        while True:
-            ready = [unit for unit in waiting if not table.lacks(*unit)]
-            for seed, cell in ready[: jobs - len(running)]:
-                running.add(pool.submit(_train, seed, cell, table.of(seed)))
-                waiting.remove((seed, cell))
-            if not running:
-                break
-            finished, running = wait(running, return_when=FIRST_COMPLETED)
-            for future in finished:
-                try:
-                    table.add(future.result())
-                except Exception:
-                    failed += 1
-                    traceback.print_exc()
-    if failed or waiting:
-        raise SystemExit(f"{failed} failed, and {len(waiting)} need lines that are not there")
 
 
 def main() -> None:
@@ -276,16 +188,9 @@ def main() -> None:
         out.parent.mkdir(parents=True, exist_ok=True)
         seeds = chosen.seed or protocol.seeds
         wanted = [(seed, cell) for seed in seeds for cell in cells(budgets, methods, chosen.equal)]
-        if chosen.jobs == 1:
-            one_by_one(Table(out, wanted), protocol, work)
-        else:  # what each seed needs first, first
+        if chosen.jobs > 1:  # what each seed needs first, first
             wanted.sort(key=lambda unit: cells(budgets, methods, chosen.equal).index(unit[1]))
-            side_by_side(Table(out, wanted), protocol, work, chosen.jobs)
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    """The lines of a file of results, if there is one."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        fill(Table(out, wanted, needs), partial(Worker, protocol, work), chosen.jobs)
 
 
 if __name__ == "__main__":

@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accuracy import PROTOCOLS, add_data, is_there, protocol_of, read
+from accuracy import PROTOCOLS, add_data, protocol_of
 from bench import Bench, Images
 from contenders import OWN_SHAPE, Judge, Limit, Stp
+from filling import is_there, read
 from surroundings import surroundings
 
 from stp_ray.elastic import Budget, Subnet, Supernet
