@@ -271,8 +271,8 @@ class Stp:
     expansion: Expansion = field(default_factory=Expansion)
     turn: float = 0.5
     """The learning rate between the phases, as a share of the protocol's: one fall over both."""
-    warm_turn: bool = False
-    """Whether the second phase, whose losses weigh more on the slice, starts with a warm-up."""
+    restart: float | None = None
+    """The learning rate that the second phase warms up to instead of going on from `turn`."""
     taught: bool = False
     """Whether the finished dense network says half of every label, in both phases: the gift that
     distillation from scratch gets."""
@@ -308,7 +308,7 @@ class Stp:
         rest = limit.left(_epoch(bench, per_image), epochs=first, macs=paid + searched)
         spent = bench.train(
             objective, rest, macs=fixed, draw=draw, price=price, label=teacher,
-            lr=(self.turn, 0.0), warm=self.warm_turn,
+            lr=(self.restart or self.turn, 0.0), warm=self.restart is not None,
             at_epoch=lambda _: sparsity.append(relative_sparsity(net, target)),
         )  # fmt: skip
         count = bench.protocol.calibration_images
@@ -472,7 +472,8 @@ OWN_SHAPE: dict[str, Any] = {
     "stp, taught, four subnets a step": BEST,
     "stp, taught, four subnets a step, tuned scores": replace(BEST, tuning_steps=50),
     "stp, taught at first, four subnets a step": replace(BEST, to_the_end=False),
-    "stp, taught, four subnets a step, warm turn": replace(BEST, warm_turn=True),
+    "stp, taught, four subnets a step, restart": replace(BEST, restart=1.0),
+    "stp, taught, four subnets a step, a quarter, restart": replace(BEST, share=1 / 4, restart=1.0),
     "stp, taught, four subnets a step, uniform widths": replace(BEST, target="uniform"),
     "stp, taught, four subnets a step, random subnet": replace(BEST, target="random"),
     "stp, taught, four subnets a step, no expansion": replace(BEST, expansion=DIRECT),
@@ -492,5 +493,8 @@ GIVEN_SHAPE: dict[str, tuple[Callable[[Bench, Subnet, Limit], Trained], str]] = 
     "scratch, shape of four": (scratch, "stp, taught, four subnets a step"),
     "scratch + distillation, shape of four": (
         scratch_distilled, "stp, taught, four subnets a step"
+    ),
+    "scratch + distillation, shape of a quarter": (
+        scratch_distilled, "stp, taught, four subnets a step, a quarter, restart"
     ),
 }  # fmt: skip
