@@ -35,6 +35,7 @@ TAUGHT = "stp, taught, four subnets a step"
 CHANGED = (
     "stp, taught", "stp, taught at first, four subnets a step",
     "stp, taught, four subnets a step, tuned scores",
+    "stp, taught, four subnets a step, a quarter, restart",
 )  # fmt: skip
 #: The sparsification that shrinks what it drops.
 PENALTY = "group lasso"
@@ -78,10 +79,12 @@ EXPLANATION = (
     "they have spent what STP spent. Scratch trains the shape that STP found (`shape of four`: "
     "that of `stp, taught, four subnets a step`). *Tuned scores*: the search scores what it "
     "promotes again after 50 steps of distillation. *Taught at first*: the teacher is asked in the "
-    "stimulative half alone. 0.5 and 0.3: the supernet that was trained towards the other two "
-    "budgets, pruned to these after a search of their own. Mean ± standard deviation over seeds, "
-    "their number in brackets: where numbers differ, read the differences within a seed, not those "
-    "of the means."
+    "stimulative half alone. *A quarter, restart*: a quarter of the epochs is stimulative, after "
+    "which the learning rate warms up to its full height again instead of falling once over both "
+    "halves (`shape of a quarter`: what that finds). 0.5 and 0.3: the supernet that was trained "
+    "towards the other two budgets, pruned to these after a search of their own. Mean ± standard "
+    "deviation over seeds, their number in brackets: where numbers differ, read the differences "
+    "within a seed, not those of the means."
 )
 
 
