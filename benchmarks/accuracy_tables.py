@@ -19,7 +19,7 @@ PROTOCOLS = {
         "**So few steps leave every network far from where it levels off**, and the time on the "
         "GPU ended before all methods were done: what is not in the tables was not measured. "
         "Networks without exploration or expansion come from other supernets (same seeds, trained "
-        "in a first run) than the rest."
+        "in a first run) than the rest. `a quarter, restart` came later and was not tried here."
     ),
     "cifar10_resnet20_cpu": (
         "**A reduced protocol for two CPU cores**: ResNet-20, 16,000 CIFAR-10 (JPEG) images at "
