@@ -31,12 +31,14 @@ PROTOCOLS = {
 OURS = "stp"
 #: Ours with the gift that distillation from scratch and Torch-Pruning get at equal epochs.
 TAUGHT = "stp, taught, four subnets a step"
+QUARTER = "stp, taught, four subnets a step, a quarter, restart"
 #: What was changed in it.
 CHANGED = (
     "stp, taught", "stp, taught at first, four subnets a step",
-    "stp, taught, four subnets a step, tuned scores",
-    "stp, taught, four subnets a step, a quarter, restart",
+    "stp, taught, four subnets a step, tuned scores", QUARTER,
 )  # fmt: skip
+#: The shape that it finds, without its training.
+OF_A_QUARTER = "scratch + distillation, shape of a quarter"
 #: The sparsification that shrinks what it drops.
 PENALTY = "group lasso"
 #: Ours at its cheapest, which equal MACs buy the most epochs of.
@@ -178,6 +180,13 @@ def _claims(lines: list[Line], budgets: list[float]) -> list[str]:
         if (not other.startswith(OURS) or other in CHANGED)
         and any(line["method"] == TAUGHT for line in epochs)
     ]
+    if any(line["method"] == QUARTER for line in epochs):
+        questions.append(
+            (
+                f"{QUARTER}, less {OF_A_QUARTER}, equal epochs",
+                lambda b: _paired(epochs, QUARTER, epochs, OF_A_QUARTER, b),
+            )
+        )
     questions += [
         (f"STP less {other}, equal MACs", lambda b, o=other: _paired(epochs, OURS, macs, o, b))
         for other in others
