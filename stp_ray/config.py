@@ -263,7 +263,8 @@ class RunConfig(_Section):
     """Formats of the pruned networks."""
 
     def teacher_weight_in(self, training: Training) -> float:
-        """The part of every label that the baseline says in one of the trainings."""
+        """The part of every label that the baseline says in a `training`: 0 in its own, and in
+        "finalize" without `finalize.taught`."""
         untaught = training == "baseline" or (training == "finalize" and not self.finalize.taught)
         return 0.0 if untaught else self.teacher_weight
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
+from glob import glob
 from pathlib import Path
 
 import pytest
@@ -126,10 +127,10 @@ def test_a_stopped_job_is_finished_by_another_driver(head, checkout, undisturbed
     storage, named = tmp_path / "runs", ("--no-wait", "--submission-id", "first")
     asked = submit(head, checkout, "recipe.yaml", f"storage={storage}", options=named)
     assert asked.returncode == 0, asked.stdout + asked.stderr
-    (run, *_) = wait_for(
-        lambda: [path.parents[2] for path in storage.glob("*/supernet/checkpoint-*/complete.json")],
-        200, "a checkpoint",
-    )  # fmt: skip
+    # unlike Path.glob, glob passes over folders that go while it looks
+    checkpoints = f"{storage}/*/supernet/checkpoint-*/complete.json"
+    (found, *_) = wait_for(lambda: glob(checkpoints), 200, "a checkpoint")
+    run = Path(found).parents[2]
     stopped = job(head, "stop", "first")
     assert stopped.returncode == 0, stopped.stdout + stopped.stderr
     assert "STOPPED" in job(head, "status", "first").stdout.upper()
