@@ -187,9 +187,11 @@ def main() -> None:
         )
         out.parent.mkdir(parents=True, exist_ok=True)
         seeds = chosen.seed or protocol.seeds
-        wanted = [(seed, cell) for seed in seeds for cell in cells(budgets, methods, chosen.equal)]
-        if chosen.jobs > 1:  # what each seed needs first, first
-            wanted.sort(key=lambda unit: cells(budgets, methods, chosen.equal).index(unit[1]))
+        each = cells(budgets, methods, chosen.equal)
+        if chosen.jobs == 1:
+            wanted = [(seed, cell) for seed in seeds for cell in each]
+        else:  # the first of all seeds, which others wait for, side by side
+            wanted = [(seed, cell) for cell in each for seed in seeds]
         fill(Table(out, wanted, needs), partial(Worker, protocol, work), chosen.jobs)
 
 

@@ -1,21 +1,20 @@
 """What the recorded comparisons say: tables, paired differences and plots for docs/results.md."""
 
-import json
 import statistics
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import matplotlib
+from filling import Line, read
 from markdown_table import row
 from matplotlib.figure import Figure
-
-Line = dict[str, Any]
 
 PROTOCOLS = {
     "cifar10_resnet56": (
         "CIFAR-10 (JPEG), 48,000 images of 32 px, ResNet-56, widths in multiples of 8, 24 epochs "
-        "of 93 steps of 512 images, bf16, on one GPU that up to 18 trainings shared (`--jobs`). "
+        "of 93 steps of 512 images, bf16, on one GPU that up to 18 trainings shared (`--jobs`, "
+        "under CUDA's multi-process service). "
         "**So few steps leave every network far from where it levels off**, and the time on the "
         "GPU ended before all methods were done: what is not in the tables was not measured. "
         "Networks without exploration or expansion come from other supernets (same seeds, trained "
@@ -51,7 +50,7 @@ def section(kept: Path, docs: Path) -> list[str]:
     found = [(name, path) for name, path in found if path.exists()]
     lines = ["## Against other methods at equal cost", "", EXPLANATION, ""] if found else []
     for name, path in found:
-        results = [json.loads(line) for line in path.read_text().splitlines()]
+        results = read(path)
         lines += _protocol(name, results)
         _accuracy_plot(results, docs / f"{name}-methods.svg")
         lines += [f"![Top-1 of every method at equal epochs]({name}-methods.svg)", ""]
@@ -61,8 +60,7 @@ def section(kept: Path, docs: Path) -> list[str]:
             lines += [
                 "Mean L2 norm of a kept channel over that of a dropped one, and of both, by epoch "
                 "(mean over seeds; the slice is the one that is pruned to in the end)."
-                + " The strength of the group lasso, 0.01, was not tuned."
-                * penalty,
+                + (" The strength of the group lasso, 0.01, was not tuned." if penalty else ""),
                 "",
                 f"![Relative sparsity]({name}-sparsity.svg)",
                 "",
