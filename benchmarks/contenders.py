@@ -450,6 +450,7 @@ STP = Stp()
 DIRECT = replace(STP.expansion, rungs=0)
 FOUR = replace(STP.stimulation, subnets=4)
 BEST = replace(STP, taught=True, stimulation=FOUR)
+QUARTER = replace(BEST, share=1 / 4, restart=1.0)
 
 #: Methods with a shape of their own: (bench, budget, limit) -> `Trained`.
 OWN_SHAPE: dict[str, Any] = {
@@ -473,10 +474,19 @@ OWN_SHAPE: dict[str, Any] = {
     "stp, taught, four subnets a step, tuned scores": replace(BEST, tuning_steps=50),
     "stp, taught at first, four subnets a step": replace(BEST, to_the_end=False),
     "stp, taught, four subnets a step, restart": replace(BEST, restart=1.0),
-    "stp, taught, four subnets a step, a quarter, restart": replace(BEST, share=1 / 4, restart=1.0),
+    "stp, taught, four subnets a step, a quarter, restart": QUARTER,
     "stp, taught, four subnets a step, uniform widths": replace(BEST, target="uniform"),
     "stp, taught, four subnets a step, random subnet": replace(BEST, target="random"),
     "stp, taught, four subnets a step, no expansion": replace(BEST, expansion=DIRECT),
+    "stp, taught, four subnets a step, a quarter, restart, uniform widths": replace(
+        QUARTER, target="uniform"
+    ),
+    "stp, taught, four subnets a step, a quarter, restart, random subnet": replace(
+        QUARTER, target="random"
+    ),
+    "stp, taught, four subnets a step, a quarter, restart, no expansion": replace(
+        QUARTER, expansion=DIRECT
+    ),
     "stp, stratified sampler": replace(
         STP, stimulation=replace(STP.stimulation, sampler="stratified")
     ),
