@@ -36,12 +36,17 @@ CHANGED = (
     "stp, taught", "stp, taught at first, four subnets a step",
     "stp, taught, four subnets a step, tuned scores", QUARTER,
 )  # fmt: skip
-#: The shape that it finds, without its training.
-OF_A_QUARTER = "scratch + distillation, shape of a quarter"
+#: Whose lead over each other method has a table.
+LEADING = (OURS, TAUGHT, QUARTER)
+#: What can be taken out of one.
+PARTS = ("uniform widths", "random subnet", "no expansion")
+#: How the methods are called that train the shape that it finds.
+SHAPE = {TAUGHT: "shape of four", QUARTER: "shape of a quarter"}
 #: The sparsification that shrinks what it drops.
 PENALTY = "group lasso"
 #: Ours at its cheapest, which equal MACs buy the most epochs of.
 LEAN = "stp, target alone"
+NOT_MEASURED = "–"
 
 
 def section(kept: Path, docs: Path) -> list[str]:
@@ -140,63 +145,67 @@ def _claims(lines: list[Line], budgets: list[float]) -> list[str]:
     """Differences within a seed, so that what a seed is lucky in cancels out."""
     epochs = [line for line in lines if line["equal"] == "epochs"]
     macs = [line for line in lines if line["equal"] == "macs"]
-    questions: list[tuple[str, Callable[[float], list[float]]]] = []
+    out: list[str] = []
     for ours in (OURS, TAUGHT, *CHANGED):
-        if not any(line["method"] == ours for line in epochs):
-            continue
-        of = "" if ours == OURS else f" of {ours}"
-        questions += [
-            (
-                f"retention{of}, % of the dense network's top-1",
-                lambda b, o=ours: _paired(epochs, o, epochs, "dense", b, ratio=True),
-            ),
-            (
-                f"main network{of} at the end, less the dense network",
-                lambda b, o=ours: _paired(epochs, o, epochs, "dense", b, key="main_top1"),
-            ),
-            (
-                f"{'STP' if ours == OURS else ours + ','} less the best of the others in its seed, "
-                "equal epochs",
-                lambda b, o=ours: _over_best(epochs, o, b),
-            ),
-        ]
-    others = [
-        method for method in dict.fromkeys(line["method"] for line in lines)
-        if method not in (OURS, "dense", TAUGHT, *CHANGED)
-    ]  # fmt: skip
-    questions += [
-        (f"STP less {other}, equal epochs", lambda b, o=other: _paired(epochs, OURS, epochs, o, b))
-        for other in others
-        if {OURS, other} <= {line["method"] for line in epochs}
-    ]
-    questions += [
+        if any(line["method"] == ours for line in epochs):
+            questions = _summary(ours, epochs)
+            if ours in LEADING:
+                questions += _less(ours, epochs, epochs)
+            out += _differences(f"`{ours}`, equal epochs", questions, budgets)
+    if macs:
+        out += _differences(f"`{OURS}`, equal MACs", _less(OURS, epochs, macs), budgets)
+    if any(line["method"] == LEAN for line in macs):
+        out += _differences(f"`{LEAN}`, equal MACs", _less(LEAN, macs, macs), budgets)
+    return out
+
+
+#: What a row of a table says, and its figures at a budget, one for each seed.
+Question = tuple[str, Callable[[float], list[float]]]
+
+
+def _summary(ours: str, lines: list[Line]) -> list[Question]:
+    return [
         (
-            f"{TAUGHT}, less {other}, equal epochs",
-            lambda b, o=other: _paired(epochs, TAUGHT, epochs, o, b),
-        )
-        for other in dict.fromkeys(line["method"] for line in epochs)
-        if (not other.startswith(OURS) or other in CHANGED)
-        and any(line["method"] == TAUGHT for line in epochs)
+            "retention, % of the dense network's top-1",
+            lambda b: _paired(lines, ours, lines, "dense", b, ratio=True),
+        ),
+        (
+            "main network at the end, less the dense network",
+            lambda b: _paired(lines, ours, lines, "dense", b, key="main_top1"),
+        ),
+        ("less the best of all others in each seed", lambda b: _over_best(lines, ours, b)),
     ]
-    if any(line["method"] == QUARTER for line in epochs):
-        questions.append(
-            (
-                f"{QUARTER}, less {OF_A_QUARTER}, equal epochs",
-                lambda b: _paired(epochs, QUARTER, epochs, OF_A_QUARTER, b),
-            )
-        )
-    questions += [
-        (f"STP less {other}, equal MACs", lambda b, o=other: _paired(epochs, OURS, macs, o, b))
-        for other in others
-        if any(line["method"] == other for line in macs)
+
+
+def _less(ours: str, these: list[Line], those: list[Line]) -> list[Question]:
+    return [
+        (f"less {other}", lambda b, o=other: _paired(these, ours, those, o, b))
+        for other in dict.fromkeys(line["method"] for line in those)
+        if _is_compared(ours, other)
     ]
-    questions += [
-        (f"{LEAN}, less {other}, equal MACs", lambda b, o=other: _paired(macs, LEAN, macs, o, b))
-        for other in dict.fromkeys(line["method"] for line in macs)
-        if not other.startswith(OURS) and any(line["method"] == LEAN for line in macs)
-    ]
-    out = ["Differences, each within a seed:", "", row(["", *map(str, budgets)]), _rule(budgets)]
-    out += [row([text, *(_spread(ask(b), sign=True) for b in budgets)]) for text, ask in questions]
+
+
+def _is_compared(ours: str, other: str) -> bool:
+    """Whether a difference says something: from the methods of others, those that train our shapes
+    only where they are the shapes of this one; from ours, what it has or lacks a part of."""
+    if ", shape of" in other:
+        return other.endswith(SHAPE.get(ours, OURS))
+    if not other.startswith(OURS):
+        return True
+    if ours == TAUGHT and other in CHANGED:
+        return True
+    return other in [f"{ours}, {part}" for part in PARTS] or (
+        ours == OURS != other and not other.startswith(f"{OURS}, taught")
+    )
+
+
+def _differences(title: str, questions: list[Question], budgets: list[float]) -> list[str]:
+    out = [f"{title}, differences within a seed:", "", row(["", *map(str, budgets)])]
+    out.append(_rule(budgets))
+    for text, ask in questions:
+        figures = [_spread(ask(budget), sign=True) for budget in budgets]
+        if any(figure != NOT_MEASURED for figure in figures):
+            out.append(row([text, *figures]))
     return [*out, ""]
 
 
@@ -236,7 +245,7 @@ def _over_best(lines: list[Line], method: str, budget: float) -> list[float]:
 def _spread(values: Iterable[float], sign: bool = False) -> str:
     found = list(values)
     if not found:
-        return "–"
+        return NOT_MEASURED
     mean = statistics.mean(found)
     text = f"{mean:+.2f}" if sign and mean < 50 else f"{mean:.2f}"
     return (

@@ -1,0 +1,75 @@
+"""What the tables of the comparison say of lines whose differences are known."""
+
+import json
+
+import pytest
+
+OURS, TAUGHT = "stp", "stp, taught, four subnets a step"
+QUARTER = f"{TAUGHT}, a quarter, restart"
+AROUND = {"device": "a device", "threads": 1, "torch": "2", "revision": "abc"}
+
+
+def line(seed: int, method: str, top1: float, budget: float = 0.15, **more: object) -> str:
+    return json.dumps(
+        {
+            "seed": seed, "method": method, "budget": budget, "equal": "epochs", "top1": top1,
+            "training_macs": 10, "main_top1": 71.0, **AROUND, **more,
+        }
+    )  # fmt: skip
+
+
+@pytest.fixture
+def tables(tmp_path, on_path):
+    """The rows of the tables of differences by title, of a comparison of two seeds."""
+    from accuracy_tables import section
+
+    lines = [line(seed, "dense", 70.0 + seed, 1.0) for seed in (0, 1)]
+    for seed, best in ((0, 60.0), (1, 64.0)):
+        lines += [
+            line(seed, OURS, 59.0),
+            line(seed, f"{OURS}, uniform widths", 57.0),
+            line(seed, QUARTER, 65.0),
+            line(seed, f"{QUARTER}, no expansion", 64.5 - seed),
+            line(seed, "scratch", best),
+            line(seed, "scratch + distillation, shape of a quarter", 62.0),
+            line(seed, "scratch", 66.0, equal="macs"),
+        ]
+    (tmp_path / "cifar10_resnet20_cpu.jsonl").write_text("\n".join(lines))
+    found, title = {}, ""
+    for text in section(tmp_path, tmp_path):
+        if text.endswith(":"):
+            title = text.removesuffix(", differences within a seed:")
+        elif text.startswith("|"):
+            found.setdefault(title, []).append(text)
+    return found
+
+
+def test_the_best_of_the_others_is_picked_in_each_seed(tables):
+    # 65 - 62 and 65 - 64
+    assert (
+        "| less the best of all others in each seed | +2.00 ± 1.41 (2) |"
+        in tables[f"`{QUARTER}`, equal epochs"]
+    )
+
+
+def test_a_part_taken_out_is_compared_with_the_method_that_has_it(tables):
+    quarter, ours = tables[f"`{QUARTER}`, equal epochs"], tables[f"`{OURS}`, equal epochs"]
+    assert f"| less {QUARTER}, no expansion | +1.00 ± 0.71 (2) |" in quarter
+    assert f"| less {OURS}, uniform widths | +2.00 ± 0.00 (2) |" in ours
+    assert not any("no expansion" in row for row in ours)
+    assert not any("uniform widths" in row for row in quarter)
+
+
+def test_a_shape_from_scratch_is_compared_with_the_method_that_found_it(tables):
+    own = "scratch + distillation, shape of a quarter"
+    assert f"| less {own} | +3.00 ± 0.00 (2) |" in tables[f"`{QUARTER}`, equal epochs"]
+    assert not any(own in row for row in tables[f"`{OURS}`, equal epochs"])
+
+
+def test_the_two_accounts_stay_apart(tables):
+    assert "| less scratch | -7.00 ± 0.00 (2) |" in tables[f"`{OURS}`, equal MACs"]
+    assert "| less scratch | -3.00 ± 2.83 (2) |" in tables[f"`{OURS}`, equal epochs"]
+
+
+def test_a_method_that_was_not_run_has_no_table(tables):
+    assert f"`{TAUGHT}`, equal epochs" not in tables
