@@ -35,20 +35,27 @@ CIFAR10 = DataOptions(
     name="parquet", holdout=512, crop_padding=4, flip=True,
     mean=(0.491, 0.482, 0.447), std=(0.247, 0.243, 0.262),
 )  # fmt: skip
+REDUCED = Exploration(
+    generations=6, population=32, parents=16, calibration_images=512, scoring_images=256
+)
 PROTOCOLS = {
     # reduced, for two cores: 16,000 small images, few epochs
     "cifar10_resnet20_cpu": Protocol(
         model="resnet20", data=replace(CIFAR10, image_size=12, crop_padding=1, limit=16_512),
         epochs=12, batch_size=64, lr=0.1, calibration_images=1024, also=(0.5, 0.3),
-        exploration=Exploration(
-            generations=6, population=32, parents=16, calibration_images=512, scoring_images=256
-        ),
+        exploration=REDUCED,
     ),
     # widths in multiples of 8, as its matrix units want them; batches that fill a large GPU
     "cifar10_resnet56": Protocol(
         model="resnet56", divisor=8, data=replace(CIFAR10, holdout=2000), epochs=24,
         batch_size=512, lr=0.4, warmup_epochs=2, precision="bf16", also=(0.5, 0.3),
         exploration=Exploration(generations=10),
+    ),
+    # as many steps, of so few images that networks level off in them
+    "cifar10_resnet20_few": Protocol(
+        model="resnet20", data=replace(CIFAR10, image_size=12, crop_padding=1, limit=2_512),
+        epochs=96, batch_size=64, lr=0.1, calibration_images=1024, exploration=REDUCED,
+        reference="stp, taught, four subnets a step, a quarter, restart",
     ),
     "smoke": Protocol(
         model="resnet20", data=DataOptions(name="digits", holdout=64, limit=320), epochs=4,
@@ -72,16 +79,16 @@ def cells(budgets: Sequence[float], methods: list[str], accounting: list[str]) -
     return found
 
 
-def needs(cell: Cell) -> list[str]:
+def needs(reference: str, cell: Cell) -> list[str]:
     """The methods whose line at the same budget a cell cannot do without."""
-    return ["stp"] if cell["equal"] == "macs" else []
+    return [reference] if cell["equal"] == "macs" else []
 
 
 def train(bench: Bench, cell: Cell, done: list[Line]) -> Line:
     """One line of the results: the cell, and what came out of it."""
     protocol, method, budget = bench.protocol, cell["method"], cell["budget"]
     lines = {line["method"]: line for line in done if line["budget"] == budget}
-    macs = lines["stp"]["training_macs"] if cell["equal"] == "macs" else None
+    macs = lines[protocol.reference]["training_macs"] if cell["equal"] == "macs" else None
     limit = Limit(protocol.epochs, macs)
     started = time.perf_counter()
     if method in GIVEN_SHAPE:
@@ -192,7 +199,8 @@ def main() -> None:
             wanted = [(seed, cell) for seed in seeds for cell in each]
         else:  # the first of all seeds, which others wait for, side by side
             wanted = [(seed, cell) for cell in each for seed in seeds]
-        fill(Table(out, wanted, needs), partial(Worker, protocol, work), chosen.jobs)
+        table = Table(out, wanted, partial(needs, protocol.reference))
+        fill(table, partial(Worker, protocol, work), chosen.jobs)
 
 
 if __name__ == "__main__":

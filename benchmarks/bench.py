@@ -56,6 +56,8 @@ class Protocol:
     also: tuple[float, ...] = ()
     """What the same supernet is pruned to besides, after a search of their own."""
     seeds: tuple[int, ...] = (0, 1, 2)
+    reference: str = "stp"
+    """The method whose expense is what equal MACs are equal to."""
 
 
 class Images:

@@ -504,6 +504,9 @@ GIVEN_SHAPE: dict[str, tuple[Callable[[Bench, Subnet, Limit], Trained], str]] = 
     "scratch + distillation, shape of four": (
         scratch_distilled, "stp, taught, four subnets a step"
     ),
+    "scratch, shape of a quarter": (
+        scratch, "stp, taught, four subnets a step, a quarter, restart"
+    ),
     "scratch + distillation, shape of a quarter": (
         scratch_distilled, "stp, taught, four subnets a step, a quarter, restart"
     ),
