@@ -255,6 +255,50 @@ def by_magnitude(net: Supernet, scores: dict[str, Tensor], budget: float) -> Sub
     return net.space.uniform_within(limit)
 
 
+# -- slimmable training ----------------------------------------------------------------------
+
+
+def slimmable(bench: Bench, budget: float, limit: Limit, *, widths: int = 4) -> Trained:
+    """Universally slimmable training (Yu and Huang, ICCV 2019): in each step the full width learns
+    the labels, and the narrowest and random ones learn from it ("sandwich rule", "in-place
+    distillation"). All layers have the same width; the one that keeps the budget is cut out, with
+    BatchNorm statistics of its own. The narrowest is that of the smallest budget."""
+    net, count = bench.supernet(), bench.protocol.calibration_images
+    space = net.space
+    least = Budget(macs=min(bench.protocol.budgets))
+    narrowest, full = space.uniform_within(least), space.cost()
+    target = space.uniform_within(Budget(macs=budget))
+    calibration = count * space.cost(target).macs
+    ratios = [step / 200 for step in range(201)]
+    kept = [r for r in ratios if least.admits(space.cost(space.uniform(r)), of=full)]
+    lowest = max(kept, default=0.0)
+
+    def draw(rng: random.Random, progress: float) -> list[Subnet]:
+        between = [space.uniform(rng.uniform(lowest, 1.0)) for _ in range(widths - 2)]
+        return [narrowest, *between]
+
+    def price(subnet: Subnet) -> int:
+        return STEP * space.cost(subnet).macs
+
+    per_image = STEP * bench.full_macs + _mean(draw, price)
+    epochs = limit.left(_epoch(bench, per_image), macs=calibration)
+    # the losses of all widths are added up
+    options = Stimulation(sampler="uniform", subnets=widths - 1, kd_weight=widths - 1)
+
+    def make() -> dict[str, Any]:
+        spent = bench.train(
+            StimulativeObjective(net, options), epochs, macs=STEP * bench.full_macs, draw=draw,
+            price=price,
+        )  # fmt: skip
+        return {"weights": net.model.state_dict(), "spent": spent}
+
+    found = bench.kept(f"slimmable-{epochs}-{widths}", make)
+    net.model.load_state_dict(found["weights"])
+    small = net.extract(target, calibrate(net, target, bench.images.calibration(bench.seed, count)))
+    main = bench.top1(net.eval())
+    return Trained(small, found["spent"] + calibration, epochs, target, {"main_top1": main})
+
+
 # -- STP --------------------------------------------------------------------------------
 
 
@@ -490,6 +534,7 @@ OWN_SHAPE: dict[str, Any] = {
     "stp, stratified sampler": replace(
         STP, stimulation=replace(STP.stimulation, sampler="stratified")
     ),
+    "slimmable": slimmable,
     "group lasso": group_lasso,
     "torch-pruning": torch_pruning,
     "torch-pruning, even": partial(torch_pruning, even=True),
