@@ -1,7 +1,8 @@
 """What the recorded comparisons say: tables, paired differences and plots for docs/results.md."""
 
+import math
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,15 @@ def section(kept: Path, docs: Path) -> list[str]:
         results = read(path)
         lines += _protocol(name, results)
         _accuracy_plot(results, docs / f"{name}-methods.svg")
-        lines += [f"![Top-1 of every method at equal epochs]({name}-methods.svg)", ""]
+        lines += [f"![Top-1 against MACs, equal epochs]({name}-methods.svg)", ""]
+        if len({line["method"] for line in results if line["method"].startswith(OURS)}) > 1:
+            _ablation_plot(results, PROTOCOLS[name].budgets, docs / f"{name}-ablation.svg")
+            lines += [
+                f"Other forms of STP less `{_lead(results)}`, equal epochs, within a seed:",
+                "",
+                f"![What each other form gives or costs]({name}-ablation.svg)",
+                "",
+            ]
         if any("sparsity" in line for line in results):
             _sparsity_plot(results, docs / f"{name}-sparsity.svg")
             penalty = any(line["method"] == PENALTY for line in results)
@@ -113,7 +122,7 @@ def _protocol(name: str, lines: list[Line]) -> list[str]:
         f"{', '.join(sorted({line['revision'] for line in lines}))}, seeds {seeds}.",
         "",
     ]
-    budgets = sorted({line["budget"] for line in lines} - {1.0}, reverse=True)
+    budgets = _budgets(lines)
     for account, title in (("epochs", "Equal epochs"), ("macs", "Equal MACs of training")):
         rows = [line for line in lines if line["equal"] == account]
         if not rows:
@@ -269,31 +278,74 @@ def _rule(budgets: list[float]) -> str:
     return row(["---"] * (len(budgets) + 1))
 
 
+def _lead(lines: list[Line]) -> str:
+    """The best of ours that was measured."""
+    methods = {line["method"] for line in lines}
+    return next(method for method in (QUARTER, TAUGHT, OURS) if method in methods)
+
+
 def _accuracy_plot(lines: list[Line], path: Path) -> None:
-    figure = Figure(figsize=(7.5, 4), layout="constrained")
-    axes = figure.add_subplot()
+    """Top-1 against MACs: ours, and the methods of others with its shapes or with their own."""
     rows = [line for line in lines if line["equal"] == "epochs" and line["budget"] != 1.0]
-    budgets = sorted({line["budget"] for line in rows})
-    methods = list(dict.fromkeys(line["method"] for line in rows))
-    width = 0.8 / len(methods)
-    colours = matplotlib.colormaps["tab20"].colors
+    lead = _lead(rows)
+    measured = {line["method"] for line in rows}
+    others = {m for m in measured if not m.startswith(OURS) and _is_compared(lead, m)}
+    methods = [lead, *(measured & {OURS} - {lead}), *sorted(others)]
+    figure = Figure(figsize=(7.5, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    colours = matplotlib.colormaps["tab10"].colors
     for place, method in enumerate(methods):
-        tops = [[line["top1"] for line in _at(rows, method, b)] for b in budgets]
-        axes.bar(
-            [i + (place - (len(methods) - 1) / 2) * width for i in range(len(budgets))],
-            [statistics.mean(top) if top else 0 for top in tops],
-            yerr=[statistics.stdev(top) if len(top) > 1 else 0 for top in tops],
-            width=0.95 * width, label=method, capsize=2, color=colours[place % len(colours)],
+        at = [lines for lines in (_at(rows, method, b) for b in _budgets(rows)) if lines]
+        tops = [[line["top1"] for line in lines] for lines in at]
+        axes.errorbar(
+            [statistics.mean(line["macs"] / line["full_macs"] for line in lines) for lines in at],
+            [statistics.mean(top) for top in tops],
+            yerr=[statistics.stdev(top) if len(top) > 1 else 0.0 for top in tops],
+            marker="o" if method.startswith(OURS) else "s", markersize=4, capsize=2,
+            linewidth=2 if method == lead else 1, label=method, color=colours[place % 10],
         )  # fmt: skip
     dense = [line["top1"] for line in lines if line["budget"] == 1.0]
     if dense:
         axes.axhline(statistics.mean(dense), color="gray", linestyle=":", label="dense")
-    lowest = min(line["top1"] for line in rows)
-    axes.set_ylim(max(0.0, lowest - 5), None)
-    axes.set_xticks(range(len(budgets)), [f"{b:g} of the MACs" for b in budgets])
+    axes.set_xscale("log")
+    ticks = sorted({line["budget"] for line in rows})
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks], minor=False)
+    axes.set_xticks([], minor=True)
+    axes.set_xlabel("share of the dense network's MACs")
     axes.set_ylabel("top-1, %")
-    figure.legend(loc="outside right upper", frameon=False, fontsize="small")
+    figure.legend(loc="outside lower center", frameon=False, fontsize="small", ncols=2)
     save(figure, path)
+
+
+def _ablation_plot(lines: list[Line], budgets: Sequence[float], path: Path) -> None:
+    """What each other form of ours is ahead of the best one, within a seed."""
+    rows = [line for line in lines if line["equal"] == "epochs" and line["budget"] != 1.0]
+    lead = _lead(rows)
+    methods = [
+        method for method in dict.fromkeys(line["method"] for line in rows)
+        if method.startswith(OURS) and method != lead
+    ]  # fmt: skip
+    figure = Figure(figsize=(7.5, 1.2 + 0.25 * len(methods)), layout="constrained")
+    panels = figure.subplots(1, len(budgets), sharex=True, sharey=True, squeeze=False)[0]
+    for axes, budget in zip(panels, budgets, strict=True):
+        found = [_paired(rows, method, rows, lead, budget) for method in methods]
+        axes.barh(
+            range(len(methods)),
+            [statistics.mean(values) if values else math.nan for values in found],
+            xerr=[statistics.stdev(values) if len(values) > 1 else 0.0 for values in found],
+            capsize=2, height=0.7,
+        )  # fmt: skip
+        axes.axvline(0, color="black", linewidth=0.8)
+        axes.set_title(f"{budget:g} of the MACs", fontsize="medium")
+        axes.set_xlabel("points of top-1")
+    names = [method.replace(f"{lead}, ", "the same, ") for method in methods]
+    panels[0].set_yticks(range(len(methods)), names, fontsize="small")
+    panels[0].invert_yaxis()
+    save(figure, path)
+
+
+def _budgets(lines: list[Line]) -> list[float]:
+    return sorted({line["budget"] for line in lines} - {1.0}, reverse=True)
 
 
 def _sparsity_plot(lines: list[Line], path: Path) -> None:

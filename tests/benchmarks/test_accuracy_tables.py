@@ -13,7 +13,7 @@ def line(seed: int, method: str, top1: float, budget: float = 0.15, **more: obje
     return json.dumps(
         {
             "seed": seed, "method": method, "budget": budget, "equal": "epochs", "top1": top1,
-            "training_macs": 10, "main_top1": 71.0, **AROUND, **more,
+            "training_macs": 10, "macs": 1, "full_macs": 10, "main_top1": 71.0, **AROUND, **more,
         }
     )  # fmt: skip
 
