@@ -339,7 +339,7 @@ class Stp:
         cost = net.cost(target).macs
         full = bench.full_macs if self.expansion.main == "train" else 0
         objective = ExpansionObjective(net, target, self.expansion)
-        gift = _dense(bench, bench.protocol.epochs)[1] if self.taught else 0
+        teacher_cost = _dense(bench, bench.protocol.epochs)[1] if self.taught else 0
         sparsity = [sparsity_of(net, kept, target) for kept in weights]
         draw = ladder(net.space, target, self.expansion)
 
@@ -349,7 +349,9 @@ class Stp:
         teacher = self._teacher(bench) if self.to_the_end else None
         fixed = STEP * (full + cost) + (teacher is not None) * bench.full_macs
         per_image = fixed + _mean(draw, price)
-        rest = limit.left(_epoch(bench, per_image), epochs=first, macs=paid + searched)
+        rest = limit.left(
+            _epoch(bench, per_image), epochs=first, macs=teacher_cost + paid + searched
+        )
         spent = bench.train(
             objective, rest, macs=fixed, draw=draw, price=price, label=teacher,
             lr=(self.restart or self.turn, 0.0), warm=self.restart is not None,
@@ -362,7 +364,7 @@ class Stp:
         net.eval()
         main = bench.top1(net) if full else None
         return Trained(
-            small, gift + paid + searched + spent + count * cost, first + rest, target,
+            small, teacher_cost + paid + searched + spent + count * cost, first + rest, target,
             {"main_top1": main, "sparsity": sparsity},
         )  # fmt: skip
 
