@@ -51,7 +51,7 @@ PROTOCOLS = {
         batch_size=512, lr=0.4, warmup_epochs=2, precision="bf16", also=(0.5, 0.3),
         exploration=Exploration(generations=10),
     ),
-    # as many steps, of so few images that networks level off in them
+    # as many steps, of few images that are seen often
     "cifar10_resnet20_few": Protocol(
         model="resnet20", data=replace(CIFAR10, image_size=12, crop_padding=1, limit=2_512),
         epochs=96, batch_size=64, lr=0.1, calibration_images=1024, exploration=REDUCED,
