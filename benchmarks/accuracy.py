@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from bench import Bench, Images, Protocol, macs_of
-from contenders import GIVEN_SHAPE, OWN_SHAPE, Limit, Trained
+from contenders import GIVEN_SHAPE, OURS, OWN_SHAPE, QUARTER, Limit, Trained
 from filling import Cell, Line, Table, fill
 from surroundings import surroundings
 
@@ -55,7 +55,7 @@ PROTOCOLS = {
     "cifar10_resnet20_few": Protocol(
         model="resnet20", data=replace(CIFAR10, image_size=12, crop_padding=1, limit=2_512),
         epochs=96, batch_size=64, lr=0.1, calibration_images=1024, exploration=REDUCED,
-        reference="stp, taught, four subnets a step, a quarter, restart",
+        reference=QUARTER,
     ),
     "smoke": Protocol(
         model="resnet20", data=DataOptions(name="digits", holdout=64, limit=320), epochs=4,
@@ -72,7 +72,7 @@ def cells(budgets: Sequence[float], methods: list[str], accounting: list[str]) -
     found = []
     for count in accounting:
         for method in methods:
-            if count == "macs" and method.startswith("stp") and not OWN_SHAPE[method].saves:
+            if count == "macs" and method.startswith(OURS) and not OWN_SHAPE[method].saves:
                 continue  # STP's own expense is what equal MACs means
             of = (1.0,) if method == "dense" and count == "epochs" else budgets
             found += [{"method": method, "budget": b, "equal": count} for b in of]

@@ -8,6 +8,7 @@ from typing import Any
 
 import matplotlib
 from accuracy import PROTOCOLS
+from contenders import FORMS, GIVEN_SHAPE, OURS, PARTS, QUARTER, TAUGHT
 from filling import Line, read
 from markdown_table import row
 from matplotlib.figure import Figure
@@ -36,21 +37,11 @@ ABOUT = {
         "so many."
     ),
 }
-OURS = "stp"
-#: Ours with the gift that distillation from scratch and Torch-Pruning get at equal epochs.
-TAUGHT = "stp, taught, four subnets a step"
-QUARTER = "stp, taught, four subnets a step, a quarter, restart"
-#: What was changed in it.
+#: Other forms whose retention and lead have a table.
 CHANGED = (
     "stp, taught", "stp, taught at first, four subnets a step",
-    "stp, taught, four subnets a step, tuned scores", QUARTER,
+    "stp, taught, four subnets a step, tuned scores",
 )  # fmt: skip
-#: Whose lead over each other method has a table.
-LEADING = (OURS, TAUGHT, QUARTER)
-#: What can be taken out of one.
-PARTS = ("uniform widths", "random subnet", "no expansion")
-#: How the methods are called that train the shape that it finds.
-SHAPE = {TAUGHT: "shape of four", QUARTER: "shape of a quarter"}
 #: The sparsification that shrinks what it drops.
 PENALTY = "group lasso"
 #: Ours at its cheapest, which equal MACs buy the most epochs of.
@@ -165,10 +156,10 @@ def _claims(lines: list[Line], budgets: list[float], reference: str) -> list[str
     epochs = [line for line in lines if line["equal"] == "epochs"]
     macs = [line for line in lines if line["equal"] == "macs"]
     out: list[str] = []
-    for ours in (OURS, TAUGHT, *CHANGED):
+    for ours in (*FORMS, *CHANGED):
         if any(line["method"] == ours for line in epochs):
             questions = _summary(ours, epochs)
-            if ours in LEADING:
+            if ours in FORMS:
                 questions += _less(ours, epochs, epochs)
             out += _differences(f"`{ours}`, equal epochs", questions, budgets)
     if macs:
@@ -206,17 +197,12 @@ def _less(ours: str, these: list[Line], those: list[Line]) -> list[Question]:
 
 
 def _is_compared(ours: str, other: str) -> bool:
-    """Whether a difference says something: from the methods of others, those that train our shapes
-    only where they are the shapes of this one; from ours, what it has or lacks a part of."""
-    if ", shape of" in other:
-        return other.endswith(SHAPE.get(ours, OURS))
-    if not other.startswith(OURS):
-        return True
-    if ours == TAUGHT and other in CHANGED:
-        return True
-    return other in [f"{ours}, {part}" for part in PARTS] or (
-        ours == OURS != other and not other.startswith(f"{OURS}, taught")
-    )
+    """Whether a difference says something: not of a shape that another form found, nor of another
+    form with a part taken out."""
+    if other in GIVEN_SHAPE:
+        return GIVEN_SHAPE[other][1] in (OURS, ours)
+    form, _, part = other.rpartition(", ")
+    return form == ours if part in PARTS else other != ours
 
 
 def _differences(title: str, questions: list[Question], budgets: list[float]) -> list[str]:

@@ -349,22 +349,22 @@ class Stp:
         teacher = self._teacher(bench) if self.to_the_end else None
         fixed = STEP * (full + cost) + (teacher is not None) * bench.full_macs
         per_image = fixed + _mean(draw, price)
-        rest = limit.left(
-            _epoch(bench, per_image), epochs=first, macs=teacher_cost + paid + searched
-        )
+        count = bench.protocol.calibration_images
+        calibration = count * cost
+        before = teacher_cost + paid + searched
+        rest = limit.left(_epoch(bench, per_image), epochs=first, macs=before + calibration)
         spent = bench.train(
             objective, rest, macs=fixed, draw=draw, price=price, label=teacher,
             lr=(self.restart or self.turn, 0.0), warm=self.restart is not None,
             at_epoch=lambda _: sparsity.append(relative_sparsity(net, target)),
         )  # fmt: skip
-        count = bench.protocol.calibration_images
         small = net.extract(
             target, calibrate(net, target, bench.images.calibration(bench.seed, count))
         )
         net.eval()
         main = bench.top1(net) if full else None
         return Trained(
-            small, teacher_cost + paid + searched + spent + count * cost, first + rest, target,
+            small, before + spent + calibration, first + rest, target,
             {"main_top1": main, "sparsity": sparsity},
         )  # fmt: skip
 
@@ -496,15 +496,28 @@ STP = Stp()
 DIRECT = replace(STP.expansion, rungs=0)
 FOUR = replace(STP.stimulation, subnets=4)
 BEST = replace(STP, taught=True, stimulation=FOUR)
-QUARTER = replace(BEST, share=1 / 4, restart=1.0)
+
+#: The names of forms of STP that others are compared with, or measured by.
+OURS = "stp"
+TAUGHT = f"{OURS}, taught, four subnets a step"
+QUARTER = f"{TAUGHT}, a quarter, restart"
+FORMS = {OURS: STP, TAUGHT: BEST, QUARTER: replace(BEST, share=1 / 4, restart=1.0)}
+#: What can be taken out of each of them, to see what it is worth.
+PARTS: dict[str, dict[str, Any]] = {
+    "uniform widths": {"target": "uniform"},
+    "random subnet": {"target": "random"},
+    "no expansion": {"expansion": DIRECT},
+}
 
 #: Methods with a shape of their own: (bench, budget, limit) -> `Trained`.
 OWN_SHAPE: dict[str, Any] = {
     "dense": dense,
-    "stp": STP,
-    "stp, uniform widths": replace(STP, target="uniform"),
-    "stp, random subnet": replace(STP, target="random"),
-    "stp, no expansion": replace(STP, expansion=DIRECT),
+    **FORMS,
+    **{
+        f"{name}, {part}": replace(form, **without)
+        for name, form in FORMS.items()
+        for part, without in PARTS.items()
+    },
     "stp, main let go": replace(STP, expansion=replace(STP.expansion, main="drop")),
     "stp, taught": replace(STP, taught=True),
     # an epoch of the supernet, the search, then the found slice alone on the labels
@@ -516,23 +529,9 @@ OWN_SHAPE: dict[str, Any] = {
     "stp, two rungs": replace(STP, expansion=replace(STP.expansion, rungs=2)),
     "stp, two subnets a step": replace(STP, stimulation=replace(STP.stimulation, subnets=2)),
     "stp, four subnets a step": replace(STP, stimulation=FOUR),
-    "stp, taught, four subnets a step": BEST,
     "stp, taught, four subnets a step, tuned scores": replace(BEST, tuning_steps=50),
     "stp, taught at first, four subnets a step": replace(BEST, to_the_end=False),
     "stp, taught, four subnets a step, restart": replace(BEST, restart=1.0),
-    "stp, taught, four subnets a step, a quarter, restart": QUARTER,
-    "stp, taught, four subnets a step, uniform widths": replace(BEST, target="uniform"),
-    "stp, taught, four subnets a step, random subnet": replace(BEST, target="random"),
-    "stp, taught, four subnets a step, no expansion": replace(BEST, expansion=DIRECT),
-    "stp, taught, four subnets a step, a quarter, restart, uniform widths": replace(
-        QUARTER, target="uniform"
-    ),
-    "stp, taught, four subnets a step, a quarter, restart, random subnet": replace(
-        QUARTER, target="random"
-    ),
-    "stp, taught, four subnets a step, a quarter, restart, no expansion": replace(
-        QUARTER, expansion=DIRECT
-    ),
     "stp, stratified sampler": replace(
         STP, stimulation=replace(STP.stimulation, sampler="stratified")
     ),
@@ -545,16 +544,10 @@ OWN_SHAPE: dict[str, Any] = {
 
 #: Methods that train a shape that STP found, and which STP it was.
 GIVEN_SHAPE: dict[str, tuple[Callable[[Bench, Subnet, Limit], Trained], str]] = {
-    "scratch": (scratch, "stp"),
-    "scratch + distillation": (scratch_distilled, "stp"),
-    "scratch, shape of four": (scratch, "stp, taught, four subnets a step"),
-    "scratch + distillation, shape of four": (
-        scratch_distilled, "stp, taught, four subnets a step"
-    ),
-    "scratch, shape of a quarter": (
-        scratch, "stp, taught, four subnets a step, a quarter, restart"
-    ),
-    "scratch + distillation, shape of a quarter": (
-        scratch_distilled, "stp, taught, four subnets a step, a quarter, restart"
-    ),
-}  # fmt: skip
+    "scratch": (scratch, OURS),
+    "scratch + distillation": (scratch_distilled, OURS),
+    "scratch, shape of four": (scratch, TAUGHT),
+    "scratch + distillation, shape of four": (scratch_distilled, TAUGHT),
+    "scratch, shape of a quarter": (scratch, QUARTER),
+    "scratch + distillation, shape of a quarter": (scratch_distilled, QUARTER),
+}

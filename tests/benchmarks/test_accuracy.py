@@ -57,7 +57,7 @@ def test_networks_learn(lines):
     assert min(best.values()) > 25, best
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(200, func_only=True)  # `lines` have a limit of their own
 def test_networks_trained_side_by_side_are_those_trained_one_by_one(lines, tmp_path):
     methods = ("stp, taught, four subnets a step", "scratch + distillation, shape of four", "dense")
     options = ("--jobs", "2", "--equal", "epochs", "--method", *methods)

@@ -1,0 +1,54 @@
+"""What methods may spend under equal MACs, the dearest of all expenses being a teacher."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+BUDGET = 0.3
+
+
+@pytest.fixture
+def bench(tmp_path, on_path):
+    from accuracy import PROTOCOLS
+    from bench import Bench, Images
+
+    protocol = PROTOCOLS["smoke"]
+    return Bench(protocol, Images(protocol.data, torch.device("cpu")), 0, tmp_path)
+
+
+@pytest.mark.timeout(200)
+def test_a_teacher_is_paid_for_where_macs_are_equal(bench):
+    from contenders import FORMS, TAUGHT, Limit
+
+    epochs = bench.protocol.epochs
+    form = FORMS[TAUGHT]
+    spent = form(bench, BUDGET, Limit(epochs)).spent
+    lean = replace(form, expansion=replace(form.expansion, main="drop"))
+    saving = lean(bench, BUDGET, Limit(epochs, spent))
+    assert spent - spent / epochs < saving.spent <= spent
+    assert saving.epochs > epochs, "what the main network costs buys epochs"
+
+
+def test_equal_macs_are_those_of_the_reference_of_the_protocol(bench, monkeypatch):
+    import accuracy
+    from contenders import Trained
+
+    bench.protocol = replace(bench.protocol, reference="dear")
+    allowed = []
+
+    def spend(bench, budget, limit):
+        allowed.append(limit.macs)
+        return Trained(bench.fresh(), 0, 1)
+
+    monkeypatch.setitem(accuracy.OWN_SHAPE, "spender", spend)
+    done = [
+        {"method": "stp", "budget": BUDGET, "training_macs": 10},
+        {"method": "dear", "budget": BUDGET, "training_macs": 70},
+        {"method": "dear", "budget": 0.5, "training_macs": 90},
+    ]
+    for account in ("macs", "epochs"):
+        cell = {"method": "spender", "budget": BUDGET, "equal": account}
+        assert accuracy.needs("dear", cell) == (["dear"] if account == "macs" else [])
+        accuracy.train(bench, cell, done)
+    assert allowed == [70, None]
