@@ -57,6 +57,25 @@ PROTOCOLS = {
         epochs=96, batch_size=64, lr=0.1, calibration_images=1024, exploration=REDUCED,
         reference=QUARTER,
     ),
+    # half as wide, and strides for small images
+    "cifar10_mobilenet_v2_cpu": Protocol(
+        model="mobilenet_v2", model_options={
+            "width_mult": 0.5,
+            "inverted_residual_setting": [  # expansion, channels, blocks, stride
+                [1, 16, 1, 1], [6, 24, 2, 1], [6, 32, 3, 2], [6, 64, 4, 1], [6, 96, 3, 1],
+                [6, 160, 3, 2], [6, 320, 1, 1],
+            ],
+        },
+        data=replace(CIFAR10, image_size=12, crop_padding=1, limit=8_512), epochs=12,
+        batch_size=64, lr=0.03, calibration_images=1024, exploration=REDUCED, reference=QUARTER,
+    ),
+    "cifar10_vit_cpu": Protocol(
+        model="torchvision.models:VisionTransformer", model_options={
+            "patch_size": 8, "num_layers": 6, "num_heads": 6, "hidden_dim": 96, "mlp_dim": 192,
+        },
+        data=replace(CIFAR10, limit=16_512), epochs=12, batch_size=64, optimizer="adamw", lr=1e-3,
+        weight_decay=0.05, exploration=REDUCED, reference=QUARTER,
+    ),
     "smoke": Protocol(
         model="resnet20", data=DataOptions(name="digits", holdout=64, limit=320), epochs=4,
         batch_size=64, calibration_images=64, seeds=(0,), budgets=(0.3,),

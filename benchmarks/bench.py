@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,8 @@ from stp_ray.models import build_model
 
 #: A backward pass costs two forward passes: one for the inputs' gradients, one for the weights'.
 STEP = 3
+#: torch's fused attention of evaluation is one operation, whose MACs torch does not count.
+torch.backends.mha.set_fastpath_enabled(False)
 EVALUATION_BATCH = 500
 
 
@@ -39,12 +41,15 @@ class Protocol:
     """What all methods share."""
 
     model: str
+    model_options: dict[str, Any] = field(default_factory=dict)
+    """What its constructor gets besides the size of the images and the number of classes."""
     divisor: int | None = None
     """Widths are multiples of it; None for what the tracer chooses."""
     data: DataOptions
     epochs: int
     """Passes over the images that each method has under equal epochs."""
     batch_size: int = 128
+    optimizer: Literal["sgd", "adamw"] = "sgd"
     lr: float = 0.1
     warmup_epochs: float = 1.0
     weight_decay: float = 5e-4
@@ -126,8 +131,9 @@ class Bench:
         """The dense model with this seed's first weights."""
         torch.manual_seed(self.seed)
         return build_model(
-            self.protocol.model, num_classes=self.images.classes, image_size=self.images.size
-        )
+            self.protocol.model, num_classes=self.images.classes, image_size=self.images.size,
+            **self.protocol.model_options,
+        )  # fmt: skip
 
     def supernet(self) -> Supernet:
         """The same, traced."""
@@ -200,8 +206,9 @@ class Bench:
         rate down to zero."""
         protocol = self.protocol
         return Optimisation(
-            epochs=epochs, batch_size=protocol.batch_size, lr=protocol.lr * lr,
-            weight_decay=protocol.weight_decay, precision=protocol.precision, warmup_epochs=0,
+            epochs=epochs, batch_size=protocol.batch_size, optimizer=protocol.optimizer,
+            lr=protocol.lr * lr, weight_decay=protocol.weight_decay, precision=protocol.precision,
+            warmup_epochs=0,
         )  # fmt: skip
 
     def top1(self, forward: Callable[[Tensor], Tensor]) -> float:

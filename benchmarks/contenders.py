@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from bench import STEP, Bench, macs_of
 from torch import Tensor, nn
+from torchvision.models import VisionTransformer
 
 from stp_ray.elastic import Budget, Subnet, Supernet, importance
 from stp_ray.method import (
@@ -108,8 +109,9 @@ def _renewed(bench: Bench, shape: Subnet) -> nn.Module:
     """A shape with weights drawn for its own widths, as the dense model's are for its."""
     model = bench.supernet().extract(shape)
     torch.manual_seed(bench.seed)
+    convolutional = any(isinstance(layer, nn.BatchNorm2d) for layer in model.modules())
     for layer in model.modules():
-        if isinstance(layer, nn.Conv2d) and bench.protocol.model.startswith("resnet"):
+        if isinstance(layer, nn.Conv2d) and convolutional:
             nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
         elif hasattr(layer, "reset_parameters"):
             layer.reset_parameters()
@@ -131,8 +133,6 @@ def torch_pruning(
     """Dense training for half of the epochs, group-norm pruning (DepGraph), fine-tuning with
     distillation for the other half. `sparse`: the last half of the dense training is under the
     pruner's group sparsity; `even`: all layers lose the same share instead of competing."""
-    import torch_pruning as tp
-
     whole = bench.protocol.epochs
     before = whole // 2
     if sparse:
@@ -141,16 +141,16 @@ def torch_pruning(
         model, paid = _dense(bench, before)
     # at equal epochs the teacher is the finished dense network, a gift; at equal MACs its own past
     teacher, gift = _dense(bench, whole) if limit.macs is None else (copy.deepcopy(model), 0)
-    pruner = tp.pruner.GroupNormPruner(
-        model, bench.example.to(bench.images.device),
-        importance=tp.importance.GroupMagnitudeImportance(p=2), global_pruning=not even,
-        pruning_ratio=1.0, max_pruning_ratio=0.95, iterative_steps=100,
-        ignored_layers=[layer for layer in model.modules() if isinstance(layer, nn.Linear)],
+    pruner = _pruner(
+        bench, model, global_pruning=not even, pruning_ratio=1.0, max_pruning_ratio=0.95,
+        iterative_steps=100,
     )  # fmt: skip
     while macs_of(model, bench.example) > budget * bench.full_macs:
         if pruner.current_step >= pruner.iterative_steps:
             raise RuntimeError(f"Torch-Pruning cannot reach {budget} of the MACs")
         pruner.step()
+        if isinstance(model, VisionTransformer):
+            model.hidden_dim = model.conv_proj.out_channels  # which its forward pass reads
     for parameter in model.parameters():
         parameter.grad = None
     model.train().requires_grad_(True)
@@ -160,16 +160,24 @@ def torch_pruning(
     return Trained(model, gift + paid + spent, before + epochs)
 
 
-def _made_sparse(bench: Bench, epochs: int) -> tuple[nn.Module, int]:
+def _pruner(bench: Bench, model: nn.Module, **options: Any) -> Any:
+    """Theirs, which leaves the classifier's outputs alone, and of heads prunes the size."""
     import torch_pruning as tp
 
+    layers = list(model.modules())
+    heads = [layer.num_heads for layer in layers if isinstance(layer, nn.MultiheadAttention)]
+    return tp.pruner.GroupNormPruner(
+        model, bench.example.to(bench.images.device),
+        importance=tp.importance.GroupMagnitudeImportance(p=2),
+        ignored_layers=[[layer for layer in layers if isinstance(layer, nn.Linear)][-1]],
+        round_to=heads[0] if heads else None, **options,
+    )  # fmt: skip
+
+
+def _made_sparse(bench: Bench, epochs: int) -> tuple[nn.Module, int]:
     plain = epochs // 2
     model, paid = _dense(bench, plain)
-    pruner = tp.pruner.GroupNormPruner(
-        model, bench.example.to(bench.images.device), reg=5e-4, global_pruning=True,
-        importance=tp.importance.GroupMagnitudeImportance(p=2),
-        ignored_layers=[layer for layer in model.modules() if isinstance(layer, nn.Linear)],
-    )  # fmt: skip
+    pruner = _pruner(bench, model, reg=5e-4, global_pruning=True)
     pruner.update_regularizer()
     spent = bench.train(
         DenseObjective(model), epochs - plain, macs=STEP * bench.full_macs,

@@ -52,3 +52,27 @@ def test_equal_macs_are_those_of_the_reference_of_the_protocol(bench, monkeypatc
         assert accuracy.needs("dear", cell) == (["dear"] if account == "macs" else [])
         accuracy.train(bench, cell, done)
     assert allowed == [70, None]
+
+
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize("family", ["cifar10_mobilenet_v2_cpu", "cifar10_vit_cpu"])
+def test_other_families_are_pruned_within_the_budget(bench, family):
+    """By ours and by Torch-Pruning, as torch counts what is left."""
+    from accuracy import PROTOCOLS
+    from bench import Bench, Images, macs_of
+    from contenders import GIVEN_SHAPE, OURS, OWN_SHAPE, Limit
+
+    of, small = PROTOCOLS[family], bench.protocol
+    protocol = replace(
+        small, model=of.model, model_options=of.model_options, optimizer=of.optimizer, epochs=2,
+        lr=of.lr, data=replace(small.data, image_size=16),
+    )  # fmt: skip
+    bench = Bench(protocol, Images(protocol.data, torch.device("cpu")), 0, bench.work)
+    assert macs_of(bench.fresh(), bench.example) == bench.supernet().cost().macs
+    ours = OWN_SHAPE[OURS](bench, BUDGET, Limit(protocol.epochs))
+    again, _ = GIVEN_SHAPE["scratch"]
+    theirs = OWN_SHAPE["torch-pruning, even"](bench, BUDGET, Limit(protocol.epochs))
+    for found in (ours, again(bench, ours.subnet, Limit(protocol.epochs)), theirs):
+        assert macs_of(found.network, bench.example) <= BUDGET * bench.full_macs
+        assert found.epochs == protocol.epochs
+        assert torch.isfinite(found.network.eval()(bench.example)).all()
