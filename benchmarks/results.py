@@ -102,7 +102,8 @@ def render() -> None:
         "- No run of the recipes `cifar10_resnet56` and `imagenet_resnet50`: the accuracies in "
         "their heads are expected, not measured. The comparison with ResNet-56 above is no run of "
         "the pipeline.",
-        "- Latency is that of one image in eager PyTorch on one CPU thread.",
+        "- Latency of the recorded runs is that of one image in eager PyTorch on one CPU thread; "
+        "other runtimes are in [performance](performance.md).",
         "",
     ]
     (DOCS / "results.md").write_text("\n".join(parts))

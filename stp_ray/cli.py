@@ -84,7 +84,7 @@ Recipe = Annotated[
     ),
 ]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(help="Overrides, for example seed=1 supernet.lr=0.1.")
+    list[str] | None, typer.Argument(help="Overrides, for example seed=1 baseline.lr=0.05.")
 ]
 
 
