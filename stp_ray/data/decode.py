@@ -24,6 +24,8 @@ except ImportError:  # torchvision 0.29 announces that a later version drops the
     decode_jpeg = None
 
 _JPEG = b"\xff\xd8"
+#: Formats whose grey images of 16 bits Pillow opens in mode "I", or did in earlier releases.
+_SIXTEEN_BITS = frozenset({"PNG", "PPM"})
 #: Images that are decoded before they are copied to their place: so few that the next ones reuse
 #: their memory, for fresh memory costs as much as half of the decoding.
 _AT_A_TIME = 32
@@ -48,7 +50,8 @@ def decode(
     """Decode images; what cannot be decoded is left out and marked.
 
     Args:
-        encoded: contents of image files (JPEG, PNG, ... colour or grey); None counts as corrupt.
+        encoded: contents of image files (JPEG, PNG, ... colour or grey, of up to 16 bits); None
+            counts as corrupt, and so do 32 bits a pixel, which do not say what white is.
         size: height and width of the result in pixels.
         resize: bring images of any shape to `size` (see `fit`); otherwise they must have it.
         out: what `blank` made for N images or more, to be written over; None: fresh memory, which
@@ -121,10 +124,25 @@ def _jpegs(encoded: list[bytes]) -> list[Tensor | None]:
 def _pillow(data: bytes) -> Tensor | None:
     try:
         with Image.open(io.BytesIO(data)) as image:
-            pixels = np.array(image.convert("RGB"))
+            pixels = np.array(_eight_bits(image).convert("RGB"))
     except _PILLOW_ERRORS:
         return None
     return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """The same image with grey values of 16 bits scaled to 8, where Pillow would clip them.
+
+    Raises:
+        ValueError: its values have 32 bits and no range that is known.
+    """
+    sixteen = image.mode == "I" and image.format in _SIXTEEN_BITS
+    if sixteen or image.mode.startswith("I;16"):
+        grey = np.asarray(image).astype(np.uint32)
+        return Image.fromarray(((grey + 128) // 257).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"mode {image.mode} has no range; expected 8 or 16 bits")
+    return image
 
 
 def _fitted(image: Tensor, size: int, resize: bool) -> Tensor:

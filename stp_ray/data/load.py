@@ -104,9 +104,11 @@ def load(options: DataOptions) -> ImageData:
 
 
 def load_split(options: DataOptions, split: SplitName, count: int | None = None) -> Split:
-    """Decode one split of what `options` name into memory, or only its first `count` images.
+    """Decode one split of what `options` name into memory, or only `count` images from all over it,
+    the same ones as `Split.sample` takes.
 
-    For a data set that is streamed: its held-out images, and a few to calibrate with.
+    For a data set that is streamed: its held-out images, and a few to calibrate with. Each row
+    group that holds one of them is read.
 
     Raises:
         DataError: as `load`.
@@ -114,7 +116,9 @@ def load_split(options: DataOptions, split: SplitName, count: int | None = None)
     source = open_source(options)
     layout = source.layout()
     summary = summarise(options, layout)
-    rows = selection(options, layout)[split][:count]
+    rows = selection(options, layout)[split]
+    if count is not None and count < len(rows):
+        rows = rows[spread_rows(len(rows), count)]
     stored: Stored = "test" if split == "test" else "train"
     filling = _Filling(len(rows), summary)
     for _, images, labels in _decoded(source, options, summary, stored, rows):

@@ -245,6 +245,7 @@ def convolution(visit: Visit) -> Value:
         visit.freeze(x, reason="convolution of an input without a batch dimension")
         visit.step.opaque = True
         return visit.constants()
+    visit.freeze(x[2:], reason="convolves over an elastic dimension")
     channels, groups = x[1], module.groups
     area = prod(visit.shape[2:]) * prod(module.kernel_size) * visit.shape[0]
     if groups == 1:
@@ -755,9 +756,8 @@ def regroup(visit: Visit) -> Value:
         return unknown(visit)
     out: list[Dim] = []
     before, after = list(x), list(visit.shape)
-    # The batch is the first dimension where that can be, else the one of its length.
-    batch = [place for place, dim in enumerate(x) if dim == constant(visit.batch)]
-    batch = [0] if length(x[0]) % visit.batch == 0 else batch
+    # The batch, alone or merged: no other dimension is a multiple of it.
+    batch = [place for place, dim in enumerate(x) if length(dim) % visit.batch == 0]
     while before or after:
         start = len(x) - len(before)
         source, target = before[:1], after[:1]

@@ -8,9 +8,10 @@ import os
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from itertools import count
 from math import ceil, gcd
 from typing import Any, cast
 
@@ -28,8 +29,7 @@ from .ops import Size, Step, Value, Visit
 from .slicing import Layout, Merge
 from .space import ResidualBlock, SearchSpace, WidthAxis
 
-#: Samples in the shape pass. A prime that is no common layer width keeps the batch dimension
-#: from being mistaken for another one when a reshape is taken apart.
+#: Samples in the shape pass, at least: a prime that is no common layer width; see `_batch_beside`.
 _BATCH = 11
 
 #: Where a node keeps the (file, line) that it comes from.
@@ -111,9 +111,9 @@ def trace(
     if not 0 < min_ratio <= 1:
         raise OptionError(f"min_ratio is {min_ratio}; expected a share in (0, 1]")
     graph = symbolic_graph(model, example_input)
-    shapes, counted = _shapes(graph, example_input)
+    shapes, counted, batch = _shapes(graph, example_input)
     _write_nothing(graph, shapes)
-    analysis = _Analysis(graph, shapes, counted)
+    analysis = _Analysis(graph, shapes, counted, batch)
     analysis.walk()
     analysis.keep_whole(ignore, only)
     return analysis.conclude(divisor, min_ratio)
@@ -580,15 +580,48 @@ def _without_data(model: nn.Module) -> Any:
     return copy.deepcopy(model, memo).to("meta").eval()
 
 
-@torch.no_grad()
+def _batch_beside(sizes: Collection[int]) -> int:
+    """Samples that share no factor with any of these sizes. It keeps the batch dimension from
+    being mistaken for another one when a reshape is taken apart."""
+    return next(n for n in count(_BATCH) if all(gcd(n, size) == 1 for size in sizes if size))
+
+
 def _shapes(
     graph: fx.GraphModule, example: Tensor
-) -> tuple[dict[fx.Node, ops.Shape], dict[fx.Node, int]]:
+) -> tuple[dict[fx.Node, ops.Shape], dict[fx.Node, int], int]:
+    """Shapes and MACs of the nodes, and the number of samples that they are for."""
     if example.dim() != 4:
         raise TraceError(
             f"the example input has shape {list(example.shape)}; expected images [B, C, H, W]"
         )
-    size = (_BATCH, *example.shape[1:])
+    sizes = {*example.shape[1:], *(n for p in graph.parameters() for n in p.shape)}
+    batch = _batch_beside(sizes)
+    run = _shape_pass(graph, example, batch)
+    found = list(_flat(list(run.shapes.values())))
+    # Next to the batch stands another multiple of it, such as 121 tokens: choose again.
+    if any(sum(size % batch == 0 for size in shape) > 1 for shape in found):
+        batch = _batch_beside(sizes.union(*found))
+        run = _shape_pass(graph, example, batch)
+    nodes = {node.name: node for node in graph.graph.nodes}
+    return (
+        {nodes[name]: shape for name, shape in run.shapes.items()},
+        {nodes[name]: macs for name, macs in run.counted.items()},
+        batch,
+    )
+
+
+def _flat(shape: ops.Shape) -> Iterator[torch.Size]:
+    """The shapes of all tensors among what a node yields."""
+    if isinstance(shape, torch.Size):
+        yield shape
+    elif isinstance(shape, list):
+        for item in shape:
+            yield from _flat(item)
+
+
+@torch.no_grad()
+def _shape_pass(graph: fx.GraphModule, example: Tensor, batch: int) -> _ShapePass:
+    size = (batch, *example.shape[1:])
     try:  # shapes alone: no arithmetic
         run = _ShapePass(_without_data(graph))
         run.run(torch.empty(size, dtype=example.dtype, device="meta"))
@@ -602,11 +635,7 @@ def _shapes(
                 f"the model fails on images {list(size)}: {str(error).splitlines()[0]}; "
                 "expected a model that fits the image size and channels of the data"
             ) from error
-    nodes = {node.name: node for node in graph.graph.nodes}
-    return (
-        {nodes[name]: shape for name, shape in run.shapes.items()},
-        {nodes[name]: macs for name, macs in run.counted.items()},
-    )
+    return run
 
 
 # -- the walk ---------------------------------------------------------------------------
@@ -620,8 +649,9 @@ class _Analysis:
         graph: fx.GraphModule,
         shapes: dict[fx.Node, ops.Shape],
         counted: dict[fx.Node, int],
+        batch: int,
     ) -> None:
-        self.graph, self.shapes, self.counted = graph, shapes, counted
+        self.graph, self.shapes, self.counted, self.batch = graph, shapes, counted, batch
         self.dims = Dims()
         self.steps: dict[fx.Node, Step] = {}
         self.values: dict[fx.Node, Value] = {}
@@ -689,7 +719,7 @@ class _Analysis:
     def _look(self, node: fx.Node, step: Step) -> Visit:
         module = self.graph.get_submodule(str(node.target)) if node.op == "call_module" else None
         return Visit(
-            node, module, step, self.dims, self.values, self.shapes, _BATCH, self._declare,
+            node, module, step, self.dims, self.values, self.shapes, self.batch, self._declare,
             _source(node),
         )  # fmt: skip
 
@@ -840,7 +870,7 @@ class _Analysis:
         by_images, by_sizes = self._fed(tensors=True), self._fed(tensors=False)
         for node, step in self.steps.items():
             for coefficient, dims in step.macs:
-                per_sample, rest = divmod(coefficient, _BATCH)
+                per_sample, rest = divmod(coefficient, self.batch)
                 if node not in by_images and (rest or node not in by_sizes):
                     # Parameters alone determine it: it is computed once for all samples.
                     per_sample = coefficient

@@ -203,9 +203,12 @@ class Explorer:
             new.append(Scored(candidate.subnet, score, images, generation, cost, candidate.tuned))
             self._scored[candidate.key] = new[-1]
         again = {scored.subnet for scored in new}  # at a higher fidelity: their first score is void
+        # What diverges at a higher fidelity gives its place back to one that it had taken it from.
+        diverged = any(math.isinf(scored.score) for scored in new)
         for budget, elders in self._elders.items():
             kept = [scored for scored in elders if scored.subnet not in again]
-            self._elders[budget] = self._leading([*kept, *new], budget)
+            found = self._best_known() if diverged else [*kept, *new]
+            self._elders[budget] = self._leading(found, budget)
         if not self._open:
             self._advance()
 

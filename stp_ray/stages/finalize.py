@@ -215,10 +215,13 @@ def prune(job: Job, images: Images, device: torch.device) -> dict[str, Any]:
         "image_size": size,
         "mean": list(config.data.mean),
         "std": list(config.data.std),
-        "space": {"divisor": divisor(config), "min_ratio": config.space.min_ratio},
+        "space": {
+            "divisor": divisor(config), "min_ratio": config.space.min_ratio,
+            "ignore": list(config.space.ignore), "only": list(config.space.only),
+        },
         "subnet": target.to_json(),
         "data": config.data.name,
-    }
+    }  # fmt: skip
     outputs = export.save_model(store, small, description)
     outputs[SUBNET] = store.write_bytes(SUBNET, (target.to_json() + "\n").encode())
     outputs[PREDICTIONS] = store.write_table(PREDICTIONS, said)

@@ -1,7 +1,7 @@
 """The images of a run as its workers see them: decoded once and shared, or streamed."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -39,7 +39,8 @@ class Images:
 
     Args:
         options: normalisation and augmentation.
-        summary: classes and sizes.
+        summary: classes and sizes; with images in memory, `train_rows` counts those that could be
+            decoded.
         data: everything decoded; None where the training images are streamed.
     """
 
@@ -120,7 +121,12 @@ class SharedImages:
 
     def here(self) -> Images:
         """The images in this process; arrays are views of the object store."""
-        return Images(self.options, self.summary, ray.get(self.reference[0]))
+        return _resident(self.options, self.summary, ray.get(self.reference[0]))
+
+
+def _resident(options: DataOptions, summary: DataSummary, data: ImageData) -> Images:
+    """Images in memory: steps are counted by those to train on that could be decoded."""
+    return Images(options, replace(summary, train_rows=len(data.train)), data)
 
 
 def share(options: DataOptions, summary: DataSummary, *, in_process: bool) -> Images | SharedImages:
@@ -134,7 +140,7 @@ def share(options: DataOptions, summary: DataSummary, *, in_process: bool) -> Im
             )
         return Images(options, summary, None)
     if in_process:
-        return Images(options, summary, load(options))
+        return _resident(options, summary, load(options))
     # Not on a worker: Ray lets none go that holds an object, and the task would ask for one more.
     task = ray.remote(load).options(num_cpus=0, scheduling_strategy=cluster.beside_driver())
     return SharedImages(options, summary, [task.remote(options)])

@@ -4,15 +4,15 @@ It loads the newest checkpoint, trains to the end, evaluates, and writes weights
 `result.json` (last, so that its presence means done). All state is in the run's storage.
 """
 
+import contextlib
 import copy
 import time
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..artifacts import Checkpoints, Store
@@ -137,7 +137,7 @@ def train(job: Job, images: Images | SharedImages, place: Place, report: Report)
     if store.exists(RESULT):
         return
     local = images.here()
-    net = build_supernet(job.config, local.summary)
+    net = build_supernet(_initial(job), local.summary)
     price(job.config, job.run, net)
     if job.kind == "finalize":
         net.model.load_state_dict(job.run.child("supernet").load_tensors(WEIGHTS))
@@ -159,11 +159,14 @@ def train(job: Job, images: Images | SharedImages, place: Place, report: Report)
     )
     checkpoints = Checkpoints(store)
     history: list[dict[str, float]] = []
+    means, spent_s = _Means(), 0.0
     found = checkpoints.latest()
     if found is not None:
         _, tensors, meta = found
         trainer.load(tensors, meta)
         history = list(meta["history"])
+        # A checkpoint of an earlier version has neither of these.
+        means, spent_s = _Means.of(meta.get("means", {})), meta.get("seconds", 0.0)
     reference = _reference_slice(job, net)
 
     batches = [
@@ -173,33 +176,85 @@ def train(job: Job, images: Images | SharedImages, place: Place, report: Report)
         )
         for share in trainer.shares
     ]  # fmt: skip
-    started, sums, count, last = time.monotonic(), defaultdict[str, Any](float), 0, 0.0
+    started, last = time.monotonic() - spent_s, 0.0
     with Saver(checkpoints) as saver, Notices() as notices:
         for progress in trainer.run(batches, draw):
             if place.rank != 0:
                 continue
-            count += 1
-            for name, part in progress.parts.items():
-                sums[name] = sums[name] + part
+            means.add(progress.parts)
             row: dict[str, float] = {}
             if progress.end_of_epoch:
                 row = {"step": progress.step, "epoch": progress.epoch + 1, "lr": progress.lr}
-                row |= {name: float(total) / count for name, total in sums.items()}
+                row |= means.values()
                 if reference is not None:
                     row |= relative_sparsity(net, reference)
                 history.append(row)
-                sums, count = defaultdict(float), 0
+                means = _Means()
             # A stream could not go on from the middle of an epoch.
             leaving = local.data is not None and notices.taken()
             if progress.checkpoint_due or leaving:
                 tensors, meta = trainer.state()
-                saver.save(progress.step, tensors, {**meta, "history": list(history)})
+                meta |= {"history": list(history), "means": means.state()}
+                meta["seconds"] = time.monotonic() - started
+                saver.save(progress.step, tensors, meta)
             now = time.monotonic()
             if row or now - last > _REPORT_EVERY_S:
                 last = now
                 report(progress.step, row or {"lr": progress.lr, **progress.metrics})
     if place.rank == 0:
         _finish(job, store, trainer, local, history, time.monotonic() - started)
+
+
+def seconds_spent(store: Store) -> float:
+    """How long a job has trained for what its newest checkpoint holds, over all attempts.
+
+    Args:
+        store: where the job writes.
+    """
+    for name in reversed(store.names(Checkpoints.PREFIX)):
+        with contextlib.suppress(StorageError):  # one that was not finished
+            return float(store.child(name).read_json("meta.json").get("seconds", 0.0))
+    return 0.0
+
+
+@dataclass
+class _Means:
+    """The loss and its parts, averaged over the steps of an epoch so far.
+
+    Args:
+        count: steps.
+        sums: of each part.
+    """
+
+    count: int = 0
+    sums: dict[str, Tensor | float] = field(default_factory=dict)
+
+    def add(self, parts: Mapping[str, Tensor]) -> None:
+        self.count += 1
+        for name, part in parts.items():
+            self.sums[name] = self.sums.get(name, 0.0) + part
+
+    def values(self) -> dict[str, float]:
+        return {name: float(total) / self.count for name, total in self.sums.items()}
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint; sums as text, for JSON has no numbers that are not finite."""
+        return {"count": self.count, "sums": {n: str(float(s)) for n, s in self.sums.items()}}
+
+    @classmethod
+    def of(cls, state: Mapping[str, Any]) -> "_Means":
+        means = cls(state.get("count", 0))
+        means.sums.update({n: float(text) for n, text in state.get("sums", {}).items()})
+        return means
+
+
+def _initial(job: Job) -> RunConfig:
+    """The configuration of the network that a job starts from: the control's has no weights given,
+    for `_from_scratch` cannot draw those of every layer anew."""
+    if job.kind != "control":
+        return job.config
+    model = job.config.model.model_copy(update={"weights": None, "ranking": None})
+    return job.config.model_copy(update={"model": model})
 
 
 def _objective(job: Job, net: Supernet) -> tuple[nn.Module, Draw]:
@@ -235,7 +290,12 @@ def _no_subnets(rng: Any, progress: float) -> Sequence[Subnet]:
 
 
 def _from_scratch(net: Supernet, target: Subnet) -> nn.Module:
-    """The pruned shape with fresh weights, drawn for its own widths."""
+    """The pruned shape with fresh weights, drawn for its own widths where a layer can do that.
+
+    Args:
+        net: a network of fresh weights: attention and bare parameters take theirs from it.
+        target: the shape.
+    """
     small = net.extract(target)
     for module in small.modules():
         reset = getattr(module, "reset_parameters", None)

@@ -31,7 +31,7 @@ from . import cluster, latency
 from .explore import CANDIDATES, FRONT, explore
 from .finalize import PRUNED, control_options, finalize, folder
 from .images import Images, SharedImages, share
-from .jobs import RESULT, Job
+from .jobs import RESULT, Job, seconds_spent
 from .network import LATENCY, TABLE, build_supernet, price, timed
 from .supernet import fit
 
@@ -187,7 +187,7 @@ class _Pipeline:
             return outputs, {**result["metrics"], "macs": self.net.cost().macs}
 
         inputs = {"data": self.config.data.name, **self._inputs(*self._teacher(kind))}
-        self._stage(kind, inputs, work, self._scale(options), workers)
+        self._stage(kind, inputs, work, lambda: self._scale(options), workers)
 
     def _tabulate(self) -> None:
         """First of all, so that a budget that cannot be met is known before anything is trained."""
@@ -198,7 +198,7 @@ class _Pipeline:
             metrics = {"dense_ms": table["dense_ms"], "error": table["error"]}
             return {name: self.store.checksum(name)}, metrics
 
-        self._stage(LATENCY, {}, work, {}, 1)
+        self._stage(LATENCY, {}, work, dict, 1)
         price(self.config, self.store, self.net)
 
     def _explore(self) -> None:
@@ -219,7 +219,7 @@ class _Pipeline:
         workers = self.config.cluster.explore_workers or self.config.cluster.num_workers
         options = self.config.explore
         scale = {"total_steps": options.generations, "counts": "generation"}
-        self._stage("explore", self._inputs("supernet", LATENCY), work, scale, workers)
+        self._stage("explore", self._inputs("supernet", LATENCY), work, lambda: scale, workers)
 
     def _finalize(self) -> None:
         targets = self.store.read_json(f"explore/{FRONT}")["budgets"]
@@ -235,6 +235,7 @@ class _Pipeline:
         kinds: dict[Training, Optimisation] = {"finalize": self.config.finalize.optimisation}
         if self.config.finalize.control:
             kinds["control"] = control_options(self.config)
+        spent = {label: self._spent(label) for label in missing}
         started = time.monotonic()
         with contextlib.ExitStack() as stack:
             trackers = {
@@ -253,7 +254,7 @@ class _Pipeline:
                 if "control_top1" in pruned:
                     control = {**metrics, "top1": pruned["control_top1"]}
                     trackers[f"control/{label}"].summary(control)
-                seconds = time.monotonic() - started
+                seconds = spent[label] + time.monotonic() - started
                 self.manifest.finish(
                     f"finalize/{label}",
                     inputs=self._inputs("supernet", "explore", *self._teacher(*kinds)),
@@ -263,10 +264,16 @@ class _Pipeline:
                     },
                     seconds=seconds,
                     # without the time that it waited for the devices of another budget
-                    device_seconds=held_s * self._devices(self.config.finalize.num_workers),
+                    device_seconds=(spent[label] + held_s)
+                    * self._devices(self.config.finalize.num_workers),
                     metrics=metrics,
                 )
                 tracker.artifact(self._artifact(f"finalize/{label}"))
+
+    def _spent(self, label: str) -> float:
+        """Seconds that calls before this one have trained for a budget."""
+        home = self.store.child(folder(label))
+        return seconds_spent(home) + seconds_spent(home.child("control"))
 
     def _report(self) -> dict[str, Any]:
         started = time.monotonic()
@@ -361,14 +368,14 @@ class _Pipeline:
         stage: str,
         inputs: dict[str, Any],
         work: Callable[[Tracker], tuple[dict[str, str], dict[str, Any]]],
-        scale: dict[str, Any],
+        scale: Callable[[], dict[str, Any]],
         workers: int,
     ) -> None:
         if self._done(stage):
             return
         self._forget(stage, stage)
-        with self._tracked(stage, scale) as tracker:
-            started = time.monotonic()
+        started = time.monotonic() - seconds_spent(self.store.child(stage))
+        with self._tracked(stage, scale()) as tracker:
             outputs, metrics = work(tracker)
             seconds = time.monotonic() - started
             self.manifest.finish(
@@ -416,7 +423,8 @@ class _Pipeline:
         )
 
     def _scale(self, options: Optimisation) -> dict[str, Any]:
-        steps = steps_per_epoch(self.images_summary.train_rows, options.batch_size)
+        rows = self.images.summary.train_rows
+        steps = steps_per_epoch(rows, options.batch_size)
         return {"total_steps": steps * options.epochs, "batch_size": options.batch_size}
 
     def _devices(self, workers: int) -> int:

@@ -3,7 +3,7 @@ import io
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from stp_ray.data.decode import decode, fit, image_shape
 from stp_ray.errors import DataError
@@ -37,6 +37,47 @@ def test_every_colour_mode_becomes_rgb(mode):
     decoded, mask = decode([buffer.getvalue()], 8, resize=False)
     assert mask.all()
     assert decoded.shape == (1, 3, 8, 8)
+
+
+GREY = np.arange(0, 256, 4, dtype=np.uint16).reshape(8, 8)
+
+
+def saved(pixels, kind):
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, kind)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("kind", "opened"), [("PNG", "I;16"), ("PNG", "I"), ("TIFF", "I;16"), ("PPM", "I")]
+)
+def test_grey_of_16_bits_is_scaled_and_not_clipped(kind, opened, monkeypatch):
+    if kind == "PNG":  # releases of Pillow differ in it
+        monkeypatch.setitem(PngImagePlugin._MODES, (16, 0), (opened, "I;16B"))
+    file = saved(GREY * 257, kind)
+    assert Image.open(io.BytesIO(file)).mode == opened
+    decoded, mask = decode([file], 8, resize=False)
+    assert mask.all()
+    for channel in decoded[0]:
+        np.testing.assert_array_equal(channel, GREY)
+    white, _ = decode([saved(np.full((8, 8), 65535, np.uint16), kind)], 8, resize=False)
+    assert (white == 255).all()
+
+
+def test_grey_of_16_bits_is_scaled_in_either_order_of_bytes():
+    buffer = io.BytesIO()
+    Image.frombytes("I;16B", (8, 8), (GREY * 257).astype(">u2").tobytes()).save(buffer, "TIFF")
+    assert Image.open(io.BytesIO(buffer.getvalue())).mode == "I;16B"
+    decoded, _ = decode([buffer.getvalue()], 8, resize=False)
+    np.testing.assert_array_equal(decoded[0, 0], GREY)
+
+
+@pytest.mark.parametrize("pixels", [np.float32(GREY) / 255, np.int32(GREY)])
+def test_grey_of_32_bits_has_no_range_and_counts_as_unreadable(pixels):
+    file = saved(pixels, "TIFF")
+    _, mask = decode([file, saved(np.uint8(GREY), "TIFF")], 8, resize=False)
+    assert mask.tolist() == [False, True]
+    assert image_shape(file) is None
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG"])

@@ -89,6 +89,37 @@ def test_what_is_not_understood_is_frozen_and_runs_right(between, words):
     assert_exact(net)
 
 
+def _filtered(shape):
+    """Sigmoid of the module's convolution over a view of [B, 8, 8, 8], as a factor of one number
+    for each image."""
+
+    def between(m, x):
+        tokens = x.flatten(2).transpose(1, 2)  # [B, 64, 8]
+        views = {"tokens": tokens, "plane": tokens.unsqueeze(1), "volume": x.unsqueeze(1)}
+        out = m.filter(views[shape]).sigmoid()
+        return x * out.flatten(1).mean(1)[:, None, None, None]
+
+    return between
+
+
+@pytest.mark.parametrize(
+    ("shape", "layer"),
+    [
+        ("tokens", nn.Conv1d(64, 6, 3, padding=1)),
+        ("plane", nn.Conv2d(1, 6, 3, padding=1)),
+        ("volume", nn.Conv3d(1, 6, 3, padding=1)),
+    ],
+)
+def test_channels_that_a_convolution_slides_over_stay_whole(shape, layer):
+    model = Written(_filtered(shape), filter=layer)
+    net = supernet(model)
+    assert [axis.name for axis in net.space.axes] == ["filter"]
+    (frozen,) = net.frozen
+    assert (frozen.name, frozen.size) == ("stem", 8)
+    assert "convolves over an elastic dimension: filter at test_trace.py" in frozen.reason
+    assert_exact(net, model=model)
+
+
 def test_a_constant_of_the_models_own_is_cut_with_the_channels():
     model = Written(lambda m, x: x + torch.linspace(0, 1, 8).double().view(8, 1, 1))
     net = supernet(model)
@@ -147,6 +178,86 @@ def test_what_is_understood_is_elastic_and_exact(between):
     net = supernet(model)
     assert net.frozen == ()
     assert {"stem", "after"} <= {layer for axis in net.space.axes for layer in axis.layers}
+    assert_exact(net, model=model)
+
+
+class SequenceFirst(nn.Module):
+    """Attention over [tokens, batch, width], as torch's own is written: the heads share a dimension
+    with the batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, 2, 1)
+        self.qkv = nn.Linear(8, 24)
+        self.proj = nn.Linear(8, 8)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x):
+        x = self.stem(x).flatten(2).permute(2, 0, 1)
+        t, b, c = x.shape
+
+        def heads(part):
+            return part.reshape(t, b * 2, c // 2).transpose(0, 1)
+
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        mixed = (heads(q) @ heads(k).transpose(-2, -1)).softmax(-1) @ heads(v)
+        return self.head((x + self.proj(mixed.transpose(0, 1).reshape(t, b, c))).mean(0))
+
+
+@pytest.mark.parametrize("size", [15, 21])
+def test_the_batch_is_told_from_any_number_of_tokens(size):
+    """8 x 8 of them, or 11 x 11, which the shape pass's first choice of a batch divides."""
+    model = SequenceFirst()
+    net = supernet(model, size)
+    assert [axis.name for axis in net.space.axes] == ["stem"]
+    (frozen,) = net.frozen
+    assert frozen.name == "qkv" and "with the batch" in frozen.reason
+    assert_exact(net, size, model=model)
+
+
+@pytest.mark.parametrize("size", [15, 21])
+def test_pixels_are_not_taken_for_the_batch(size):
+    class Flat(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem = nn.Conv2d(3, 8, 3, 2, 1)
+            self.head = nn.Linear(8, 4)
+
+        def forward(self, x):
+            x = self.stem(x)
+            b, c, h, w = x.shape
+            return self.head(x.flatten(1).relu().reshape(b, c, h, w).mean((2, 3)))
+
+    model = Flat()
+    net = supernet(model, size)
+    assert net.frozen == () and [axis.name for axis in net.space.axes] == ["stem"]
+    assert_exact(net, size, model=model)
+
+
+def test_the_batch_is_found_where_it_is_merged_with_another_dimension():
+    class Split(nn.Module):
+        """Each token as two of half its width, then as four."""
+
+        def __init__(self):
+            super().__init__()
+            self.stem = nn.Conv2d(3, 16, 2, 2)
+            self.two = nn.Linear(8, 16)
+            self.four = nn.Linear(8, 8)
+            self.out = nn.Linear(32, 16)
+            self.head = nn.Linear(16, 4)
+
+        def forward(self, x):
+            x = self.stem(x).flatten(2).permute(2, 0, 1)
+            t, b, _ = x.shape
+            x = self.two(x.reshape(t, b * 2, 8)).relu()
+            x = self.four(x.reshape(t, b * 4, 8))
+            return self.head(self.out(x.reshape(t, b, 32)).mean(0))
+
+    model = Split()
+    net = supernet(model)
+    assert [axis.name for axis in net.space.axes] == ["out"]
+    assert [frozen.name for frozen in net.frozen] == ["stem", "two", "four"]
+    assert all("with the batch" in frozen.reason for frozen in net.frozen)
     assert_exact(net, model=model)
 
 

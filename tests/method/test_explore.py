@@ -188,6 +188,21 @@ def test_where_all_tuning_diverges_the_others_are_left():
     assert explorer.front()
 
 
+@pytest.mark.parametrize("at_once", [True, False])
+def test_where_all_parents_diverge_those_that_they_displaced_are_left(at_once):
+    """Two parents, and of the four that are promoted each diverges."""
+    space = make_space([24, 24], [24])
+    budget = Budget(macs=0.5)
+    options = replace(SMALL, parents=2, promote=0.5, tuning_steps=5)
+    explorer = Explorer(space, [budget], options, 2)
+    while candidates := explorer.ask():
+        scores = {c.key: float("nan") if c.tuned else made_up(c) for c in candidates}
+        for told in [scores] if at_once else [{key: score} for key, score in scores.items()]:
+            explorer.tell(told)
+            assert explorer.best(budget) == explorer.ranked(budget)[0]
+    assert len(explorer.ranked(budget)) == SMALL.generations * SMALL.population / 2
+
+
 def test_without_tuning_what_is_promoted_is_scored_as_it_is():
     space = make_space([24, 24], [24])
     options = replace(SMALL, tuning_steps=0)

@@ -141,6 +141,18 @@ def test_corrupt_images_are_skipped_up_to_the_stated_share(tmp_path, capsys, cap
     assert "4" in line and "max_corrupt" in line
 
 
+def test_an_epoch_has_the_steps_that_the_readable_images_fill(tmp_path):
+    uri = dataset(tmp_path, rows=194, corrupt=4)  # 162 to train on, 5 batches; less 4 it is 4
+    data = {"name": "parquet", "uri": uri, "limit": None, "holdout": 32, "max_corrupt": 0.05}
+    config = load_config(minimal(data=data, storage=str(tmp_path / "runs")))
+    pipeline.run(config, until="supernet")
+    (run,) = (tmp_path / "runs").glob("tiny-*")
+    assert pq.read_table(run / "supernet/metrics.parquet").column("step").to_pylist() == [4]
+    events = map(json.loads, (run / "logs/supernet.jsonl").read_text().splitlines())
+    (start,) = (event for event in events if event["event"] == "start")
+    assert start["config"]["total_steps"] == 4
+
+
 def test_a_loss_that_is_not_finite_stops_the_stage_and_keeps_the_last_checkpoint(tmp_path, capsys):
     recipe = write_recipe(tmp_path, in_process(storage=str(tmp_path / "runs"), budgets=[0.5]))
     line, code = told(

@@ -1,19 +1,24 @@
 """The pipeline in one process: what it leaves, what it skips, what it makes again."""
 
+import contextlib
 import copy
 import json
 import math
 import os
 import shutil
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import safetensors.torch
 import torch
+import torchvision
 from PIL import Image
 
 import stp_ray as stp
 from stp_ray import export
-from stp_ray.artifacts import Manifest, Store
+from stp_ray.artifacts import Checkpoints, Manifest, Store
 from stp_ray.config import load_config, run_id
 from stp_ray.data import describe, eval_batches, load
 from stp_ray.elastic import Budget, Subnet
@@ -356,6 +361,28 @@ def test_the_control_is_the_same_shape_from_scratch_for_as_long(tmp_path):
     assert home.read_table("control/metrics.parquet").column("epoch").to_pylist() == [1, 2]
 
 
+def vit(num_classes):
+    return torchvision.models.VisionTransformer(8, 4, 2, 4, 64, 128, num_classes=num_classes)
+
+
+def test_the_control_starts_without_the_weights_that_were_given(tmp_path, monkeypatch):
+    given = {name: torch.full_like(t, 0.5) for name, t in vit(10).state_dict().items()}
+    safetensors.torch.save_file(given, tmp_path / "given.safetensors")
+    model = {"name": f"{__name__}:vit", "weights": str(tmp_path / "given.safetensors")}
+    started = {}
+
+    class Watched(jobs.DenseObjective):
+        def __init__(self, network, smoothing):
+            super().__init__(network, smoothing)
+            started.update({name: p.detach().clone() for name, p in network.named_parameters()})
+
+    monkeypatch.setattr(jobs, "DenseObjective", Watched)
+    data = {"crop_padding": 0}
+    Run(tmp_path, minimal(model=model, data=data, finalize={"control": True}))()
+    assert {"class_token", "encoder.pos_embedding"} < set(started)
+    assert [name for name, tensor in started.items() if (tensor == 0.5).all()] == []
+
+
 @pytest.fixture
 def heard(monkeypatch):
     """The teachers of a run, in order; each counts the steps that it was asked in."""
@@ -401,6 +428,100 @@ def test_the_last_stage_can_do_without_the_baselines_say(tmp_path, heard):
     stages = Manifest(Store(run.folder)).stages()
     assert "baseline" in stages["supernet"]["inputs"]
     assert "baseline" not in stages["finalize/0.5"]["inputs"]
+
+
+# -- a training that goes on ---------------------------------------------------------------
+
+
+@pytest.fixture
+def interrupted(monkeypatch):
+    """Starts a run, which is interrupted after so many steps of a training."""
+    advance = training.Trainer._advance
+
+    def start(run, done, until="supernet"):
+        def stops(trainer, *arguments):
+            if trainer.step == done:
+                raise KeyboardInterrupt
+            return advance(trainer, *arguments)
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(training.Trainer, "_advance", stops)
+            pipeline.run(run.config, until=until)
+
+    return start
+
+
+EVERY_STEP = {"optimisation": {"checkpoint_every": 1, "epochs": 2}}
+
+
+def test_an_epoch_that_is_resumed_has_the_losses_of_all_its_steps(tmp_path, interrupted):
+    run, calm = (Run(tmp_path / name, minimal(supernet=EVERY_STEP)) for name in "ab")
+    interrupted(run, 2)
+    for each in (run, calm):
+        pipeline.run(each.config, until="supernet")
+    metrics = [Store(each.folder).read_table("supernet/metrics.parquet") for each in (run, calm)]
+    assert metrics[0].column("step").to_pylist() == [3, 6]
+    assert metrics[0].to_pylist() == metrics[1].to_pylist()
+
+
+def test_a_checkpoint_without_the_losses_so_far_goes_on(tmp_path, interrupted):
+    """As an earlier version wrote it."""
+    run = Run(tmp_path, minimal(supernet=EVERY_STEP))
+    interrupted(run, 2)
+    checkpoints = Checkpoints(Store(run.folder).child("supernet"))
+    step, tensors, meta = checkpoints.latest()
+    del meta["means"], meta["seconds"]
+    checkpoints.save(step, tensors, meta)
+    pipeline.run(run.config, until="supernet")
+    rows = Store(run.folder).read_table("supernet/metrics.parquet").to_pylist()
+    assert [row["step"] for row in rows] == [3, 6]
+    assert all(row["loss"] > 0 for row in rows)
+
+
+@pytest.fixture
+def slow(monkeypatch):
+    """In a block of it trainings take 100,000 times as long."""
+
+    @contextlib.contextmanager
+    def block():
+        with monkeypatch.context() as patch:
+            clock = SimpleNamespace(monotonic=lambda: 1e5 * time.monotonic())
+            patch.setattr(jobs, "time", clock)
+            yield
+
+    return block
+
+
+def test_a_stage_that_is_resumed_counts_the_seconds_of_its_checkpoint(tmp_path, interrupted, slow):
+    run = Run(tmp_path, minimal(supernet=EVERY_STEP))
+    with slow():
+        interrupted(run, 4)
+    spent = jobs.seconds_spent(Store(run.folder).child("supernet"))
+    assert spent > 600
+    began = time.monotonic()
+    pipeline.run(run.config, until="supernet")
+    took = time.monotonic() - began
+    record = Manifest(Store(run.folder)).stages()["supernet"]
+    assert spent < record["seconds"] < spent + took
+    assert record["device_seconds"] == record["seconds"] * run.config.cluster.threads_per_worker
+    trained = Store(run.folder).read_json("supernet/result.json")["seconds"]
+    assert spent < trained < record["seconds"]
+
+
+def test_a_budget_that_is_resumed_counts_those_of_ladder_and_control(tmp_path, interrupted, slow):
+    run = Run(tmp_path, minimal(finalize={"control": True}))
+    pipeline.run(run.config, until="explore")
+    with slow():
+        interrupted(run, 4, until=None)  # the ladder has three
+    home = Store(run.folder).child("budget-0.5")
+    ladder, control = jobs.seconds_spent(home), jobs.seconds_spent(home.child("control"))
+    assert min(ladder, control) > 600
+    began = time.monotonic()
+    run()
+    took = time.monotonic() - began
+    record = Manifest(Store(run.folder)).stages()["finalize/0.5"]
+    for seconds in (record["seconds"], record["device_seconds"]):
+        assert ladder + control < seconds < ladder + control + took
 
 
 # -- two drivers -------------------------------------------------------------------------
