@@ -301,7 +301,31 @@ class RunConfig(_Section):
                     f"{path}.batch_size is {options.batch_size}; expected a multiple of "
                     f"{key} ({workers}), because each step's batch is shared out equally"
                 )
+        if self.explore.population < len(self.budgets):
+            raise ValueError(
+                f"explore.population is {self.explore.population}; expected at least one candidate "
+                f"for each of the {len(self.budgets)} budgets; raise it"
+            )
+        if self.finalize.control:
+            self._control_fits()
         return self
+
+    def control_options(self) -> Optimisation:
+        """How the control is trained: as the baseline, for the epochs of supernet and ladder."""
+        epochs = self.supernet.optimisation.epochs + self.finalize.optimisation.epochs
+        options = self.baseline or self.supernet.optimisation
+        return dataclasses.replace(
+            options, epochs=epochs, warmup_epochs=min(options.warmup_epochs, epochs)
+        )
+
+    def _control_fits(self) -> None:
+        path = "supernet.optimisation" if self.baseline is None else "baseline"
+        batch, workers = self.control_options().batch_size, self.finalize.num_workers
+        if batch % workers:
+            raise ValueError(
+                f"{path}.batch_size is {batch}; expected a multiple of finalize.num_workers "
+                f"({workers}), which share the batches of finalize.control"
+            )
 
 
 def dump_config(config: RunConfig) -> dict[str, Any]:

@@ -165,7 +165,7 @@ def _dense(content: Mapping[str, Any], factory: Callable[..., nn.Module] | None)
             f"the model is {name!r}, which is not ours; expected a function that builds it, for "
             "an import path read from storage is never followed; pass it as factory="
         )
-    return models.build_model(name, **sizes, **kwargs)
+    return models.build_for(sizes, name, kwargs)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .errors import ConfigError
+from .errors import ConfigError, StpError
 
 
 class BasicBlock(nn.Module):
@@ -107,14 +107,21 @@ def build_model(
     Raises:
         ConfigError: unknown name (suggests the nearest), or arguments that do not fit.
     """
+    return build_for({"num_classes": num_classes, "image_size": image_size}, name, kwargs)
+
+
+def build_for(data: Mapping[str, Any], name: str, kwargs: Mapping[str, Any]) -> nn.Module:
+    """The same for the `num_classes` and `image_size` of some data; `kwargs` go before them."""
     factory = find_factory(name)
-    wanted = accepted(factory, {"num_classes": num_classes, "image_size": image_size})
+    given = {**accepted(factory, data), **kwargs}
     try:
-        model = factory(**{**wanted, **kwargs})
-    except (TypeError, ValueError) as error:
+        model = factory(**given)
+    except StpError:
+        raise
+    except Exception as error:  # whatever a user's own function raises
         raise ConfigError(
-            f"model {name!r} cannot be built with { ({**wanted, **kwargs}) }: {error}; "
-            "change model.kwargs"
+            f"model {name!r} cannot be built with {given}: {type(error).__name__}: "
+            f"{str(error).partition(chr(10))[0]}; change model.kwargs"
         ) from error
     if not isinstance(model, nn.Module):
         raise ConfigError(

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from stp_ray.errors import ConfigError
-from stp_ray.models import OWN, CifarResNet, accepted, build_model, find_factory
+from stp_ray.models import OWN, CifarResNet, accepted, build_for, build_model, find_factory
 
 
 @pytest.fixture
@@ -123,6 +123,18 @@ def test_a_users_own_arguments_go_before_ours(factories):
     assert build_model(f"{factories}:small", num_classes=6, **{"width": 2})[0].out_channels == 2
     model = build_model("resnet20", num_classes=6)
     assert model.fc.out_features == 6
+
+
+def test_arguments_of_the_recipe_go_before_those_of_the_data(factories):
+    data = {"num_classes": 10, "image_size": 64}
+    assert build_for(data, "resnet20", {"num_classes": 3}).fc.out_features == 3
+    vit = build_for(data, "vit_b_16", {"image_size": 32})
+    assert vit.image_size == 32 and vit.heads.head.out_features == 10
+
+
+def test_a_factory_that_fails_says_why_in_one_line(factories):
+    with pytest.raises(ConfigError, match=r"KeyError: 'NOPE'; change model\.kwargs"):
+        build_model("resnet18", num_classes=3, weights="NOPE")
 
 
 def test_only_what_a_factory_takes_is_offered():

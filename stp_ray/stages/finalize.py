@@ -18,7 +18,7 @@ from ..artifacts import Checkpoints, Store
 from ..config import RunConfig
 from ..elastic import Subnet
 from ..errors import RunError, StpError
-from ..method import Optimisation, calibrate
+from ..method import calibrate
 from ..method.modes import inspecting
 from ..tracking import Tracker
 from . import cluster
@@ -126,15 +126,9 @@ def _jobs(config: RunConfig, run: Store, label: str, target: str) -> list[Job]:
         return [ladder]
     control = replace(
         ladder, stage=f"control/{label}", kind="control", folder=f"{folder(label)}/control",
-        options=control_options(config),
+        options=config.control_options(),
     )  # fmt: skip
     return [ladder, control]
-
-
-def control_options(config: RunConfig) -> Optimisation:
-    """How the control is trained: as the baseline, for the epochs of supernet and ladder."""
-    both = config.supernet.optimisation.epochs + config.finalize.optimisation.epochs
-    return replace(config.baseline or config.supernet.optimisation, epochs=both)
 
 
 def _finalize_task(

@@ -10,7 +10,7 @@ from ..data import DataSummary
 from ..elastic import Supernet, importance
 from ..elastic.latency import LatencyTable
 from ..errors import ConfigError, DataError, OptionError, StorageError
-from ..models import build_model
+from ..models import build_for
 
 #: Where a run keeps its table of latencies.
 LATENCY, TABLE = "latency", "table.json"
@@ -26,12 +26,8 @@ def build_supernet(config: RunConfig, summary: DataSummary) -> Supernet:
     """
     torch.manual_seed(config.seed)
     size = summary.image_size
-    model = build_model(
-        config.model.name,
-        num_classes=summary.num_classes,
-        image_size=size,
-        **config.model.kwargs,
-    )
+    data = {"num_classes": summary.num_classes, "image_size": size}
+    model = build_for(data, config.model.name, config.model.kwargs)
     if config.model.weights:
         load_weights(model, config.model.weights)
     example = torch.zeros(1, 3, size, size)

@@ -16,6 +16,7 @@ from ..artifacts import Manifest, Record, Store
 from ..config import RunConfig, Training, dump_config, load_config, run_id
 from ..data import DataSummary, describe, steps_per_epoch
 from ..elastic import Supernet
+from ..errors import ConfigError
 from ..lease import held
 from ..method import Optimisation
 from ..models import find_factory
@@ -29,7 +30,7 @@ from ..report import (
 from ..tracking import Artifact, Tracker, Tracking
 from . import cluster, latency
 from .explore import CANDIDATES, FRONT, explore
-from .finalize import PRUNED, control_options, finalize, folder
+from .finalize import PRUNED, finalize, folder
 from .images import Images, SharedImages, share
 from .jobs import RESULT, Job, seconds_spent
 from .network import LATENCY, TABLE, build_supernet, price, timed
@@ -67,6 +68,10 @@ def run(
     Raises:
         StpError: bad input (before anything expensive starts), or a stage that had to stop.
     """
+    if until not in (None, "baseline", "supernet", "explore"):
+        raise ConfigError(
+            f"until is {until!r}; expected baseline, supernet or explore, or None for the whole run"
+        )
     config = load_config(config, overrides)
     images_summary, net = preflight(config)
     store = Store(config.storage).child(run_id(config))
@@ -234,7 +239,7 @@ class _Pipeline:
             self._forget(f"finalize/{label}", folder(label))
         kinds: dict[Training, Optimisation] = {"finalize": self.config.finalize.optimisation}
         if self.config.finalize.control:
-            kinds["control"] = control_options(self.config)
+            kinds["control"] = self.config.control_options()
         spent = {label: self._spent(label) for label in missing}
         started = time.monotonic()
         with contextlib.ExitStack() as stack:

@@ -18,7 +18,6 @@ from ..method import Optimisation, ladder, sampler
 from ..method.scoring import TUNING_BATCH
 from ..method.training import Draw
 from ..timing import PAIRS
-from .finalize import control_options
 from .network import LATENCY, timed
 from .pipeline import preflight
 
@@ -134,7 +133,7 @@ def _work(
         macs += full if expansion.main == "train" else 0
         total = training("finalize", finalize.optimisation, macs)
         if finalize.control:
-            total += training("control", control_options(config), net.cost(target).macs)
+            total += training("control", config.control_options(), net.cost(target).macs)
         yield f"finalize/{label}", finalize.num_workers, total
 
 

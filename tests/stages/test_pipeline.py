@@ -22,7 +22,7 @@ from stp_ray.artifacts import Checkpoints, Manifest, Store
 from stp_ray.config import load_config, run_id
 from stp_ray.data import describe, eval_batches, load
 from stp_ray.elastic import Budget, Subnet
-from stp_ray.errors import RunError
+from stp_ray.errors import ConfigError, RunError
 from stp_ray.lease import held
 from stp_ray.method import Candidate, Teacher, evaluate, training
 from stp_ray.stages import explore as exploring
@@ -363,6 +363,19 @@ def test_the_control_is_the_same_shape_from_scratch_for_as_long(tmp_path):
 
 def vit(num_classes):
     return torchvision.models.VisionTransformer(8, 4, 2, 4, 64, 128, num_classes=num_classes)
+
+
+def test_a_network_of_which_modules_stayed_whole_is_loaded_again(tmp_path):
+    run = Run(tmp_path, minimal(space={"ignore": ["layer3"]}))
+    summary = run()
+    for budget in summary["budgets"].values():
+        assert sum(p.numel() for p in stp.load(budget["uri"]).parameters()) == budget["params"]
+
+
+def test_only_a_stage_is_a_place_to_stop(tmp_path):
+    with pytest.raises(ConfigError, match="until is 'supernett'; expected baseline, supernet"):
+        stp.run(minimal(storage=str(tmp_path)), until="supernett")
+    assert not any(tmp_path.iterdir())
 
 
 def test_the_control_starts_without_the_weights_that_were_given(tmp_path, monkeypatch):
