@@ -621,6 +621,7 @@ def _flat(shape: ops.Shape) -> Iterator[torch.Size]:
 
 @torch.no_grad()
 def _shape_pass(graph: fx.GraphModule, example: Tensor, batch: int) -> _ShapePass:
+    """A run on images of the example's size, without arithmetic where the model allows it."""
     size = (batch, *example.shape[1:])
     try:  # shapes alone: no arithmetic
         run = _ShapePass(_without_data(graph))
