@@ -50,7 +50,7 @@ class ResidualBlock:
     Args:
         name: the module that holds it, in dotted notation.
         axes: the axes that live only inside it.
-        layers: the layers that go with it.
+        layers: the layers that go with it, in the order in which they run.
     """
 
     name: str

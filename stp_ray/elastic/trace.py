@@ -809,7 +809,11 @@ class _Analysis:
                 name=name,
                 axes=tuple(sorted(a for a, home in homes.items() if name in home)),
                 layers=tuple(
-                    dict.fromkeys(str(n.target) for n in branch.nodes if n.op == "call_module")
+                    dict.fromkeys(
+                        str(node.target)
+                        for node in self.steps
+                        if node in branch.nodes and node.op == "call_module"
+                    )
                 ),
             )
             for name, branch in branches.items()

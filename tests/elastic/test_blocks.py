@@ -170,3 +170,9 @@ class Mean(nn.Module):
 
     def forward(self, x):
         return self.head(x.mean(1))
+
+
+def test_the_layers_of_a_block_are_named_in_the_order_in_which_they_run():
+    net = Supernet.trace(resnet20(), torch.zeros(1, 3, 16, 16))
+    layers = {block.name: block.layers for block in net.space.blocks}
+    assert layers["layer1.1"] == tuple(f"layer1.1.{at}" for at in ("conv1", "bn1", "conv2", "bn2"))
