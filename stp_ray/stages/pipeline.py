@@ -66,7 +66,8 @@ def run(
         the figures of the stages so far.
 
     Raises:
-        StpError: bad input (before anything expensive starts), or a stage that had to stop.
+        ConfigError: a recipe that cannot be used, or an unknown stage.
+        StpError: other bad input (before anything expensive starts), or a stage that had to stop.
     """
     if until not in (None, "baseline", "supernet", "explore"):
         raise ConfigError(
