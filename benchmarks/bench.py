@@ -20,13 +20,12 @@ from stp_ray.data.options import DataOptions
 from stp_ray.data.split import derive_seed
 from stp_ray.elastic import Subnet, Supernet
 from stp_ray.method import Exploration, Optimisation, Trainer, evaluate
+from stp_ray.method.modes import device_of, inspecting, unfused_attention
 from stp_ray.method.training import Label
 from stp_ray.models import build_model
 
 #: A backward pass costs two forward passes: one for the inputs' gradients, one for the weights'.
 STEP = 3
-#: torch's fused attention of evaluation is one operation, whose MACs torch does not count.
-torch.backends.mha.set_fastpath_enabled(False)
 EVALUATION_BATCH = 500
 
 
@@ -242,8 +241,6 @@ def _hooked(call: Callable[[], object] | None) -> Iterator[None]:
 
 def macs_of(model: nn.Module, example: Tensor) -> int:
     """MACs of one image, as torch counts them."""
-    training = model.training
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model.eval()(example.to(next(model.parameters()).device))
-    model.train(training)
+    with inspecting(model), unfused_attention(), FlopCounterMode(display=False) as counter:
+        model(example.to(device_of(model)))
     return counter.get_total_flops() // 2

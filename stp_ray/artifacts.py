@@ -463,6 +463,17 @@ class Checkpoints:
                 log.warning("passing over %s: %s", name, error)
         return None
 
+    def newest_meta(self) -> dict[str, Any]:
+        """The meta of the newest state that is complete, without reading its tensors, which may
+        turn out to be damaged; {} where there is none."""
+        for name in reversed(self._folders()):
+            folder = self.store.child(name)
+            with contextlib.suppress(StorageError):
+                if folder.exists(self._MARKER):
+                    meta: dict[str, Any] = folder.read_json("meta.json")
+                    return meta
+        return {}
+
     def _load(self, name: str) -> tuple[int, dict[str, Tensor], dict[str, Any]]:
         folder = self.store.child(name)
         if not folder.exists(self._MARKER):

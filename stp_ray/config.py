@@ -295,6 +295,12 @@ class RunConfig(_Section):
                 "finalize.num_workers",
                 self.finalize.num_workers,
             ),
+            (
+                "supernet.optimisation" if self.baseline is None else "baseline",
+                self.control_options() if self.finalize.control else None,
+                "finalize.num_workers",
+                self.finalize.num_workers,
+            ),
         ):
             if options is not None and options.batch_size % workers:
                 raise ValueError(
@@ -306,8 +312,6 @@ class RunConfig(_Section):
                 f"explore.population is {self.explore.population}; expected at least one candidate "
                 f"for each of the {len(self.budgets)} budgets; raise it"
             )
-        if self.finalize.control:
-            self._control_fits()
         return self
 
     def control_options(self) -> Optimisation:
@@ -317,15 +321,6 @@ class RunConfig(_Section):
         return dataclasses.replace(
             options, epochs=epochs, warmup_epochs=min(options.warmup_epochs, epochs)
         )
-
-    def _control_fits(self) -> None:
-        path = "supernet.optimisation" if self.baseline is None else "baseline"
-        batch, workers = self.control_options().batch_size, self.finalize.num_workers
-        if batch % workers:
-            raise ValueError(
-                f"{path}.batch_size is {batch}; expected a multiple of finalize.num_workers "
-                f"({workers}), which share the batches of finalize.control"
-            )
 
 
 def dump_config(config: RunConfig) -> dict[str, Any]:

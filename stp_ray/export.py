@@ -30,6 +30,7 @@ from .artifacts import Store
 from .elastic.subnet import Subnet
 from .elastic.supernet import Supernet
 from .errors import ConfigError, StorageError, StpError
+from .method.modes import unfused_attention
 
 Result = TypeVar("Result")
 
@@ -165,7 +166,7 @@ def _dense(content: Mapping[str, Any], factory: Callable[..., nn.Module] | None)
             f"the model is {name!r}, which is not ours; expected a function that builds it, for "
             "an import path read from storage is never followed; pass it as factory="
         )
-    return models.build_for(sizes, name, kwargs)
+    return models.build_for(name, sizes, kwargs)
 
 
 @dataclass(frozen=True)
@@ -628,17 +629,12 @@ def _cell(value: float | int | None, form: str) -> str:
 def _frozen(module: nn.Module, example: Tensor) -> Iterator[tuple[nn.Module, Tensor]]:
     """A copy of the module on the CPU in evaluation mode, and the example beside it.
 
-    The multi-head attention fast path is off: it is one fused operation that neither
-    exporter can express, and it would hide what a runtime really does.
+    Fused attention is off: no exporter can express it, and it would hide what a runtime
+    really does.
     """
     frozen = copy.deepcopy(module).cpu().eval()
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with torch.no_grad():
-            yield frozen, example.detach().cpu()
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
+    with unfused_attention(), torch.no_grad():
+        yield frozen, example.detach().cpu()
 
 
 def _batch(images: Tensor, size: int) -> Tensor:

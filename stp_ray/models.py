@@ -107,11 +107,12 @@ def build_model(
     Raises:
         ConfigError: unknown name (suggests the nearest), or arguments that do not fit.
     """
-    return build_for({"num_classes": num_classes, "image_size": image_size}, name, kwargs)
+    return build_for(name, {"num_classes": num_classes, "image_size": image_size}, kwargs)
 
 
-def build_for(data: Mapping[str, Any], name: str, kwargs: Mapping[str, Any]) -> nn.Module:
-    """The same for the `num_classes` and `image_size` of some data; `kwargs` go before them."""
+def build_for(name: str, data: Mapping[str, Any], kwargs: Mapping[str, Any]) -> nn.Module:
+    """As `build_model`, with the `num_classes` and `image_size` of some data, before which go
+    those that `kwargs` may name."""
     factory = find_factory(name)
     given = {**accepted(factory, data), **kwargs}
     try:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .export import ExportError, onnx_program, onnx_session
+from .method.modes import unfused_attention
 
 #: Pairs of runs that a ratio is the median of: at least so many, more within the seconds below.
 PAIRS = 11
@@ -127,12 +128,10 @@ class Stopwatch:
 
     @contextmanager
     def _running(self) -> Iterator[None]:
-        threads, fast = torch.get_num_threads(), torch.backends.mha.get_fastpath_enabled()
+        threads = torch.get_num_threads()
         torch.set_num_threads(self._threads)
-        torch.backends.mha.set_fastpath_enabled(False)  # one operation that no export has
         try:
-            with torch.inference_mode():
+            with unfused_attention(), torch.inference_mode():  # as exports have it
                 yield
         finally:
             torch.set_num_threads(threads)
-            torch.backends.mha.set_fastpath_enabled(fast)

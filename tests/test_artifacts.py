@@ -261,6 +261,10 @@ def damage_marker_json(folder):
     folder.write_bytes("complete.json", b"{")
 
 
+def damage_meta_json(folder):
+    folder.write_bytes("meta.json", b"{")
+
+
 @pytest.mark.parametrize(
     "damage",
     [
@@ -282,6 +286,18 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(store, damage, caplo
     assert "passing over checkpoint-00000002" in caplog.text
     checkpoints.save(2, state(2), {})
     assert checkpoints.latest()[0] == 2
+
+
+@pytest.mark.parametrize("damage", [damage_marker, damage_meta_json])
+def test_what_the_newest_complete_checkpoint_says_is_read_without_its_tensors(store, damage):
+    checkpoints = Checkpoints(store)
+    assert checkpoints.newest_meta() == {}
+    checkpoints.save(1, state(1), {"seconds": 3.5})
+    store.delete("checkpoint-00000001/state.safetensors")
+    assert checkpoints.newest_meta() == {"seconds": 3.5}
+    checkpoints.save(2, state(2), {"seconds": 9})
+    damage(store.child("checkpoint-00000002"))
+    assert checkpoints.newest_meta() == {"seconds": 3.5}
 
 
 def test_pruning_keeps_complete_ones_and_clears_unfinished_ones(tmp_path):

@@ -206,6 +206,26 @@ def test_a_batch_has_to_divide_among_the_workers():
     )
 
 
+def test_a_population_has_a_candidate_for_each_budget():
+    assert "explore.population is 1; expected at least one candidate for each of the 2" in refusal(
+        None, "budgets=[0.5,0.3]", "explore.population=1"
+    )
+
+
+def test_a_control_can_be_trained_as_the_baseline_is():
+    once = {"epochs": 1, "warmup_epochs": 0}
+    recipe = {
+        "finalize": {"control": True, "num_workers": 2, "optimisation": once},
+        "supernet": {"optimisation": once},
+        "baseline": {"epochs": 5, "warmup_epochs": 3},
+    }
+    options = load_config(recipe).control_options()
+    assert (options.epochs, options.warmup_epochs) == (2, 2)
+    assert "baseline.batch_size is 33; expected a multiple of finalize.num_workers (2)" in refusal(
+        recipe, "baseline.batch_size=33"
+    )
+
+
 @pytest.mark.parametrize(
     "uri",
     [
@@ -365,23 +385,3 @@ def test_any_valid_tree_survives_yaml(seed, lr, budgets, kwargs):
     again = load_config(yaml.safe_load(to_yaml(config)))
     assert again == config
     assert run_id(again) == run_id(config)
-
-
-def test_a_population_has_a_candidate_for_each_budget():
-    assert "explore.population is 1; expected at least one candidate for each of the 2" in refusal(
-        None, "budgets=[0.5,0.3]", "explore.population=1"
-    )
-
-
-def test_a_control_can_be_trained_as_the_baseline_is():
-    once = {"epochs": 1, "warmup_epochs": 0}
-    recipe = {
-        "finalize": {"control": True, "num_workers": 2, "optimisation": once},
-        "supernet": {"optimisation": once},
-        "baseline": {"epochs": 5, "warmup_epochs": 3},
-    }
-    options = load_config(recipe).control_options()
-    assert (options.epochs, options.warmup_epochs) == (2, 2)
-    assert "baseline.batch_size is 33; expected a multiple of finalize.num_workers (2)" in refusal(
-        recipe, "baseline.batch_size=33"
-    )

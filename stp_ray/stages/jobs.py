@@ -4,7 +4,6 @@ It loads the newest checkpoint, trains to the end, evaluates, and writes weights
 `result.json` (last, so that its presence means done). All state is in the run's storage.
 """
 
-import contextlib
 import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -211,10 +210,7 @@ def seconds_spent(store: Store) -> float:
     Args:
         store: where the job writes.
     """
-    for name in reversed(store.names(Checkpoints.PREFIX)):
-        with contextlib.suppress(StorageError):  # one that was not finished
-            return float(store.child(name).read_json("meta.json").get("seconds", 0.0))
-    return 0.0
+    return float(Checkpoints(store).newest_meta().get("seconds", 0.0))
 
 
 @dataclass

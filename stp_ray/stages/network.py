@@ -27,7 +27,7 @@ def build_supernet(config: RunConfig, summary: DataSummary) -> Supernet:
     torch.manual_seed(config.seed)
     size = summary.image_size
     data = {"num_classes": summary.num_classes, "image_size": size}
-    model = build_for(data, config.model.name, config.model.kwargs)
+    model = build_for(config.model.name, data, config.model.kwargs)
     if config.model.weights:
         load_weights(model, config.model.weights)
     example = torch.zeros(1, 3, size, size)

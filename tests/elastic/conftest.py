@@ -5,6 +5,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+from stp_ray.method.modes import unfused_attention
+
 # the first example of a test may import or compile; time is pytest's affair
 settings.register_profile("elastic", deadline=None)
 settings.load_profile("elastic")
@@ -30,9 +32,8 @@ def freed(imported_once: None) -> Iterator[None]:
 @pytest.fixture(scope="module")
 def one_way_to_compute():
     """One thread, and no fast path of attention, into which the counter does not see."""
-    enabled, threads = torch.backends.mha.get_fastpath_enabled(), torch.get_num_threads()
-    torch.backends.mha.set_fastpath_enabled(False)
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
-    torch.backends.mha.set_fastpath_enabled(enabled)
+    with unfused_attention():
+        yield
     torch.set_num_threads(threads)
