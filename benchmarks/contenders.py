@@ -105,6 +105,13 @@ def scratch_distilled(bench: Bench, shape: Subnet, limit: Limit) -> Trained:
     return Trained(model, paid + spent, epochs, shape)
 
 
+def uniform(
+    bench: Bench, budget: float, limit: Limit, *, make: Callable[[Bench, Subnet, Limit], Trained]
+) -> Trained:
+    """The shape that keeps the budget with all layers equally wide: nobody has to find it."""
+    return make(bench, bench.supernet().space.uniform_within(Budget(macs=budget)), limit)
+
+
 def _renewed(bench: Bench, shape: Subnet) -> nn.Module:
     """A shape with weights drawn for its own widths, as the dense model's are for its."""
     model = bench.supernet().extract(shape)
@@ -520,6 +527,8 @@ PARTS: dict[str, dict[str, Any]] = {
 #: Methods with a shape of their own: (bench, budget, limit) -> `Trained`.
 OWN_SHAPE: dict[str, Any] = {
     "dense": dense,
+    "scratch at uniform widths": partial(uniform, make=scratch),
+    "scratch + distillation at uniform widths": partial(uniform, make=scratch_distilled),
     **FORMS,
     **{
         f"{name}, {part}": replace(form, **without)

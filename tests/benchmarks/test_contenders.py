@@ -54,6 +54,20 @@ def test_equal_macs_are_those_of_the_reference_of_the_protocol(bench, monkeypatc
     assert allowed == [70, None]
 
 
+@pytest.mark.timeout(60)
+def test_uniform_widths_from_scratch_are_as_wide_as_the_budget_lets_them(bench):
+    from contenders import OWN_SHAPE, Limit
+
+    from stp_ray.elastic import Budget
+
+    space = bench.supernet().space
+    trained = OWN_SHAPE["scratch at uniform widths"](bench, BUDGET, Limit(1))
+    assert trained.subnet == space.uniform_within(Budget(macs=BUDGET))
+    kept = {round(trained.subnet.widths[axis.name] / axis.size, 1) for axis in space.axes}
+    assert len(kept) <= 2, "one ratio, rounded to whole channels"
+    assert trained.spent == trained.epochs * 4 * 64 * 3 * space.cost(trained.subnet).macs
+
+
 @pytest.mark.timeout(200)
 @pytest.mark.parametrize("family", ["cifar10_mobilenet_v2_cpu", "cifar10_vit_cpu"])
 def test_other_families_are_pruned_within_the_budget(bench, family):
