@@ -58,6 +58,11 @@ CHANGED = (
 PENALTY = "group lasso"
 #: Ours at its cheapest, which equal MACs buy the most epochs of.
 LEAN = "stp, target alone"
+#: Trainings of a shape that STP found, and the same of shapes that nobody has to find.
+UNFOUND = {
+    "scratch": ("scratch at uniform widths", "scratch at a random shape"),
+    "scratch + distillation": ("scratch + distillation at uniform widths",),
+}
 NOT_MEASURED = "–"
 
 
@@ -175,6 +180,15 @@ def _claims(lines: list[Line], budgets: list[float], reference: str) -> list[str
             if ours in FORMS:
                 questions += _less(ours, epochs, epochs)
             out += _differences(f"`{ours}`, equal epochs", questions, budgets)
+    measured = {line["method"] for line in epochs}
+    for found, others in UNFOUND.items():
+        questions = [
+            (f"less {other}", lambda b, f=found, o=other: _paired(epochs, f, epochs, o, b))
+            for other in others
+            if {found, other} <= measured
+        ]
+        if questions:
+            out += _differences(f"What STP's shapes are worth: `{found}`", questions, budgets)
     if macs:
         questions = _less(reference, epochs, macs)
         out += _differences(f"`{reference}`, equal MACs", questions, budgets)

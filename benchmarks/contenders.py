@@ -14,7 +14,7 @@ from bench import STEP, Bench, macs_of
 from torch import Tensor, nn
 from torchvision.models import VisionTransformer
 
-from stp_ray.elastic import Budget, Subnet, Supernet, importance
+from stp_ray.elastic import Budget, SearchSpace, Subnet, Supernet, importance
 from stp_ray.method import (
     DenseObjective,
     Expansion,
@@ -105,11 +105,26 @@ def scratch_distilled(bench: Bench, shape: Subnet, limit: Limit) -> Trained:
     return Trained(model, paid + spent, epochs, shape)
 
 
-def uniform(
-    bench: Bench, budget: float, limit: Limit, *, make: Callable[[Bench, Subnet, Limit], Trained]
+def given(
+    bench: Bench,
+    budget: float,
+    limit: Limit,
+    *,
+    how: Literal["uniform", "random"],
+    make: Callable[[Bench, Subnet, Limit], Trained],
 ) -> Trained:
-    """The shape that keeps the budget with all layers equally wide: nobody has to find it."""
-    return make(bench, bench.supernet().space.uniform_within(Budget(macs=budget)), limit)
+    """A shape that nobody has to find, trained as `make` does."""
+    return make(bench, unfound(bench, bench.supernet().space, budget, how), limit)
+
+
+def unfound(
+    bench: Bench, space: SearchSpace, budget: float, how: Literal["uniform", "random"]
+) -> Subnet:
+    """The shape that keeps the budget with all layers equally wide, or this seed's random one."""
+    wanted = Budget(macs=budget)
+    if how == "uniform":
+        return space.uniform_within(wanted)
+    return space.sample(random.Random(bench.seed), wanted)
 
 
 def _renewed(bench: Bench, shape: Subnet) -> nn.Module:
@@ -423,13 +438,11 @@ class Stp:
     def shape(self, bench: Bench, net: Supernet, budget: float) -> tuple[Subnet, int]:
         """The shape to prune to, and what finding it cost: one search for the budgets that the
         supernet was trained for, one for the others."""
-        space, wanted = net.space, Budget(macs=budget)
+        space = net.space
         if isinstance(self.target, Subnet):
             return self.target, 0
-        if self.target == "uniform":
-            return space.uniform_within(wanted), 0
-        if self.target == "random":
-            return space.sample(random.Random(bench.seed), wanted), 0
+        if self.target != "explored":
+            return unfound(bench, space, budget, self.target), 0
 
         main = budget in bench.protocol.budgets
         together = bench.protocol.budgets if main else bench.protocol.also
@@ -527,8 +540,11 @@ PARTS: dict[str, dict[str, Any]] = {
 #: Methods with a shape of their own: (bench, budget, limit) -> `Trained`.
 OWN_SHAPE: dict[str, Any] = {
     "dense": dense,
-    "scratch at uniform widths": partial(uniform, make=scratch),
-    "scratch + distillation at uniform widths": partial(uniform, make=scratch_distilled),
+    "scratch at uniform widths": partial(given, how="uniform", make=scratch),
+    "scratch at a random shape": partial(given, how="random", make=scratch),
+    "scratch + distillation at uniform widths": partial(
+        given, how="uniform", make=scratch_distilled
+    ),
     **FORMS,
     **{
         f"{name}, {part}": replace(form, **without)

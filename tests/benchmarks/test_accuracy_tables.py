@@ -32,6 +32,7 @@ def tables(tmp_path, on_path):
             line(seed, f"{QUARTER}, no expansion", 64.5 - seed),
             line(seed, "scratch", best),
             line(seed, "scratch + distillation, shape of a quarter", 62.0),
+            line(seed, "scratch at uniform widths", 57.0),
             line(seed, "scratch", 66.0, equal="macs"),
         ]
     (tmp_path / "cifar10_resnet20_cpu.jsonl").write_text("\n".join(lines))
@@ -57,13 +58,21 @@ def test_a_part_taken_out_is_compared_with_the_method_that_has_it(tables):
     assert f"| less {QUARTER}, no expansion | +1.00 ± 0.71 (2) |" in quarter
     assert f"| less {OURS}, uniform widths | +2.00 ± 0.00 (2) |" in ours
     assert not any("no expansion" in row for row in ours)
-    assert not any("uniform widths" in row for row in quarter)
+    assert not any(", uniform widths" in row for row in quarter)
+    assert any("less scratch at uniform widths" in row for row in quarter)
 
 
 def test_a_shape_from_scratch_is_compared_with_the_method_that_found_it(tables):
     own = "scratch + distillation, shape of a quarter"
     assert f"| less {own} | +3.00 ± 0.00 (2) |" in tables[f"`{QUARTER}`, equal epochs"]
     assert not any(own in row for row in tables[f"`{OURS}`, equal epochs"])
+
+
+def test_shapes_that_were_found_are_compared_with_those_that_nobody_finds(tables):
+    # 60 - 57 and 64 - 57
+    found = tables["What STP's shapes are worth: `scratch`"]
+    assert found[2:] == ["| less scratch at uniform widths | +5.00 ± 2.83 (2) |"]
+    assert not any("scratch + distillation`" in title for title in tables if "worth" in title)
 
 
 def test_the_two_accounts_stay_apart(tables):

@@ -55,16 +55,19 @@ def test_equal_macs_are_those_of_the_reference_of_the_protocol(bench, monkeypatc
 
 
 @pytest.mark.timeout(60)
-def test_uniform_widths_from_scratch_are_as_wide_as_the_budget_lets_them(bench):
+def test_shapes_that_nobody_finds_keep_the_budget(bench):
     from contenders import OWN_SHAPE, Limit
 
     from stp_ray.elastic import Budget
 
     space = bench.supernet().space
     trained = OWN_SHAPE["scratch at uniform widths"](bench, BUDGET, Limit(1))
+    at_random = OWN_SHAPE["scratch at a random shape"](bench, BUDGET, Limit(1))
     assert trained.subnet == space.uniform_within(Budget(macs=BUDGET))
     kept = {round(trained.subnet.widths[axis.name] / axis.size, 1) for axis in space.axes}
     assert len(kept) <= 2, "one ratio, rounded to whole channels"
+    assert at_random.subnet not in (None, trained.subnet)
+    assert space.cost(at_random.subnet).macs <= BUDGET * bench.full_macs
     assert trained.spent == trained.epochs * 4 * 64 * 3 * space.cost(trained.subnet).macs
 
 
