@@ -19,11 +19,13 @@ from stp_ray.method import (
     DenseObjective,
     Expansion,
     ExpansionObjective,
+    Exploration,
     Explorer,
     Stimulation,
     StimulativeObjective,
     Teacher,
     calibrate,
+    evaluate,
     ladder,
     reference_logits,
     relative_sparsity,
@@ -342,6 +344,9 @@ class Stp:
     target: Literal["explored", "uniform", "random"] | Subnet = "explored"
     tuning_steps: int = 0
     """Steps of distillation that a promoted candidate gets before it is scored again."""
+    tried_epochs: int = 0
+    """Passes over the images that each of a few candidates has on the labels, by itself, before it
+    is scored again, by its cross-entropy; the search is then for one budget alone."""
     expansion: Expansion = field(default_factory=Expansion)
     turn: float = 0.5
     """The learning rate between the phases, as a share of the protocol's: one fall over both."""
@@ -446,12 +451,13 @@ class Stp:
 
         main = budget in bench.protocol.budgets
         together = bench.protocol.budgets if main else bench.protocol.also
+        if self.tried_epochs:
+            together = (budget,)
 
         def make() -> dict[str, Any]:
-            images = bench.images
-            options = replace(bench.protocol.exploration, tuning_steps=self.tuning_steps)
+            options = self._exploration(bench)
             budgets = [Budget(macs=each) for each in together]
-            held = images.count("holdout")
+            held = bench.images.count("holdout")
             explorer = Explorer(space, budgets, options, bench.seed, held_out=held)
             judge = Judge(bench, net)
             known = held + bool(self.tuning_steps) * options.calibration_images
@@ -459,9 +465,15 @@ class Stp:
             while candidates := explorer.ask():
                 scores = {}
                 for candidate in candidates:
-                    count = candidate.images or held
-                    steps = options.tuning_steps * candidate.tuned
-                    scores[candidate.key] = judge(candidate.subnet, count, steps)
+                    count, steps = candidate.images or held, 0
+                    if candidate.tuned and self.tried_epochs:
+                        scores[candidate.key], paid = judge.tried(
+                            candidate.subnet, self.tried_epochs
+                        )
+                        spent += paid
+                    else:
+                        steps = options.tuning_steps * candidate.tuned
+                        scores[candidate.key] = judge(candidate.subnet, count, steps)
                     looks = count + options.calibration_images + STEP * TUNING_BATCH * steps
                     spent += looks * space.cost(candidate.subnet).macs
                 explorer.tell(scores)
@@ -472,10 +484,19 @@ class Stp:
                 "spent": spent,
             }
 
-        tuned = f"-tuned-{self.tuning_steps}" * bool(self.tuning_steps)
-        name = f"explored-{self._name(self.first(bench))}{tuned}{'' if main else '-also'}"
+        how = f"-tuned-{self.tuning_steps}" * bool(self.tuning_steps)
+        how += f"-tried-{self.tried_epochs}-{budget}" * bool(self.tried_epochs)
+        name = f"explored-{self._name(self.first(bench))}{how}{'' if main else '-also'}"
         found = bench.kept(name, make)
         return Subnet.from_json(found["targets"][str(budget)]), found["spent"]
+
+    def _exploration(self, bench: Bench) -> Exploration:
+        options = bench.protocol.exploration
+        if not self.tried_epochs:
+            return replace(options, tuning_steps=self.tuning_steps)
+        # what is tried is dear: few, of two generations
+        steps = self.tried_epochs * bench.images.count("train") // bench.protocol.batch_size
+        return replace(options, generations=2, promote=1 / 8, tuning_steps=steps)
 
 
 class Judge:
@@ -503,6 +524,15 @@ class Judge:
             steps=steps, options=bench.optimisation(bench.protocol.epochs, lr=0.5), seed=bench.seed,
         )  # fmt: skip
 
+    def tried(self, subnet: Subnet, epochs: int) -> tuple[float, int]:
+        """The cross-entropy on the held-out images after a copy of the slice has been trained on
+        the labels, and the price."""
+        bench, net = self._bench, self._net
+        alone = net.extract(subnet, calibrate(net, subnet, self._calibration))
+        cost = STEP * net.cost(subnet).macs
+        spent = bench.train(DenseObjective(alone), epochs, macs=cost, warm=False)
+        return evaluate(alone.eval(), bench.images.plain("holdout"))["loss"], spent
+
 
 def _mean(draw: Draw, price: Callable[[Subnet], int], looks: int = 256) -> int:
     """The price of what is drawn in a step, averaged over the course of a training."""
@@ -525,10 +555,16 @@ DIRECT = replace(STP.expansion, rungs=0)
 FOUR = replace(STP.stimulation, subnets=4)
 BEST = replace(STP, taught=True, stimulation=FOUR)
 
+#: An epoch of the supernet, the search, then the found slice alone on the labels.
+ALONE = replace(
+    STP, share=1 / 12, turn=0.95, expansion=replace(STP.expansion, main="drop", p_start=0.0)
+)
+
 #: The names of forms of STP that others are compared with, or measured by.
 OURS = "stp"
 TAUGHT = f"{OURS}, taught, four subnets a step"
 QUARTER = f"{TAUGHT}, a quarter, restart"
+TRIED = f"{OURS}, target alone, shapes tried"
 FORMS = {OURS: STP, TAUGHT: BEST, QUARTER: replace(BEST, share=1 / 4, restart=1.0)}
 #: What can be taken out of each of them, to see what it is worth.
 PARTS: dict[str, dict[str, Any]] = {
@@ -553,10 +589,8 @@ OWN_SHAPE: dict[str, Any] = {
     },
     "stp, main let go": replace(STP, expansion=replace(STP.expansion, main="drop")),
     "stp, taught": replace(STP, taught=True),
-    # an epoch of the supernet, the search, then the found slice alone on the labels
-    "stp, target alone": replace(
-        STP, share=1 / 12, turn=0.95, expansion=replace(STP.expansion, main="drop", p_start=0.0)
-    ),
+    "stp, target alone": ALONE,
+    TRIED: replace(ALONE, tried_epochs=2),
     "stp, a third stimulative": replace(STP, share=1 / 3),
     "stp, a sixth stimulative": replace(STP, share=1 / 6),
     "stp, two rungs": replace(STP, expansion=replace(STP.expansion, rungs=2)),
@@ -583,4 +617,5 @@ GIVEN_SHAPE: dict[str, tuple[Callable[[Bench, Subnet, Limit], Trained], str]] = 
     "scratch + distillation, shape of four": (scratch_distilled, TAUGHT),
     "scratch, shape of a quarter": (scratch, QUARTER),
     "scratch + distillation, shape of a quarter": (scratch_distilled, QUARTER),
+    "scratch, shape that was tried": (scratch, TRIED),
 }
