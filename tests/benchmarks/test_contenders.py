@@ -30,6 +30,24 @@ def test_a_teacher_is_paid_for_where_macs_are_equal(bench):
     assert saving.epochs > epochs, "what the main network costs buys epochs"
 
 
+@pytest.mark.timeout(100)
+def test_shapes_that_are_tried_are_paid_for_and_leave_the_supernet_alone(bench):
+    from bench import STEP
+    from contenders import OWN_SHAPE, TRIED, Limit
+
+    form = OWN_SHAPE[TRIED]
+    net, supernet, _ = form.stimulated(bench)
+    before = {name: tensor.clone() for name, tensor in net.model.state_dict().items()}
+    shape, price = form.shape(bench, net, BUDGET)
+    assert all(torch.equal(before[name], t) for name, t in net.model.state_dict().items())
+    # one candidate of each of two generations, at the least
+    epoch = bench.images.count("train") * STEP * net.cost(net.space.smallest).macs
+    assert price > 2 * form.tried_epochs * epoch
+    assert net.cost(shape).macs <= BUDGET * bench.full_macs
+    dear = supernet + 4 * price
+    assert form(bench, BUDGET, Limit(1, dear)).spent <= dear
+
+
 def test_equal_macs_are_those_of_the_reference_of_the_protocol(bench, monkeypatch):
     import accuracy
     from contenders import Trained
