@@ -312,7 +312,8 @@ def _accuracy_plot(lines: list[Line], path: Path) -> None:
     methods = [lead, *(measured & {OURS} - {lead}), *sorted(others)]
     figure = Figure(figsize=(7.5, 4.2), layout="constrained")
     axes = figure.add_subplot()
-    colours = matplotlib.colormaps["tab10"].colors
+    tones = matplotlib.colormaps["tab20"].colors
+    colours = [*tones[::2], *tones[1::2]]  # the full ones first, then their pale twins
     for place, method in enumerate(methods):
         at = [lines for lines in (_at(rows, method, b) for b in _budgets(rows)) if lines]
         tops = [[line["top1"] for line in lines] for lines in at]
@@ -321,7 +322,7 @@ def _accuracy_plot(lines: list[Line], path: Path) -> None:
             [statistics.mean(top) for top in tops],
             yerr=[statistics.stdev(top) if len(top) > 1 else 0.0 for top in tops],
             marker="o" if method.startswith(OURS) else "s", markersize=4, capsize=2,
-            linewidth=2 if method == lead else 1, label=method, color=colours[place % 10],
+            linewidth=2 if method == lead else 1, label=method, color=colours[place % 20],
         )  # fmt: skip
     dense = [line["top1"] for line in lines if line["budget"] == 1.0]
     if dense:
