@@ -442,7 +442,7 @@ class Stp:
 
     def shape(self, bench: Bench, net: Supernet, budget: float) -> tuple[Subnet, int]:
         """The shape to prune to, and what finding it cost: one search for the budgets that the
-        supernet was trained for, one for the others."""
+        supernet was trained for, one for the others; where shapes are tried, one for each."""
         space = net.space
         if isinstance(self.target, Subnet):
             return self.target, 0
@@ -451,8 +451,7 @@ class Stp:
 
         main = budget in bench.protocol.budgets
         together = bench.protocol.budgets if main else bench.protocol.also
-        if self.tried_epochs:
-            together = (budget,)
+        together = (budget,) if self.tried_epochs else together
 
         def make() -> dict[str, Any]:
             options = self._exploration(bench)
@@ -465,17 +464,16 @@ class Stp:
             while candidates := explorer.ask():
                 scores = {}
                 for candidate in candidates:
-                    count, steps = candidate.images or held, 0
+                    subnet, count = candidate.subnet, candidate.images or held
+                    looks = count + options.calibration_images
                     if candidate.tuned and self.tried_epochs:
-                        scores[candidate.key], paid = judge.tried(
-                            candidate.subnet, self.tried_epochs
-                        )
+                        scores[candidate.key], paid = judge.tried(subnet, self.tried_epochs)
                         spent += paid
                     else:
                         steps = options.tuning_steps * candidate.tuned
-                        scores[candidate.key] = judge(candidate.subnet, count, steps)
-                    looks = count + options.calibration_images + STEP * TUNING_BATCH * steps
-                    spent += looks * space.cost(candidate.subnet).macs
+                        scores[candidate.key] = judge(subnet, count, steps)
+                        looks += STEP * TUNING_BATCH * steps
+                    spent += looks * space.cost(subnet).macs
                 explorer.tell(scores)
             found = {str(each): explorer.best(Budget(macs=each)) for each in together}
             return {
@@ -494,9 +492,9 @@ class Stp:
         options = bench.protocol.exploration
         if not self.tried_epochs:
             return replace(options, tuning_steps=self.tuning_steps)
-        # what is tried is dear: few, of two generations
-        steps = self.tried_epochs * bench.images.count("train") // bench.protocol.batch_size
-        return replace(options, generations=2, promote=1 / 8, tuning_steps=steps)
+        # Few, of two generations, for that is dear. They are tried instead of tuned: any number of
+        # steps makes the explorer ask for them again.
+        return replace(options, generations=2, promote=1 / 8, tuning_steps=1)
 
 
 class Judge:

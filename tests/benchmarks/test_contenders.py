@@ -31,21 +31,35 @@ def test_a_teacher_is_paid_for_where_macs_are_equal(bench):
 
 
 @pytest.mark.timeout(100)
-def test_shapes_that_are_tried_are_paid_for_and_leave_the_supernet_alone(bench):
+def test_shapes_that_are_tried_are_paid_for_and_leave_the_supernet_alone(bench, monkeypatch):
     from bench import STEP
-    from contenders import OWN_SHAPE, TRIED, Limit
+    from contenders import OWN_SHAPE, TRIED, Judge, Limit
 
-    form = OWN_SHAPE[TRIED]
+    form, tried, train = OWN_SHAPE[TRIED], {}, Judge.tried
     net, supernet, _ = form.stimulated(bench)
     before = {name: tensor.clone() for name, tensor in net.model.state_dict().items()}
+
+    def watched(judge, subnet, epochs):
+        tried[subnet], paid = train(judge, subnet, epochs)
+        return tried[subnet], paid
+
+    monkeypatch.setattr(Judge, "tried", watched)
     shape, price = form.shape(bench, net, BUDGET)
     assert all(torch.equal(before[name], t) for name, t in net.model.state_dict().items())
-    # one candidate of each of two generations, at the least
-    epoch = bench.images.count("train") * STEP * net.cost(net.space.smallest).macs
-    assert price > 2 * form.tried_epochs * epoch
+    assert tried[shape] == min(tried.values()), "the best of those tried is chosen"
+    assert len(tried) == 2, "one of four candidates, in each of two generations"
     assert net.cost(shape).macs <= BUDGET * bench.full_macs
-    dear = supernet + 4 * price
-    assert form(bench, BUDGET, Limit(1, dear)).spent <= dear
+
+    # the same search, were trying free
+    monkeypatch.setattr(Judge, "tried", lambda judge, subnet, epochs: (tried[subnet], 0))
+    free = type(bench)(bench.protocol, bench.images, bench.seed, bench.work / "free")
+    found, without = form.shape(free, net, BUDGET)
+    images = form.tried_epochs * bench.images.count("train")
+    assert found == shape
+    assert price - without == sum(images * STEP * net.cost(subnet).macs for subnet in tried)
+
+    allowed = supernet + 4 * price
+    assert supernet + price < form(bench, BUDGET, Limit(1, allowed)).spent <= allowed
 
 
 def test_equal_macs_are_those_of_the_reference_of_the_protocol(bench, monkeypatch):
