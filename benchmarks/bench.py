@@ -42,6 +42,9 @@ class Protocol:
     model: str
     model_options: dict[str, Any] = field(default_factory=dict)
     """What its constructor gets besides the size of the images and the number of classes."""
+    redrawn: bool = False
+    """Draw its weights by `redraw`, as those of shapes from scratch are, where its constructor has
+    other rules: or the one or the other would start ahead."""
     divisor: int | None = None
     """Widths are multiples of it; None for what the tracer chooses."""
     data: DataOptions
@@ -129,10 +132,11 @@ class Bench:
     def fresh(self) -> nn.Module:
         """The dense model with this seed's first weights."""
         torch.manual_seed(self.seed)
-        return build_model(
+        model = build_model(
             self.protocol.model, num_classes=self.images.classes, image_size=self.images.size,
             **self.protocol.model_options,
         )  # fmt: skip
+        return redraw(model, self.seed) if self.protocol.redrawn else model
 
     def supernet(self) -> Supernet:
         """The same, traced."""
@@ -237,6 +241,21 @@ def _hooked(call: Callable[[], object] | None) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+def redraw(model: nn.Module, seed: int) -> nn.Module:
+    """The same model with weights drawn anew for its widths: the convolutions of a network with
+    BatchNorm by the rule of ResNets, all other layers by their defaults."""
+    torch.manual_seed(seed)
+    convolutional = any(isinstance(layer, nn.BatchNorm2d) for layer in model.modules())
+    for layer in model.modules():
+        if isinstance(layer, nn.Conv2d) and convolutional:
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+        elif hasattr(layer, "reset_parameters"):
+            layer.reset_parameters()
+        elif hasattr(layer, "in_proj_weight"):  # attention, whose own method is private
+            nn.init.xavier_uniform_(layer.in_proj_weight)
+    return model
 
 
 def macs_of(model: nn.Module, example: Tensor) -> int:

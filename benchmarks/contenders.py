@@ -10,7 +10,7 @@ from functools import cached_property, partial
 from typing import Any, Literal
 
 import torch
-from bench import STEP, Bench, macs_of
+from bench import STEP, Bench, macs_of, redraw
 from torch import Tensor, nn
 from torchvision.models import VisionTransformer
 
@@ -131,15 +131,7 @@ def unfound(
 
 def _renewed(bench: Bench, shape: Subnet) -> nn.Module:
     """A shape with weights drawn for its own widths, as the dense model's are for its."""
-    model = bench.supernet().extract(shape)
-    torch.manual_seed(bench.seed)
-    convolutional = any(isinstance(layer, nn.BatchNorm2d) for layer in model.modules())
-    for layer in model.modules():
-        if isinstance(layer, nn.Conv2d) and convolutional:
-            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
-        elif hasattr(layer, "reset_parameters"):
-            layer.reset_parameters()
-    return model
+    return redraw(bench.supernet().extract(shape), bench.seed)
 
 
 def _epoch(bench: Bench, macs: int) -> int:

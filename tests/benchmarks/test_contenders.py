@@ -103,6 +103,33 @@ def test_shapes_that_nobody_finds_keep_the_budget(bench):
     assert trained.spent == trained.epochs * 4 * 64 * 3 * space.cost(trained.subnet).macs
 
 
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("family", ["smoke", "cifar10_vit_cpu"])
+def test_a_shape_from_scratch_starts_by_the_rules_of_the_dense_network(bench, monkeypatch, family):
+    """Else one of the two is ahead before the first step."""
+    from accuracy import PROTOCOLS
+    from bench import Bench
+    from contenders import Limit, dense, scratch
+
+    protocol = replace(PROTOCOLS[family], data=bench.protocol.data)
+    bench = Bench(protocol, bench.images, 0, bench.work)
+    starts = []
+
+    def start(bench, objective, epochs, **_):
+        starts.append({n: p.detach().clone() for n, p in objective.model.named_parameters()})
+        return 0
+
+    monkeypatch.setattr(Bench, "train", start)
+    dense(bench, 1.0, Limit(1))
+    scratch(bench, bench.supernet().space.full, Limit(1))
+    whole, shape = starts
+    assert whole.keys() == shape.keys()
+    for name, weight in whole.items():
+        if weight.numel() >= 400:
+            assert shape[name].std().item() == pytest.approx(weight.std().item(), rel=0.15), name
+        assert shape[name].mean().item() == pytest.approx(weight.mean().item(), abs=0.1), name
+
+
 @pytest.mark.timeout(200)
 @pytest.mark.parametrize("family", ["cifar10_mobilenet_v2_cpu", "cifar10_vit_cpu"])
 def test_other_families_are_pruned_within_the_budget(bench, family):
