@@ -18,6 +18,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.nn.parameter import is_lazy
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..errors import OptionError, TraceError
@@ -245,6 +246,12 @@ def _about_sizes(node: fx.Node) -> bool:
 
 def symbolic_graph(model: nn.Module, example: Tensor) -> fx.GraphModule:
     """The model as a graph whose layers follow `train()` and `eval()`."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(tensor):
+            raise TraceError(
+                f"{name} of {type(model).__name__} has no shape yet; expected a model whose lazy "
+                "layers have run: call it once on an example"
+            )
     try:
         model = copy.deepcopy(model)
     except Exception as error:

@@ -252,13 +252,16 @@ class StimulativeObjective(nn.Module):
     def _scaled(self, images: Tensor) -> Tensor:
         """The images at a scale drawn from torch's CPU generator, which the trainer seeds."""
         scales = self.options.resolutions
-        scale = scales[int(torch.randint(len(scales), ()))] if len(scales) > 1 else scales[0]
-        if scale == 1.0:
-            return images
-        size = [max(1, round(extent * scale)) for extent in images.shape[-2:]]
-        return F.interpolate(
-            images, size=size, mode="bilinear", align_corners=False, antialias=True
-        )
+        drawn = int(torch.randint(len(scales), ())) if len(scales) > 1 else 0
+        return scaled(images, scales[drawn])
+
+
+def scaled(images: Tensor, scale: float) -> Tensor:
+    """Images [B, C, H, W] with height and width times a scale in (0, 1] [ST]."""
+    if scale == 1.0:
+        return images
+    size = [max(1, round(extent * scale)) for extent in images.shape[-2:]]
+    return F.interpolate(images, size=size, mode="bilinear", align_corners=False, antialias=True)
 
 
 class ExpansionObjective(nn.Module):

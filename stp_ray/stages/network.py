@@ -1,5 +1,7 @@
 """The supernet that a configuration describes, the same on driver and workers."""
 
+import copy
+
 import fsspec
 import torch
 from torch import nn
@@ -10,6 +12,8 @@ from ..data import DataSummary
 from ..elastic import Supernet, importance
 from ..elastic.latency import LatencyTable
 from ..errors import ConfigError, DataError, OptionError, StorageError
+from ..method.modes import inspecting
+from ..method.objective import scaled
 from ..models import build_for
 
 #: Where a run keeps its table of latencies.
@@ -103,13 +107,54 @@ def latency_table(run: Store) -> LatencyTable:
 
 
 def _logits(net: Supernet, example: torch.Tensor) -> int:
-    training = net.training
-    with torch.no_grad():
-        out = net.eval()(example)
-    net.train(training)
+    with inspecting(net):
+        out = net(example)
     if not isinstance(out, torch.Tensor) or out.dim() != 2:
         raise ConfigError("the model does not return logits [B, classes]; expected one tensor")
     return out.shape[1]
+
+
+def check_images(config: RunConfig, net: Supernet, size: int) -> None:
+    """That the network can be trained on what a step will hold: the smaller images that subnets
+    get, and batches of one image, where a worker's share is no larger.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    trainings = [
+        (config.baseline, config.cluster.num_workers),
+        (config.supernet.optimisation, config.cluster.num_workers),
+        (config.finalize.optimisation, config.finalize.num_workers),
+    ]
+    alone = any(options and options.batch_size == workers for options, workers in trainings)
+    for scale in (1.0, *config.supernet.stimulation.resolutions):
+        images = scaled(torch.zeros(1, 3, size, size), scale)
+        try:
+            _logits(net, images)
+        except Exception as error:  # torch's own, or an assertion of the model's
+            raise ConfigError(
+                f"supernet.stimulation.resolutions has {scale}, and {config.model.name!r} does not "
+                f"take images of {images.shape[-1]} px ({_short(error)}); expected scales that it "
+                "takes; [1.0] keeps the size of the images"
+            ) from error
+        if alone:
+            _train_on_one(config.model.name, net, images)
+
+
+def _train_on_one(name: str, net: Supernet, images: torch.Tensor) -> None:
+    copied = copy.deepcopy(net.model).train()
+    try:
+        copied(images)
+    except ValueError as error:  # BatchNorm's, which has nothing to take a mean over
+        raise ConfigError(
+            f"batch_size gives a worker one image a step, and {name!r} cannot be trained on one "
+            f"({_short(error)}); expected two or more for each; raise batch_size or have fewer "
+            "num_workers"
+        ) from error
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 def load_weights(model: nn.Module, uri: str) -> None:
@@ -130,6 +175,6 @@ def load_weights(model: nn.Module, uri: str) -> None:
         model.load_state_dict(state)
     except Exception as error:  # every backend and format has errors of its own
         raise StorageError(
-            f"weights {uri} cannot be loaded: {' '.join(str(error).split())[:200]}; expected a "
+            f"weights {uri} cannot be loaded: {_short(error)}; expected a "
             "state dict of the model as safetensors or torch.save; change model.weights"
         ) from error

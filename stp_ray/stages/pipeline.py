@@ -33,7 +33,7 @@ from .explore import CANDIDATES, FRONT, explore
 from .finalize import PRUNED, finalize, folder
 from .images import Images, SharedImages, share
 from .jobs import RESULT, Job, seconds_spent
-from .network import LATENCY, TABLE, build_supernet, price, timed
+from .network import LATENCY, TABLE, build_supernet, check_images, price, timed
 from .supernet import fit
 
 SUMMARY = "summary.json"
@@ -100,6 +100,7 @@ def preflight(config: RunConfig) -> tuple[DataSummary, Supernet]:
     for options in _trainings(config):
         steps_per_epoch(summary.train_rows, options.batch_size)
     net = build_supernet(config, summary)
+    check_images(config, net, summary.image_size)
     for budget in config.budgets:
         if budget.counted is not None:  # a latency has to be measured first
             net.space.require(budget.counted)

@@ -389,6 +389,15 @@ def test_an_image_size_that_the_model_does_not_take_is_refused():
         Supernet.trace(vit_b_16(), torch.zeros(1, 3, 32, 32))
 
 
+@pytest.mark.parametrize("lazy", [nn.LazyConv2d(8, 1), nn.LazyBatchNorm2d()])
+def test_a_lazy_layer_that_has_not_run_is_named(lazy):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), lazy, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    with pytest.raises(TraceError, match=r"1\.weight of Sequential has no shape yet.*call it once"):
+        Supernet.trace(model, torch.zeros(1, 3, 8, 8))
+    model(torch.zeros(1, 3, 8, 8))
+    Supernet.trace(model, torch.zeros(1, 3, 8, 8))
+
+
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
 def test_a_model_that_cannot_be_copied_is_refused():
     model = nn.Sequential(nn.utils.weight_norm(nn.Conv2d(3, 8, 3)))

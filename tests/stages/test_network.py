@@ -1,10 +1,18 @@
 import pytest
+from torch import nn
 
 from stp_ray.config import load_config
 from stp_ray.data import DataSummary
 from stp_ray.elastic import Supernet
 from stp_ray.errors import ConfigError
-from stp_ray.stages.network import build_supernet
+from stp_ray.stages.network import build_supernet, check_images
+
+
+def of_8_px(num_classes):
+    """A network of one image size, whose BatchNorm sees one pixel."""
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 8), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8, num_classes)
+    )
 
 
 @pytest.fixture
@@ -26,3 +34,28 @@ def test_what_goes_wrong_otherwise_is_not_called_a_pattern(summary, monkeypatch)
     with pytest.raises(ValueError, match="lengths 8 and 9") as found:
         build_supernet(load_config({}), summary)
     assert not isinstance(found.value, ConfigError)
+
+
+@pytest.mark.parametrize(
+    ("supernet", "message"),
+    [
+        (
+            {"stimulation": {"resolutions": [1.0, 0.5]}},
+            r"resolutions has 0\.5, and .*of_8_px' does not take images of 4 px \(.*Kernel size",
+        ),
+        (
+            {"optimisation": {"batch_size": 2}},
+            r"one image a step, and .*of_8_px' cannot be trained on one \(.*more than 1 value",
+        ),
+    ],
+)
+def test_what_a_step_cannot_be_trained_on_is_found_before_it(summary, supernet, message):
+    recipe = {"model": {"name": f"{__name__}:of_8_px"}, "cluster": {"num_workers": 2}}
+    config = load_config(recipe)
+    net = build_supernet(config, summary)
+    before = {name: tensor.clone() for name, tensor in net.model.state_dict().items()}
+    check_images(config, net, summary.image_size)
+    with pytest.raises(ConfigError, match=message):
+        check_images(load_config({**recipe, "supernet": supernet}), net, summary.image_size)
+    assert net.training
+    assert all(before[n].equal(tensor) for n, tensor in net.model.state_dict().items())
