@@ -40,7 +40,9 @@ ABOUT = {
         "**A second family, reduced for two CPU cores**: a ViT of torchvision with six blocks of "
         "width 96, six heads, MLPs of width 192 and patches of 8 px; 16,000 CIFAR-10 (JPEG) images "
         "of 32 px, 12 epochs of 250 steps with AdamW; 10,000 test images. Torch-Pruning takes "
-        "widths of heads, MLPs and embedding, ours whole heads and blocks too."
+        "widths of heads, MLPs and embedding, ours whole heads and blocks too. All networks, the "
+        "dense one included, start from weights drawn by the defaults of their layers: from "
+        "torchvision's own the dense network ends lower (50.61 ± 1.00, revision 23f0283)."
     ),
     "cifar10_mobilenet_v2_cpu": (
         "**A third family, reduced for two CPU cores**: MobileNetV2 of half its width, with "
@@ -62,6 +64,7 @@ LEAN = ("stp, target alone", TRIED)
 UNFOUND = {
     "scratch": ("scratch at uniform widths", "scratch at a random shape"),
     "scratch + distillation": ("scratch + distillation at uniform widths",),
+    "scratch + distillation, shape of a quarter": ("scratch + distillation at uniform widths",),
 }
 NOT_MEASURED = "–"
 

@@ -33,6 +33,7 @@ def tables(tmp_path, on_path):
             line(seed, "scratch", best),
             line(seed, "scratch + distillation, shape of a quarter", 62.0),
             line(seed, "scratch at uniform widths", 57.0),
+            line(seed, "scratch + distillation at uniform widths", 60.5 + seed),
             line(seed, "scratch", 66.0, equal="macs"),
         ]
     (tmp_path / "cifar10_resnet20_cpu.jsonl").write_text("\n".join(lines))
@@ -73,6 +74,9 @@ def test_shapes_that_were_found_are_compared_with_those_that_nobody_finds(tables
     found = tables["What STP's shapes are worth: `scratch`"]
     assert found[2:] == ["| less scratch at uniform widths | +5.00 ± 2.83 (2) |"]
     assert not any("scratch + distillation`" in title for title in tables if "worth" in title)
+    # 62 - 60.5 and 62 - 61.5
+    taught = tables["What STP's shapes are worth: `scratch + distillation, shape of a quarter`"]
+    assert taught[2:] == ["| less scratch + distillation at uniform widths | +1.00 ± 0.71 (2) |"]
 
 
 def test_the_two_accounts_stay_apart(tables):
