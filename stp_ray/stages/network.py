@@ -121,24 +121,25 @@ def check_images(config: RunConfig, net: Supernet, size: int) -> None:
     Raises:
         ConfigError: it cannot.
     """
-    trainings = [
-        (config.baseline, config.cluster.num_workers),
-        (config.supernet.optimisation, config.cluster.num_workers),
-        (config.finalize.optimisation, config.finalize.num_workers),
-    ]
-    alone = any(options and options.batch_size == workers for options, workers in trainings)
-    for scale in (1.0, *config.supernet.stimulation.resolutions):
-        images = scaled(torch.zeros(1, 3, size, size), scale)
+    example = torch.zeros(1, 3, size, size)
+    sizes = [scaled(example, scale) for scale in config.supernet.stimulation.resolutions]
+    for images in sizes:
         try:
             _logits(net, images)
         except Exception as error:  # torch's own, or an assertion of the model's
             raise ConfigError(
-                f"supernet.stimulation.resolutions has {scale}, and {config.model.name!r} does not "
-                f"take images of {images.shape[-1]} px ({_short(error)}); expected scales that it "
-                "takes; [1.0] keeps the size of the images"
+                f"supernet.stimulation.resolutions is {config.supernet.stimulation.resolutions}, "
+                f"and {config.model.name!r} does not take images of {images.shape[-1]} px "
+                f"({_short(error)}); expected scales that it takes; [1.0] keeps their size"
             ) from error
-        if alone:
-            _train_on_one(config.model.name, net, images)
+    for options, workers, seen in (
+        (config.baseline, config.cluster.num_workers, [example]),
+        (config.supernet.optimisation, config.cluster.num_workers, [example, *sizes]),
+        (config.finalize.optimisation, config.finalize.num_workers, [example]),
+    ):
+        if options is not None and options.batch_size == workers:
+            for images in seen:
+                _train_on_one(config.model.name, net, images)
 
 
 def _train_on_one(name: str, net: Supernet, images: torch.Tensor) -> None:

@@ -15,6 +15,14 @@ def of_8_px(num_classes):
     )
 
 
+def of_any_size(num_classes):
+    """A network whose BatchNorm sees one pixel of an image of 4 px."""
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 4, stride=4), nn.BatchNorm2d(8), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(8, num_classes),
+    )  # fmt: skip
+
+
 @pytest.fixture
 def summary():
     return DataSummary([str(i) for i in range(10)], 90, 10, 20, 8, 8, 1000, False)
@@ -41,7 +49,7 @@ def test_what_goes_wrong_otherwise_is_not_called_a_pattern(summary, monkeypatch)
     [
         (
             {"stimulation": {"resolutions": [1.0, 0.5]}},
-            r"resolutions has 0\.5, and .*of_8_px' does not take images of 4 px \(.*Kernel size",
+            r"resolutions is \(1\.0, 0\.5\), and .*does not take images of 4 px \(.*Kernel size",
         ),
         (
             {"optimisation": {"batch_size": 2}},
@@ -59,3 +67,17 @@ def test_what_a_step_cannot_be_trained_on_is_found_before_it(summary, supernet, 
         check_images(load_config({**recipe, "supernet": supernet}), net, summary.image_size)
     assert net.training
     assert all(before[n].equal(tensor) for n, tensor in net.model.state_dict().items())
+
+
+def test_only_what_gets_smaller_images_has_to_do_with_one_of_them(summary):
+    """A batch of one is refused to the supernet, and not to what trains on whole images."""
+    smaller = {"stimulation": {"resolutions": [1.0, 0.5]}}
+    recipe = {"model": {"name": f"{__name__}:of_any_size"}, "supernet": smaller}
+    one = {"optimisation": {"batch_size": 1}}
+    config = load_config({**recipe, "finalize": one})
+    net = build_supernet(config, summary)
+    check_images(config, net, summary.image_size)
+    with pytest.raises(ConfigError, match=r"one image a step.*more than 1 value"):
+        check_images(
+            load_config({**recipe, "supernet": {**smaller, **one}}), net, summary.image_size
+        )
