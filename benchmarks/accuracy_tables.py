@@ -8,7 +8,7 @@ from typing import Any
 
 import matplotlib
 from accuracy import PROTOCOLS
-from contenders import FORMS, GIVEN_SHAPE, OURS, PARTS, QUARTER, TAUGHT, TRIED
+from contenders import FORMS, GIVEN_SHAPE, OPTIONS, OURS, PARTS, QUARTER, TAUGHT, TRIED, TUNED
 from filling import Line, read
 from markdown_table import row
 from matplotlib.figure import Figure
@@ -54,7 +54,7 @@ ABOUT = {
 #: Other forms whose retention and lead have a table.
 CHANGED = (
     "stp, taught", "stp, taught at first, four subnets a step",
-    "stp, taught, four subnets a step, tuned scores",
+    f"{TAUGHT}, tuned scores", TUNED,
 )  # fmt: skip
 #: The sparsification that shrinks what it drops.
 PENALTY = "group lasso"
@@ -233,11 +233,11 @@ def _less(ours: str, these: list[Line], those: list[Line]) -> list[Question]:
 
 def _is_compared(ours: str, other: str) -> bool:
     """Whether a difference says something: not of a shape that another form found, nor of another
-    form with a part taken out."""
+    form with a part taken out or an option changed."""
     if other in GIVEN_SHAPE:
         return GIVEN_SHAPE[other][1] in (OURS, ours)
     form, _, part = other.rpartition(", ")
-    return form == ours if part in PARTS else other != ours
+    return form == ours if part in (*PARTS, *OPTIONS) else other != ours
 
 
 def _differences(title: str, questions: list[Question], budgets: list[float]) -> list[str]:

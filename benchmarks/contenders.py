@@ -430,7 +430,8 @@ class Stp:
     def _name(self, epochs: int) -> str:
         s, taught = self.stimulation, "-taught" * self.taught
         options = f"{s.sampler}-{s.subnets}-{s.kd_weight}-{s.temperature}"
-        return f"{epochs}-{self.turn}-{options}{taught}"
+        more = "-direction" * s.direction + f"-{s.resolutions}" * (s.resolutions != (1.0,))
+        return f"{epochs}-{self.turn}-{options}{more}{taught}"
 
     def shape(self, bench: Bench, net: Supernet, budget: float) -> tuple[Subnet, int]:
         """The shape to prune to, and what finding it cost: one search for the budgets that the
@@ -555,12 +556,31 @@ OURS = "stp"
 TAUGHT = f"{OURS}, taught, four subnets a step"
 QUARTER = f"{TAUGHT}, a quarter, restart"
 TRIED = f"{OURS}, target alone, shapes tried"
+TUNED = f"{QUARTER}, tuned scores"
 FORMS = {OURS: STP, TAUGHT: BEST, QUARTER: replace(BEST, share=1 / 4, restart=1.0)}
 #: What can be taken out of each of them, to see what it is worth.
 PARTS: dict[str, dict[str, Any]] = {
     "uniform widths": {"target": "uniform"},
     "random subnet": {"target": "random"},
     "no expansion": {"expansion": DIRECT},
+}
+
+#: Open options of the method, each tried by itself on the last of the forms.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "uniform sampler": {"stimulation": replace(FOUR, sampler="uniform")},
+    "stratified sampler": {"stimulation": replace(FOUR, sampler="stratified")},
+    "sandwich sampler": {"stimulation": replace(FOUR, sampler="sandwich")},
+    "one subnet a step": {"stimulation": STP.stimulation},
+    "subnets weigh double": {"stimulation": replace(FOUR, kd_weight=2.0)},
+    "temperature 2 at first": {"stimulation": replace(FOUR, temperature=2.0)},
+    "direction of logits": {"stimulation": replace(FOUR, direction=True)},
+    # priced as if all images were of full size
+    "smaller images too": {"stimulation": replace(FOUR, resolutions=(0.75, 1.0))},
+    "tuned scores": {"tuning_steps": 50},
+    "two rungs": {"expansion": replace(STP.expansion, rungs=2)},
+    "expansion to the end": {"expansion": replace(STP.expansion, p_end=0.5)},
+    "target without labels": {"expansion": replace(STP.expansion, target_ce=0.0)},
+    "temperature 2 in the end": {"expansion": replace(STP.expansion, temperature=2.0)},
 }
 
 #: Methods with a shape of their own: (bench, budget, limit) -> `Trained`.
@@ -577,26 +597,19 @@ OWN_SHAPE: dict[str, Any] = {
         for name, form in FORMS.items()
         for part, without in PARTS.items()
     },
+    **{f"{QUARTER}, {option}": replace(FORMS[QUARTER], **to) for option, to in OPTIONS.items()},
     "stp, main let go": replace(STP, expansion=replace(STP.expansion, main="drop")),
     "stp, taught": replace(STP, taught=True),
     "stp, target alone": ALONE,
     TRIED: replace(ALONE, tried_epochs=2),
-    "stp, a third stimulative": replace(STP, share=1 / 3),
     "stp, a sixth stimulative": replace(STP, share=1 / 6),
-    "stp, two rungs": replace(STP, expansion=replace(STP.expansion, rungs=2)),
-    "stp, two subnets a step": replace(STP, stimulation=replace(STP.stimulation, subnets=2)),
-    "stp, four subnets a step": replace(STP, stimulation=FOUR),
     "stp, taught, four subnets a step, tuned scores": replace(BEST, tuning_steps=50),
     "stp, taught at first, four subnets a step": replace(BEST, to_the_end=False),
-    "stp, taught, four subnets a step, restart": replace(BEST, restart=1.0),
-    "stp, stratified sampler": replace(
-        STP, stimulation=replace(STP.stimulation, sampler="stratified")
-    ),
     "slimmable": slimmable,
     "group lasso": group_lasso,
     "torch-pruning": torch_pruning,
     "torch-pruning, even": partial(torch_pruning, even=True),
-    "torch-pruning, sparse learning": partial(torch_pruning, sparse=True),
+    "torch-pruning, even, sparse learning": partial(torch_pruning, even=True, sparse=True),
 }
 
 #: Methods that train a shape that STP found, and which STP it was.
@@ -607,5 +620,6 @@ GIVEN_SHAPE: dict[str, tuple[Callable[[Bench, Subnet, Limit], Trained], str]] = 
     "scratch + distillation, shape of four": (scratch_distilled, TAUGHT),
     "scratch, shape of a quarter": (scratch, QUARTER),
     "scratch + distillation, shape of a quarter": (scratch_distilled, QUARTER),
+    "scratch + distillation, shape of tuned scores": (scratch_distilled, TUNED),
     "scratch, shape that was tried": (scratch, TRIED),
 }

@@ -30,6 +30,7 @@ def tables(tmp_path, on_path):
             line(seed, f"{OURS}, uniform widths", 57.0),
             line(seed, QUARTER, 65.0),
             line(seed, f"{QUARTER}, no expansion", 64.5 - seed),
+            line(seed, f"{QUARTER}, two rungs", 64.0),
             line(seed, "scratch", best),
             line(seed, "scratch + distillation, shape of a quarter", 62.0),
             line(seed, "scratch at uniform widths", 57.0),
@@ -54,10 +55,12 @@ def test_the_best_of_the_others_is_picked_in_each_seed(tables):
     )
 
 
-def test_a_part_taken_out_is_compared_with_the_method_that_has_it(tables):
+def test_a_part_or_an_option_is_compared_with_the_method_that_it_changes(tables):
     quarter, ours = tables[f"`{QUARTER}`, equal epochs"], tables[f"`{OURS}`, equal epochs"]
     assert f"| less {QUARTER}, no expansion | +1.00 ± 0.71 (2) |" in quarter
+    assert f"| less {QUARTER}, two rungs | +1.00 ± 0.00 (2) |" in quarter
     assert f"| less {OURS}, uniform widths | +2.00 ± 0.00 (2) |" in ours
+    assert not any("two rungs" in row for row in ours)
     assert not any("no expansion" in row for row in ours)
     assert not any(", uniform widths" in row for row in quarter)
     assert any("less scratch at uniform widths" in row for row in quarter)

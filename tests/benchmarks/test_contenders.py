@@ -62,6 +62,26 @@ def test_shapes_that_are_tried_are_paid_for_and_leave_the_supernet_alone(bench, 
     assert supernet + price < form(bench, BUDGET, Limit(1, allowed)).spent <= allowed
 
 
+def test_options_of_stimulation_have_a_supernet_of_their_own(bench, monkeypatch):
+    """And those of what comes after it share one."""
+    from bench import Bench
+    from contenders import FORMS, OPTIONS, QUARTER
+
+    names = []
+
+    def kept(bench, name, make):
+        names.append(name)
+        return {"weights": [bench.supernet().model.state_dict()], "spent": 0}
+
+    monkeypatch.setattr(Bench, "kept", kept)
+    forms = [FORMS[QUARTER], *(replace(FORMS[QUARTER], **option) for option in OPTIONS.values())]
+    for form in forms:
+        form.stimulated(bench)
+    for form, name in zip(forms, names, strict=True):
+        same = [form.stimulation == other.stimulation for other in forms]
+        assert [name == other for other in names] == same
+
+
 def test_equal_macs_are_those_of_the_reference_of_the_protocol(bench, monkeypatch):
     import accuracy
     from contenders import Trained
