@@ -22,7 +22,7 @@ from stp_ray.elastic import Subnet, Supernet
 from stp_ray.method import Exploration, Optimisation, Trainer, evaluate
 from stp_ray.method.modes import device_of, inspecting, unfused_attention
 from stp_ray.method.training import Label
-from stp_ray.models import build_model
+from stp_ray.models import build_model, redraw
 
 #: A backward pass costs two forward passes: one for the inputs' gradients, one for the weights'.
 STEP = 3
@@ -136,7 +136,12 @@ class Bench:
             self.protocol.model, num_classes=self.images.classes, image_size=self.images.size,
             **self.protocol.model_options,
         )  # fmt: skip
-        return redraw(model, self.seed) if self.protocol.redrawn else model
+        return self.redrawn(model) if self.protocol.redrawn else model
+
+    def redrawn(self, model: nn.Module) -> nn.Module:
+        """The model, with this seed's first weights drawn for its own widths."""
+        torch.manual_seed(self.seed)
+        return redraw(model)
 
     def supernet(self) -> Supernet:
         """The same, traced."""
@@ -241,21 +246,6 @@ def _hooked(call: Callable[[], object] | None) -> Iterator[None]:
         yield
     finally:
         handle.remove()
-
-
-def redraw(model: nn.Module, seed: int) -> nn.Module:
-    """The same model with weights drawn anew for its widths: the convolutions of a network with
-    BatchNorm by the rule of ResNets, all other layers by their defaults."""
-    torch.manual_seed(seed)
-    convolutional = any(isinstance(layer, nn.BatchNorm2d) for layer in model.modules())
-    for layer in model.modules():
-        if isinstance(layer, nn.Conv2d) and convolutional:
-            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
-        elif hasattr(layer, "reset_parameters"):
-            layer.reset_parameters()
-        elif hasattr(layer, "in_proj_weight"):  # attention, whose own method is private
-            nn.init.xavier_uniform_(layer.in_proj_weight)
-    return model
 
 
 def macs_of(model: nn.Module, example: Tensor) -> int:

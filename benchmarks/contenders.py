@@ -10,7 +10,7 @@ from functools import cached_property, partial
 from typing import Any, Literal
 
 import torch
-from bench import STEP, Bench, macs_of, redraw
+from bench import STEP, Bench, macs_of
 from torch import Tensor, nn
 from torchvision.models import VisionTransformer
 
@@ -131,7 +131,7 @@ def unfound(
 
 def _renewed(bench: Bench, shape: Subnet) -> nn.Module:
     """A shape with weights drawn for its own widths, as the dense model's are for its."""
-    return redraw(bench.supernet().extract(shape), bench.seed)
+    return bench.redrawn(bench.supernet().extract(shape))
 
 
 def _epoch(bench: Bench, macs: int) -> int:

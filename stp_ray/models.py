@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -128,6 +129,35 @@ def build_for(name: str, data: Mapping[str, Any], kwargs: Mapping[str, Any]) -> 
         raise ConfigError(
             f"model {name!r} returned {type(model).__name__}; expected a torch.nn.Module"
         )
+    return model
+
+
+@torch.no_grad()
+def redraw(model: nn.Module) -> nn.Module:
+    """Fresh weights for a network of any widths, such as one that was cut out of another [ours].
+
+    Convolutions of a network with BatchNorm get theirs by the rule of ResNets (He et al. 2015,
+    fan-out), attention by that of Glorot and Bengio 2010, all others by the defaults of their
+    layers. A parameter that a module holds itself, such as a class token, stays as it is.
+
+    Args:
+        model: changed in place.
+
+    Returns:
+        The model.
+    """
+    with_norms = any(isinstance(layer, nn.BatchNorm2d) for layer in model.modules())
+    for layer in model.modules():
+        if isinstance(layer, nn.Conv2d) and with_norms:
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+            if layer.bias is not None:
+                layer.bias.zero_()
+        elif isinstance(inputs := getattr(layer, "in_proj_weight", None), Tensor):
+            nn.init.xavier_uniform_(inputs)
+            if isinstance(bias := getattr(layer, "in_proj_bias", None), Tensor):
+                bias.zero_()
+        elif callable(reset := getattr(layer, "reset_parameters", None)):
+            reset()
     return model
 
 

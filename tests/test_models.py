@@ -2,10 +2,20 @@ import sys
 
 import pytest
 import torch
+import torchvision
 from torch import nn
 
+from stp_ray.elastic import Supernet
 from stp_ray.errors import ConfigError
-from stp_ray.models import OWN, CifarResNet, accepted, build_for, build_model, find_factory
+from stp_ray.models import (
+    OWN,
+    CifarResNet,
+    accepted,
+    build_for,
+    build_model,
+    find_factory,
+    redraw,
+)
 
 
 @pytest.fixture
@@ -152,3 +162,52 @@ def test_only_what_a_factory_takes_is_offered():
 def test_ours_go_before_torchvisions():
     assert find_factory("resnet20") is OWN["resnet20"]
     assert find_factory("resnet18").__module__ == "torchvision.models.resnet"
+
+
+def filled(model):
+    """The model with the same number everywhere."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(0.5)
+    return model
+
+
+def test_a_convolutional_network_is_redrawn_as_ours_are_first_drawn():
+    drawn, first = redraw(filled(build_model("resnet20", num_classes=10))), CifarResNet(20)
+    wanted = dict(first.named_parameters())
+    for name, parameter in drawn.named_parameters():
+        assert parameter.std().nan_to_num().item() == pytest.approx(
+            wanted[name].std().nan_to_num().item(), rel=0.2
+        ), name
+        assert parameter.mean().item() == pytest.approx(wanted[name].mean().item(), abs=0.05), name
+    biased = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+    assert (redraw(filled(biased))[0].bias == 0).all()
+
+
+def test_a_convolution_is_redrawn_by_its_default_where_there_is_no_batch_norm():
+    layer = nn.Conv2d(64, 64, 3)
+    wanted = layer.weight.std().item()
+    assert redraw(filled(nn.Sequential(layer)))[0].weight.std().item() == pytest.approx(
+        wanted, rel=0.05
+    )
+
+
+def test_a_narrowed_transformer_is_redrawn_for_its_own_widths():
+    torch.manual_seed(0)
+    model = torchvision.models.VisionTransformer(8, 4, 2, 4, 64, 128, num_classes=10)
+    net = Supernet.trace(filled(model), torch.zeros(1, 3, 8, 8))
+    small = redraw(net.extract(net.space.uniform(0.5)))
+    kept = {name for name, p in small.named_parameters() if (p == 0.5).all()}
+    assert kept == {"class_token", "encoder.pos_embedding"}, "which their module holds itself"
+    for name, weight in small.named_parameters():
+        if name.endswith("in_proj_weight"):  # a matrix of [rows, columns] by Glorot's rule
+            assert weight.std().item() == pytest.approx((2 / sum(weight.shape)) ** 0.5, rel=0.1)
+
+
+def test_what_is_redrawn_is_that_of_torchs_seed():
+    models = [build_model(name, num_classes=10) for name in ("resnet20", "resnet20")]
+    for model in models:
+        torch.manual_seed(3)
+        redraw(model)
+    for one, other in zip(*(model.parameters() for model in models), strict=True):
+        assert torch.equal(one, other)

@@ -34,6 +34,7 @@ from ..method import (
 )
 from ..method.modes import inspecting
 from ..method.training import Draw
+from ..models import redraw
 from .images import Images, SharedImages
 from .network import build_supernet, price
 from .notices import Notices
@@ -246,7 +247,7 @@ class _Means:
 
 def _initial(job: Job) -> RunConfig:
     """The configuration of the network that a job starts from: the control's has no weights given,
-    for `_from_scratch` cannot draw those of every layer anew."""
+    for `redraw` leaves some as they are."""
     if job.kind != "control":
         return job.config
     model = job.config.model.model_copy(update={"weights": None, "ranking": None})
@@ -260,7 +261,7 @@ def _objective(job: Job, net: Supernet) -> tuple[nn.Module, Draw]:
         case "baseline":
             return DenseObjective(net.model, smoothing), _no_subnets
         case "control":
-            return DenseObjective(_from_scratch(net, target), smoothing), _no_subnets
+            return DenseObjective(redraw(net.extract(target)), smoothing), _no_subnets
         case "supernet":
             stimulation = config.supernet.stimulation
             draw = sampler(stimulation, net.space, config.budgets)
@@ -283,23 +284,6 @@ def _teacher(job: Job, net: Supernet, device: torch.device) -> Teacher | None:
 
 def _no_subnets(rng: Any, progress: float) -> Sequence[Subnet]:
     return ()
-
-
-def _from_scratch(net: Supernet, target: Subnet) -> nn.Module:
-    """The pruned shape with fresh weights, drawn for its own widths where a layer can do that.
-
-    Args:
-        net: a network of fresh weights: attention and bare parameters take theirs from it.
-        target: the shape.
-    """
-    small = net.extract(target)
-    for module in small.modules():
-        reset = getattr(module, "reset_parameters", None)
-        if callable(reset):
-            reset()
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-    return small
 
 
 def _reference_slice(job: Job, net: Supernet) -> Subnet | None:
