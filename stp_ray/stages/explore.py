@@ -8,8 +8,9 @@ the seed alone; a search that was stopped is told the scores that were kept and 
 import logging
 import math
 import os
+import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -128,6 +129,24 @@ def explore(
     return _write(explorer, store, met)
 
 
+def seconds_searched(run: Store) -> float:
+    """How long a run has searched up to the last scores that were kept, over all attempts.
+
+    Args:
+        run: the run's folder.
+    """
+    return _spent(_scored(run.child("explore", _PARTS)))
+
+
+def _scored(parts: Store) -> list[dict[str, Any]]:
+    return [row for name in parts.names() for row in parts.read_table(name).to_pylist()]
+
+
+def _spent(rows: Iterable[Mapping[str, Any]]) -> float:
+    """Scores of an earlier version have no seconds."""
+    return max((row.get("seconds", 0.0) for row in rows), default=0.0)
+
+
 class _Search:
     """Hands out batches of what the explorer asks for, and keeps the scores.
 
@@ -146,12 +165,10 @@ class _Search:
         self._most, self._workers, self._batch = most, workers, most
         self._generation, self._told = -1, 0
         self._parts = store.child(_PARTS)
+        rows = _scored(self._parts)
+        self._started = time.monotonic() - _spent(rows)
         #: Scores that the explorer has not heard: it is told a generation as a whole.
-        self._scores = {
-            row["key"]: row["score"]
-            for name in self._parts.names()
-            for row in self._parts.read_table(name).to_pylist()
-        }
+        self._scores = {row["key"]: row["score"] for row in rows}
         self._waiting: deque[Candidate] = deque()
         self._missing: set[str] = set()
         self._advance()
@@ -167,7 +184,8 @@ class _Search:
 
     def put(self, batch: Sequence[Candidate], scores: Mapping[str, float]) -> None:
         """Keep the scores of a batch."""
-        rows = [{"key": c.key, "score": float(scores[c.key])} for c in batch]
+        spent = {"seconds": time.monotonic() - self._started}
+        rows = [{"key": c.key, "score": float(scores[c.key]), **spent} for c in batch]
         first = batch[0]
         name = f"{first.generation:03d}-{first.rung}-{first.key}.parquet"
         self._parts.write_table(name, rows)

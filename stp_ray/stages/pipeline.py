@@ -29,7 +29,7 @@ from ..report import (
 )
 from ..tracking import Artifact, Tracker, Tracking
 from . import cluster, latency
-from .explore import CANDIDATES, FRONT, explore
+from .explore import CANDIDATES, FRONT, explore, seconds_searched
 from .finalize import PRUNED, finalize, folder
 from .images import Images, SharedImages, share
 from .jobs import RESULT, Job, seconds_spent
@@ -194,7 +194,10 @@ class _Pipeline:
             return outputs, {**result["metrics"], "macs": self.net.cost().macs}
 
         inputs = {"data": self.config.data.name, **self._inputs(*self._teacher(kind))}
-        self._stage(kind, inputs, work, lambda: self._scale(options), workers)
+        home = self.store.child(kind)
+        self._stage(
+            kind, inputs, work, lambda: self._scale(options), workers, lambda: seconds_spent(home)
+        )
 
     def _tabulate(self) -> None:
         """First of all, so that a budget that cannot be met is known before anything is trained."""
@@ -226,7 +229,10 @@ class _Pipeline:
         workers = self.config.cluster.explore_workers or self.config.cluster.num_workers
         options = self.config.explore
         scale = {"total_steps": options.generations, "counts": "generation"}
-        self._stage("explore", self._inputs("supernet", LATENCY), work, lambda: scale, workers)
+        inputs = self._inputs("supernet", LATENCY)
+        self._stage(
+            "explore", inputs, work, lambda: scale, workers, lambda: seconds_searched(self.store)
+        )
 
     def _finalize(self) -> None:
         targets = self.store.read_json(f"explore/{FRONT}")["budgets"]
@@ -377,11 +383,12 @@ class _Pipeline:
         work: Callable[[Tracker], tuple[dict[str, str], dict[str, Any]]],
         scale: Callable[[], dict[str, Any]],
         workers: int,
+        spent: Callable[[], float] = float,
     ) -> None:
         if self._done(stage):
             return
         self._forget(stage, stage)
-        started = time.monotonic() - seconds_spent(self.store.child(stage))
+        started = time.monotonic() - spent()
         with self._tracked(stage, scale()) as tracker:
             outputs, metrics = work(tracker)
             seconds = time.monotonic() - started

@@ -537,6 +537,43 @@ def test_a_budget_that_is_resumed_counts_those_of_ladder_and_control(tmp_path, i
         assert ladder + control < seconds < ladder + control + took
 
 
+def test_a_search_that_is_resumed_counts_the_seconds_of_its_scores(tmp_path, asked, monkeypatch):
+    _, stop_at = asked
+    run = Run(tmp_path, minimal())
+    pipeline.run(run.config, until="supernet")
+    stop_at.append(2)  # of three
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        clock = SimpleNamespace(monotonic=lambda: 1e5 * time.monotonic())
+        patch.setattr(exploring, "time", clock)
+        pipeline.run(run.config, until="explore")
+    stop_at.clear()
+    spent = exploring.seconds_searched(Store(run.folder))
+    assert spent > 600
+    began = time.monotonic()
+    pipeline.run(run.config, until="explore")
+    took = time.monotonic() - began
+    record = Manifest(Store(run.folder)).stages()["explore"]
+    assert spent < record["seconds"] < spent + took
+    assert spent < exploring.seconds_searched(Store(run.folder)) < record["seconds"]
+
+
+def test_scores_without_seconds_go_on(tmp_path, asked):
+    """As an earlier version wrote them."""
+    seen, stop_at = asked
+    run = Run(tmp_path, minimal())
+    pipeline.run(run.config, until="supernet")
+    stop_at.append(2)  # of three
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.run(run.config, until="explore")
+    stop_at.clear()
+    parts = Store(run.folder).child("explore", "parts")
+    for name in parts.names():
+        parts.write_table(name, parts.read_table(name).drop_columns(["seconds"]).to_pylist())
+    assert exploring.seconds_searched(Store(run.folder)) == 0
+    pipeline.run(run.config, until="explore")
+    assert len(seen) == len(set(seen)) == 3
+
+
 # -- two drivers -------------------------------------------------------------------------
 
 
