@@ -120,8 +120,10 @@ EXPLANATION = (
     "the search scores what it promotes again after 50 steps of distillation. *Taught at first*: "
     "the teacher is asked in the stimulative half alone. *A quarter, restart*: a quarter of the "
     "epochs is stimulative, after which the learning rate warms up to its full height again "
-    "instead of falling once over both halves (`shape of a quarter`: what that finds). 0.5 and "
-    "0.3: the supernet that was trained towards the other two budgets, pruned to these after a "
+    "instead of falling once over both halves (`shape of a quarter`: what that finds); what "
+    "follows its name is one option of it changed. *Torch-pruning, even*: all layers lose the same "
+    "share; *sparse learning*: the last half of its dense training is under group sparsity. 0.5 "
+    "and 0.3: the supernet that was trained towards the other two budgets, pruned to these after a "
     "search of their own. Mean ± standard deviation over seeds, their number in brackets: where "
     "numbers differ, read the differences within a seed, not those of the means."
 )
