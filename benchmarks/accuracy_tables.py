@@ -51,11 +51,19 @@ ABOUT = {
         "learning rate of all, 0.03, is the better of two for the dense network in a shorter trial."
     ),
 }
-#: Other forms whose retention and lead have a table.
-CHANGED = (
-    "stp, taught", "stp, taught at first, four subnets a step",
-    f"{TAUGHT}, tuned scores", TUNED,
-)  # fmt: skip
+#: Other forms whose retention and lead have a table, and what else they are compared with there.
+CHANGED: dict[str, tuple[str, ...]] = {
+    "stp, taught": (),
+    "stp, taught at first, four subnets a step": (),
+    f"{TAUGHT}, tuned scores": (),
+    TUNED: (
+        QUARTER,
+        f"{QUARTER}, uniform widths",
+        f"{QUARTER}, random subnet",
+        f"{TUNED}, no expansion",
+        "scratch + distillation, shape of tuned scores",
+    ),
+}
 #: The sparsification that shrinks what it drops.
 PENALTY = "group lasso"
 #: Ours at its cheapest, which equal MACs buy the most epochs of.
@@ -188,11 +196,13 @@ def _claims(lines: list[Line], budgets: list[float], reference: str) -> list[str
             questions = _summary(ours, epochs)
             if ours in FORMS:
                 questions += _less(ours, epochs, epochs)
+            else:
+                questions += [_less_one(ours, epochs, epochs, other) for other in CHANGED[ours]]
             out += _differences(f"`{ours}`, equal epochs", questions, budgets)
     measured = {line["method"] for line in epochs}
     for found, others in UNFOUND.items():
         questions = [
-            (f"less {other}", lambda b, f=found, o=other: _paired(epochs, f, epochs, o, b))
+            _less_one(found, epochs, epochs, other)
             for other in others
             if {found, other} <= measured
         ]
@@ -227,10 +237,14 @@ def _summary(ours: str, lines: list[Line]) -> list[Question]:
 
 def _less(ours: str, these: list[Line], those: list[Line]) -> list[Question]:
     return [
-        (f"less {other}", lambda b, o=other: _paired(these, ours, those, o, b))
+        _less_one(ours, these, those, other)
         for other in dict.fromkeys(line["method"] for line in those)
         if _is_compared(ours, other)
     ]
+
+
+def _less_one(ours: str, these: list[Line], those: list[Line], other: str) -> Question:
+    return f"less {other}", lambda budget: _paired(these, ours, those, other, budget)
 
 
 def _is_compared(ours: str, other: str) -> bool:

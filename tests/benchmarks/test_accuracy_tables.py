@@ -31,6 +31,8 @@ def tables(tmp_path, on_path):
             line(seed, QUARTER, 65.0),
             line(seed, f"{QUARTER}, no expansion", 64.5 - seed),
             line(seed, f"{QUARTER}, two rungs", 64.0),
+            line(seed, f"{QUARTER}, uniform widths", 63.0 - seed),
+            line(seed, f"{QUARTER}, tuned scores", 65.5),
             line(seed, "scratch", best),
             line(seed, "scratch + distillation, shape of a quarter", 62.0),
             line(seed, "scratch at uniform widths", 57.0),
@@ -62,7 +64,7 @@ def test_a_part_or_an_option_is_compared_with_the_method_that_it_changes(tables)
     assert f"| less {OURS}, uniform widths | +2.00 ± 0.00 (2) |" in ours
     assert not any("two rungs" in row for row in ours)
     assert not any("no expansion" in row for row in ours)
-    assert not any(", uniform widths" in row for row in quarter)
+    assert not any(f"{OURS}, uniform widths" in row for row in quarter)
     assert any("less scratch at uniform widths" in row for row in quarter)
 
 
@@ -80,6 +82,13 @@ def test_shapes_that_were_found_are_compared_with_those_that_nobody_finds(tables
     # 62 - 60.5 and 62 - 61.5
     taught = tables["What STP's shapes are worth: `scratch + distillation, shape of a quarter`"]
     assert taught[2:] == ["| less scratch + distillation at uniform widths | +1.00 ± 0.71 (2) |"]
+
+
+def test_a_better_search_is_compared_with_no_search(tables):
+    rows = tables[f"`{QUARTER}, tuned scores`, equal epochs"]
+    assert f"| less {QUARTER} | +0.50 ± 0.00 (2) |" in rows
+    assert f"| less {QUARTER}, uniform widths | +3.00 ± 0.71 (2) |" in rows
+    assert not any("random subnet" in row for row in rows), "which was not run"
 
 
 def test_the_two_accounts_stay_apart(tables):
