@@ -173,18 +173,20 @@ def filled(model):
 
 
 def test_a_convolutional_network_is_redrawn_as_ours_are_first_drawn():
+    torch.manual_seed(0)
     drawn, first = redraw(filled(build_model("resnet20", num_classes=10))), CifarResNet(20)
     wanted = dict(first.named_parameters())
     for name, parameter in drawn.named_parameters():
-        assert parameter.std().nan_to_num().item() == pytest.approx(
-            wanted[name].std().nan_to_num().item(), rel=0.2
-        ), name
-        assert parameter.mean().item() == pytest.approx(wanted[name].mean().item(), abs=0.05), name
+        if parameter.numel() >= 400:  # of fewer the spread says little
+            spread = wanted[name].std().item()
+            assert parameter.std().item() == pytest.approx(spread, rel=0.15), name
+        assert parameter.mean().item() == pytest.approx(wanted[name].mean().item(), abs=0.1), name
     biased = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
     assert (redraw(filled(biased))[0].bias == 0).all()
 
 
 def test_a_convolution_is_redrawn_by_its_default_where_there_is_no_batch_norm():
+    torch.manual_seed(0)
     layer = nn.Conv2d(64, 64, 3)
     wanted = layer.weight.std().item()
     assert redraw(filled(nn.Sequential(layer)))[0].weight.std().item() == pytest.approx(
