@@ -15,8 +15,8 @@ from .explore import Scored
 
 #: Candidates that are measured before one is cut down.
 LOOKS = 12
-#: Times that a candidate is cut down.
-CUTS = 6
+#: Times that a candidate is cut down at most; few need more than three.
+CUTS = 12
 #: A candidate is measured if it is thought to take no more than this many times the limit.
 _SLACK = 1.03
 #: What is cut down shall take more than this share of the limit.
