@@ -598,7 +598,9 @@ OWN_SHAPE: dict[str, Any] = {
         for part, without in PARTS.items()
     },
     **{f"{QUARTER}, {option}": replace(FORMS[QUARTER], **to) for option, to in OPTIONS.items()},
-    f"{TUNED}, no expansion": replace(FORMS[QUARTER], tuning_steps=50, expansion=DIRECT),
+    f"{TUNED}, no expansion": replace(
+        FORMS[QUARTER], **OPTIONS["tuned scores"], **PARTS["no expansion"]
+    ),
     "stp, main let go": replace(STP, expansion=replace(STP.expansion, main="drop")),
     "stp, taught": replace(STP, taught=True),
     "stp, target alone": ALONE,

@@ -152,12 +152,12 @@ def redraw(model: nn.Module) -> nn.Module:
             nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
             if layer.bias is not None:
                 layer.bias.zero_()
+        elif callable(reset := getattr(layer, "reset_parameters", None)):
+            reset()
         elif isinstance(inputs := getattr(layer, "in_proj_weight", None), Tensor):
             nn.init.xavier_uniform_(inputs)
             if isinstance(bias := getattr(layer, "in_proj_bias", None), Tensor):
                 bias.zero_()
-        elif callable(reset := getattr(layer, "reset_parameters", None)):
-            reset()
     return model
 
 

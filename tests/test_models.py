@@ -213,3 +213,17 @@ def test_what_is_redrawn_is_that_of_torchs_seed():
         redraw(model)
     for one, other in zip(*(model.parameters() for model in models), strict=True):
         assert torch.equal(one, other)
+
+
+def test_a_layer_that_can_draw_its_own_weights_does():
+    class OwnAttention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.in_proj_weight = nn.Parameter(torch.zeros(6, 2))
+            self.scale = nn.Parameter(torch.zeros(1))
+
+        def reset_parameters(self):
+            nn.init.ones_(self.in_proj_weight)
+            nn.init.ones_(self.scale)
+
+    assert all((parameter == 1).all() for parameter in redraw(OwnAttention()).parameters())

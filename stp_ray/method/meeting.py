@@ -15,7 +15,7 @@ from .explore import Scored
 
 #: Candidates that are measured before one is cut down.
 LOOKS = 12
-#: Times that a candidate is cut down at most; few need more than three.
+#: Times that a candidate is cut down, at most.
 CUTS = 12
 #: A candidate is measured if it is thought to take no more than this many times the limit.
 _SLACK = 1.03

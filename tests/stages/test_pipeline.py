@@ -493,28 +493,33 @@ def test_a_checkpoint_without_the_losses_so_far_goes_on(tmp_path, interrupted):
 
 @pytest.fixture
 def slow(monkeypatch):
-    """In a block of it trainings take 100,000 times as long."""
+    """In a block of it what a module times takes 100,000 times as long."""
 
     @contextlib.contextmanager
-    def block():
+    def block(module):
         with monkeypatch.context() as patch:
             clock = SimpleNamespace(monotonic=lambda: 1e5 * time.monotonic())
-            patch.setattr(jobs, "time", clock)
+            patch.setattr(module, "time", clock)
             yield
 
     return block
 
 
+def resumed(run, stage, until):
+    """What is recorded of a stage once the run has gone on, and the seconds that this took."""
+    began = time.monotonic()
+    pipeline.run(run.config, until=until)
+    took = time.monotonic() - began
+    return Manifest(Store(run.folder)).stages()[stage], took
+
+
 def test_a_stage_that_is_resumed_counts_the_seconds_of_its_checkpoint(tmp_path, interrupted, slow):
     run = Run(tmp_path, minimal(supernet=EVERY_STEP))
-    with slow():
+    with slow(jobs):
         interrupted(run, 4)
     spent = jobs.seconds_spent(Store(run.folder).child("supernet"))
     assert spent > 600
-    began = time.monotonic()
-    pipeline.run(run.config, until="supernet")
-    took = time.monotonic() - began
-    record = Manifest(Store(run.folder)).stages()["supernet"]
+    record, took = resumed(run, "supernet", until="supernet")
     assert spent < record["seconds"] < spent + took
     assert record["device_seconds"] == record["seconds"] * run.config.cluster.threads_per_worker
     trained = Store(run.folder).read_json("supernet/result.json")["seconds"]
@@ -524,48 +529,41 @@ def test_a_stage_that_is_resumed_counts_the_seconds_of_its_checkpoint(tmp_path, 
 def test_a_budget_that_is_resumed_counts_those_of_ladder_and_control(tmp_path, interrupted, slow):
     run = Run(tmp_path, minimal(finalize={"control": True}))
     pipeline.run(run.config, until="explore")
-    with slow():
+    with slow(jobs):
         interrupted(run, 4, until=None)  # the ladder has three
     home = Store(run.folder).child("budget-0.5")
     ladder, control = jobs.seconds_spent(home), jobs.seconds_spent(home.child("control"))
     assert min(ladder, control) > 600
-    began = time.monotonic()
-    run()
-    took = time.monotonic() - began
-    record = Manifest(Store(run.folder)).stages()["finalize/0.5"]
+    record, took = resumed(run, "finalize/0.5", until=None)
     for seconds in (record["seconds"], record["device_seconds"]):
         assert ladder + control < seconds < ladder + control + took
 
 
-def test_a_search_that_is_resumed_counts_the_seconds_of_its_scores(tmp_path, asked, monkeypatch):
-    _, stop_at = asked
+@pytest.fixture
+def half_searched(tmp_path, asked, slow):
+    """A run that stopped with two of its three candidates scored, and the keys of those asked."""
+    seen, stop_at = asked
     run = Run(tmp_path, minimal())
     pipeline.run(run.config, until="supernet")
-    stop_at.append(2)  # of three
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        clock = SimpleNamespace(monotonic=lambda: 1e5 * time.monotonic())
-        patch.setattr(exploring, "time", clock)
+    stop_at.append(2)
+    with slow(exploring), pytest.raises(KeyboardInterrupt):
         pipeline.run(run.config, until="explore")
     stop_at.clear()
+    return run, seen
+
+
+def test_a_search_that_is_resumed_counts_the_seconds_of_its_scores(half_searched):
+    run, _ = half_searched
     spent = exploring.seconds_searched(Store(run.folder))
     assert spent > 600
-    began = time.monotonic()
-    pipeline.run(run.config, until="explore")
-    took = time.monotonic() - began
-    record = Manifest(Store(run.folder)).stages()["explore"]
+    record, took = resumed(run, "explore", until="explore")
     assert spent < record["seconds"] < spent + took
     assert spent < exploring.seconds_searched(Store(run.folder)) < record["seconds"]
 
 
-def test_scores_without_seconds_go_on(tmp_path, asked):
+def test_scores_without_seconds_go_on(half_searched):
     """As an earlier version wrote them."""
-    seen, stop_at = asked
-    run = Run(tmp_path, minimal())
-    pipeline.run(run.config, until="supernet")
-    stop_at.append(2)  # of three
-    with pytest.raises(KeyboardInterrupt):
-        pipeline.run(run.config, until="explore")
-    stop_at.clear()
+    run, seen = half_searched
     parts = Store(run.folder).child("explore", "parts")
     for name in parts.names():
         parts.write_table(name, parts.read_table(name).drop_columns(["seconds"]).to_pylist())
