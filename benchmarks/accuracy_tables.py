@@ -8,7 +8,18 @@ from typing import Any
 
 import matplotlib
 from accuracy import PROTOCOLS
-from contenders import FORMS, GIVEN_SHAPE, OPTIONS, OURS, PARTS, QUARTER, TAUGHT, TRIED, TUNED
+from contenders import (
+    FORMS,
+    GIVEN_SHAPE,
+    OPTIONS,
+    OURS,
+    PARTS,
+    PLAIN,
+    QUARTER,
+    TAUGHT,
+    TRIED,
+    TUNED,
+)
 from filling import Line, read
 from markdown_table import row
 from matplotlib.figure import Figure
@@ -53,6 +64,7 @@ ABOUT = {
 }
 #: Other forms whose retention and lead have a table, and what else they are compared with there.
 CHANGED: dict[str, tuple[str, ...]] = {
+    PLAIN: (OURS, f"{PLAIN}, no expansion"),
     "stp, taught": (),
     "stp, taught at first, four subnets a step": (),
     f"{TAUGHT}, tuned scores": (),

@@ -557,6 +557,8 @@ TAUGHT = f"{OURS}, taught, four subnets a step"
 QUARTER = f"{TAUGHT}, a quarter, restart"
 TRIED = f"{OURS}, target alone, shapes tried"
 TUNED = f"{QUARTER}, tuned scores"
+#: The ladder's loss as the paper has it: what is pruned to sees no label.
+PLAIN = f"{OURS}, target without labels"
 FORMS = {OURS: STP, TAUGHT: BEST, QUARTER: replace(BEST, share=1 / 4, restart=1.0)}
 #: What can be taken out of each of them, to see what it is worth.
 PARTS: dict[str, dict[str, Any]] = {
@@ -601,6 +603,8 @@ OWN_SHAPE: dict[str, Any] = {
     f"{TUNED}, no expansion": replace(
         FORMS[QUARTER], **OPTIONS["tuned scores"], **PARTS["no expansion"]
     ),
+    PLAIN: replace(STP, **OPTIONS["target without labels"]),
+    f"{PLAIN}, no expansion": replace(STP, expansion=replace(DIRECT, target_ce=0.0)),
     "stp, main let go": replace(STP, expansion=replace(STP.expansion, main="drop")),
     "stp, taught": replace(STP, taught=True),
     "stp, target alone": ALONE,
