@@ -38,13 +38,16 @@ CIFAR10 = DataOptions(
 REDUCED = Exploration(
     generations=6, population=32, parents=16, calibration_images=512, scoring_images=256
 )
+# reduced, for two cores: 16,000 small images, few epochs
+RESNET20 = Protocol(
+    model="resnet20", data=replace(CIFAR10, image_size=12, crop_padding=1, limit=16_512),
+    epochs=12, batch_size=64, lr=0.1, calibration_images=1024, also=(0.5, 0.3),
+    exploration=REDUCED,
+)  # fmt: skip
 PROTOCOLS = {
-    # reduced, for two cores: 16,000 small images, few epochs
-    "cifar10_resnet20_cpu": Protocol(
-        model="resnet20", data=replace(CIFAR10, image_size=12, crop_padding=1, limit=16_512),
-        epochs=12, batch_size=64, lr=0.1, calibration_images=1024, also=(0.5, 0.3),
-        exploration=REDUCED,
-    ),
+    "cifar10_resnet20_cpu": RESNET20,
+    # the same on seeds that no option of any method was chosen by
+    "cifar10_resnet20_fresh": replace(RESNET20, seeds=(3, 4, 5)),
     # widths in multiples of 8, as its matrix units want them; batches that fill a large GPU
     "cifar10_resnet56": Protocol(
         model="resnet56", divisor=8, data=replace(CIFAR10, holdout=2000), epochs=24,

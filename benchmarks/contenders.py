@@ -76,15 +76,30 @@ def dense(bench: Bench, budget: float, limit: Limit) -> Trained:
 def _dense(bench: Bench, epochs: int) -> tuple[nn.Module, int]:
     """The dense network after a whole schedule of so many epochs, and its price."""
 
+    found = _dense_history(bench, epochs)
+    model = bench.ready(bench.fresh())
+    model.load_state_dict(found["weights"][-1])
+    return model, found["spent"]
+
+
+def _dense_history(bench: Bench, epochs: int) -> dict[str, Any]:
+    """Its weights at first and after each epoch, and the price."""
+
     def make() -> dict[str, Any]:
         model = bench.fresh()
-        spent = bench.train(DenseObjective(model), epochs, macs=STEP * bench.full_macs)
-        return {"weights": model.state_dict(), "spent": spent}
+        weights = [_copied(model)]
+        spent = bench.train(
+            DenseObjective(model), epochs, macs=STEP * bench.full_macs,
+            at_epoch=lambda _: weights.append(_copied(model)),
+        )  # fmt: skip
+        return {"weights": weights, "spent": spent}
 
-    found = bench.kept(f"dense-{epochs}", make)
-    model = bench.ready(bench.fresh())
-    model.load_state_dict(found["weights"])
-    return model, found["spent"]
+    return bench.kept(f"dense-{epochs}", make)
+
+
+def _copied(model: nn.Module) -> dict[str, Tensor]:
+    """The weights and statistics as they are now."""
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
 def scratch(bench: Bench, shape: Subnet, limit: Limit) -> Trained:
@@ -107,26 +122,47 @@ def scratch_distilled(bench: Bench, shape: Subnet, limit: Limit) -> Trained:
     return Trained(model, paid + spent, epochs, shape)
 
 
+#: Shapes that nobody has to find.
+Unfound = Literal["uniform", "filled", "random"]
+
+
 def given(
     bench: Bench,
     budget: float,
     limit: Limit,
     *,
-    how: Literal["uniform", "random"],
+    how: Unfound,
     make: Callable[[Bench, Subnet, Limit], Trained],
 ) -> Trained:
     """A shape that nobody has to find, trained as `make` does."""
     return make(bench, unfound(bench, bench.supernet().space, budget, how), limit)
 
 
-def unfound(
-    bench: Bench, space: SearchSpace, budget: float, how: Literal["uniform", "random"]
-) -> Subnet:
-    """The shape that keeps the budget with all layers equally wide, or this seed's random one."""
+def unfound(bench: Bench, space: SearchSpace, budget: float, how: Unfound) -> Subnet:
+    """The shape that keeps the budget with all layers equally wide, the same with what rounding
+    leaves of the budget filled, or this seed's random one."""
     wanted = Budget(macs=budget)
-    if how == "uniform":
-        return space.uniform_within(wanted)
-    return space.sample(random.Random(bench.seed), wanted)
+    if how == "random":
+        return space.sample(random.Random(bench.seed), wanted)
+    uniform = space.uniform_within(wanted)
+    return uniform if how == "uniform" else filled(space, uniform, wanted)
+
+
+def filled(space: SearchSpace, subnet: Subnet, budget: Budget) -> Subnet:
+    """The subnet with one axis after the other a step wider, always the narrowest that still can
+    be, until none can without leaving the budget."""
+    while True:
+        wider = {}
+        for axis in space.axes:
+            width = subnet.widths[axis.name]
+            more = [choice for choice in axis.choices if choice > width]
+            if more:
+                grown = Subnet({**subnet.widths, axis.name: min(more)}, subnet.dropped)
+                if space.admits(grown, budget):
+                    wider[width / axis.size, axis.name] = grown
+        if not wider:
+            return space.canonical(subnet)
+        subnet = wider[min(wider)]
 
 
 def _renewed(bench: Bench, shape: Subnet) -> nn.Module:
@@ -212,14 +248,10 @@ def group_lasso(bench: Bench, budget: float, limit: Limit, *, strength: float = 
     before = whole // 2
 
     def make() -> dict[str, Any]:
-        weights: list[dict[str, Tensor]] = []
-
-        def keep(_: int) -> None:
-            weights.append({k: v.clone() for k, v in net.model.state_dict().items()})
-
-        keep(0)
+        weights = [_copied(net.model)]
         spent = bench.train(
-            DenseObjective(net), before, macs=STEP * bench.full_macs, at_epoch=keep,
+            DenseObjective(net), before, macs=STEP * bench.full_macs,
+            at_epoch=lambda _: weights.append(_copied(net.model)),
             before_step=lambda: suppress(net, strength),
         )  # fmt: skip
         return {"weights": weights, "spent": spent}
@@ -333,7 +365,7 @@ class Stp:
     share: float = 0.5
     """Share of the epochs that goes to stimulative training."""
     stimulation: Stimulation = field(default_factory=lambda: Stimulation(sampler="narrowing"))
-    target: Literal["explored", "uniform", "random"] | Subnet = "explored"
+    target: Literal["explored"] | Unfound | Subnet = "explored"
     tuning_steps: int = 0
     """Steps of distillation that a promoted candidate gets before it is scored again."""
     tried_epochs: int = 0
@@ -368,6 +400,10 @@ class Stp:
         objective = ExpansionObjective(net, target, self.expansion)
         teacher_cost = _dense(bench, bench.protocol.epochs)[1] if self.taught else 0
         sparsity = [sparsity_of(net, kept, target) for kept in weights]
+        notes: dict[str, Any] = {"sparsity": sparsity}
+        if self.taught:  # the same slice's while the teacher learned, from the same first weights
+            history = _dense_history(bench, bench.protocol.epochs)["weights"]
+            notes["dense_sparsity"] = [sparsity_of(net, kept, target) for kept in history]
         draw = ladder(net.space, target, self.expansion)
 
         def price(subnet: Subnet) -> int:
@@ -389,11 +425,8 @@ class Stp:
             target, calibrate(net, target, bench.images.calibration(bench.seed, count))
         )
         net.eval()
-        main = bench.top1(net) if full else None
-        return Trained(
-            small, before + spent + calibration, first + rest, target,
-            {"main_top1": main, "sparsity": sparsity},
-        )  # fmt: skip
+        notes["main_top1"] = bench.top1(net) if full else None
+        return Trained(small, before + spent + calibration, first + rest, target, notes)
 
     def found(self, bench: Bench, budget: float) -> Subnet:
         """The shape that is pruned to."""
@@ -405,18 +438,13 @@ class Stp:
         budgets = [Budget(macs=budget) for budget in bench.protocol.budgets]
 
         def make() -> dict[str, Any]:
-            epochs_seen: list[dict[str, Tensor]] = []
-
-            def keep(_: int) -> None:
-                epochs_seen.append({k: v.clone() for k, v in net.model.state_dict().items()})
-
-            keep(0)
+            epochs_seen = [_copied(net.model)]
             spent = bench.train(
                 StimulativeObjective(net, self.stimulation), epochs, label=self._teacher(bench),
                 macs=(STEP + self.taught) * bench.full_macs,
                 draw=sampler(self.stimulation, net.space, budgets),
                 price=lambda subnet: STEP * net.space.cost(subnet).macs,
-                lr=(1.0, self.turn), at_epoch=keep,
+                lr=(1.0, self.turn), at_epoch=lambda _: epochs_seen.append(_copied(net.model)),
             )  # fmt: skip
             return {"weights": epochs_seen, "spent": spent}
 
@@ -534,7 +562,7 @@ def _mean(draw: Draw, price: Callable[[Subnet], int], looks: int = 256) -> int:
 
 def sparsity_of(net: Supernet, weights: dict[str, Tensor], target: Subnet) -> dict[str, float]:
     """The relative sparsity of other weights than the network's own, which it gets back."""
-    own = {name: tensor.clone() for name, tensor in net.model.state_dict().items()}
+    own = _copied(net.model)
     net.model.load_state_dict(weights)
     found = relative_sparsity(net, target)
     net.model.load_state_dict(own)
@@ -563,6 +591,7 @@ FORMS = {OURS: STP, TAUGHT: BEST, QUARTER: replace(BEST, share=1 / 4, restart=1.
 #: What can be taken out of each of them, to see what it is worth.
 PARTS: dict[str, dict[str, Any]] = {
     "uniform widths": {"target": "uniform"},
+    "filled uniform widths": {"target": "filled"},
     "random subnet": {"target": "random"},
     "no expansion": {"expansion": DIRECT},
 }
