@@ -58,7 +58,7 @@ ABOUT = {
         "of 32 px, 12 epochs of 250 steps with AdamW; 10,000 test images. Torch-Pruning takes "
         "widths of heads, MLPs and embedding, ours whole heads and blocks too. All networks, the "
         "dense one included, start from weights drawn by the defaults of their layers: from "
-        "torchvision's own the dense network ends lower (50.61 ± 1.00, revision 23f0283)."
+        "torchvision's own the dense network ends lower (50.61 ± 1.00, recorded in commit b2a2285)."
     ),
     "cifar10_mobilenet_v2_cpu": (
         "**A third family, reduced for two CPU cores**: MobileNetV2 of half its width, with "
@@ -110,13 +110,14 @@ def section(kept: Path, docs: Path) -> list[str]:
         if len({line["method"] for line in results if line["method"].startswith(OURS)}) > 1:
             _ablation_plot(results, PROTOCOLS[name].budgets, docs / f"{name}-ablation.svg")
             lines += [
-                f"Other forms of STP less `{_lead(results)}`, equal epochs, within a seed:",
+                f"Other forms of STP minus `{_lead(results)}`, equal epochs, within a seed:",
                 "",
                 f"![What each other form gives or costs]({name}-ablation.svg)",
                 "",
             ]
         if any("sparsity" in line for line in results):
-            _sparsity_plot(results, docs / f"{name}-sparsity.svg")
+            smallest = min(line["budget"] for line in results if "sparsity" in line)
+            _sparsity_plot(results, smallest, docs / f"{name}-sparsity.svg")
             penalty = any(line["method"] == PENALTY for line in results)
             lines += [
                 "Mean L2 norm of a kept channel over that of a dropped one, and of both, by epoch "
@@ -125,36 +126,50 @@ def section(kept: Path, docs: Path) -> list[str]:
                 "",
                 f"![Relative sparsity]({name}-sparsity.svg)",
                 "",
+                *_norms_table(results, PROTOCOLS[name].budgets),
             ]
     return lines
 
 
-EXPLANATION = (
-    "`python benchmarks/accuracy.py PROTOCOL --data FOLDER`. *Equal epochs*: every method passes "
-    "over the images equally often; one that trains, prunes and tunes splits them. Teachers are a "
-    "gift: distillation from the finished dense network does not count its training, which the "
-    "last table does, as 1.00. `stp, taught` gets that gift too: the dense network says half of "
-    "every label; with four subnets a step in its first half, each of them costs a pass, but no "
-    "image more. *Equal MACs*: every multiplication of training counts, forward and backward (a "
-    "backward pass as two forward ones), teachers and exploration too; the others train until they "
-    "have spent what STP spent. Scratch trains the shape that STP found (`shape of four`: that of "
-    "`stp, taught, four subnets a step`), for which it does not pay; *at uniform widths* and *at a "
-    "random shape* nobody has to find anything. *Target alone*: one epoch of the supernet, the "
-    "search, then the found slice alone on the labels; *shapes tried*: four of 32 candidates, and "
-    "four more of their offspring, are trained by themselves for two epochs each before one is "
-    "chosen, which equal MACs count and equal epochs do not. *STP*: half of the epochs is "
-    "stimulative, with one subnet a step from the `narrowing` sampler. *Slimmable*: universally "
-    "slimmable training, four widths a step, without a search or a second phase. *Tuned scores*: "
-    "the search scores what it promotes again after 50 steps of distillation. *Taught at first*: "
-    "the teacher is asked in the stimulative half alone. *A quarter, restart*: a quarter of the "
-    "epochs is stimulative, after which the learning rate warms up to its full height again "
-    "instead of falling once over both halves (`shape of a quarter`: what that finds); what "
-    "follows its name is one option of it changed. *Torch-pruning, even*: all layers lose the same "
-    "share; *sparse learning*: the last half of its dense training is under group sparsity. 0.5 "
-    "and 0.3: the supernet that was trained towards the other two budgets, pruned to these after a "
-    "search of their own. Mean ± standard deviation over seeds, their number in brackets: where "
-    "numbers differ, read the differences within a seed, not those of the means."
-)
+EXPLANATION = """\
+`python benchmarks/accuracy.py PROTOCOL --data FOLDER`. Mean ± standard deviation over seeds,
+their number in brackets: where numbers differ, read the differences within a seed, not those of
+the means. Which options of STP are good was judged by these same test images and seeds, but for
+the section of fresh seeds.
+
+- *Equal epochs*: every method passes over the images equally often; one that trains, prunes and
+  tunes splits them. Teachers are a gift: distillation from the finished dense network does not
+  count its training, which the last table does, as 1.00.
+- *Equal MACs*: every multiplication of training counts, forward and backward (a backward pass as
+  two forward ones), teachers and exploration too; the others train until they have spent what
+  STP spent.
+- *STP*: half of the epochs is stimulative, with one subnet a step from the `narrowing` sampler.
+- *Taught*: the dense network says half of every label, the gift that distillation from scratch
+  gets; *taught at first*: in the stimulative phase alone. With *four subnets a step* each of
+  them costs a pass, but no image more.
+- *A quarter, restart*: a quarter of the epochs is stimulative, after which the learning rate
+  warms up to its full height again instead of falling once over both phases. What follows its
+  name is one option of it changed.
+- *Tuned scores*: the search scores what it promotes again after 50 steps of distillation.
+- *Target without labels*: what is pruned to learns from the network above it alone, as the paper
+  has it.
+- *Target alone*: one epoch of the supernet, the search, then the found slice alone on the
+  labels; *shapes tried*: four of 32 candidates, and four more of their offspring, are trained by
+  themselves for two epochs each before one is chosen, which equal MACs count and equal epochs do
+  not.
+- *Scratch*: the shape that STP found (*shape of four*: that of `stp, taught, four subnets a
+  step`; *of a quarter*, *of tuned scores*, *that was tried*: of those forms), for which it does
+  not pay; *at uniform widths* and *at a random shape* nobody has to find anything.
+- *Uniform widths*: one ratio for all layers, rounded, which leaves some of a budget unused (the
+  table of MACs that are left says how much); *filled*: the narrowest layers are a step wider,
+  one after the other, until none fits.
+- *Torch-pruning*: half of the epochs dense, then tuned with a teacher; *even*: all layers lose
+  the same share; *sparse learning*: the last half of its dense training is under group sparsity;
+  *labels alone*: one dense epoch and no teacher, so that equal MACs buy the most epochs.
+- *Slimmable*: universally slimmable training, four widths a step, without a search or a second
+  phase.
+- 0.5 and 0.3: the supernet that was trained towards the other two budgets, pruned to these after
+  a search of their own."""
 
 
 def _protocol(name: str, lines: list[Line]) -> list[str]:
@@ -186,6 +201,9 @@ def _protocol(name: str, lines: list[Line]) -> list[str]:
         out.append("")
     out += [
         *_claims(lines, budgets, reference),
+        "MACs that are left, % of the dense network's:",
+        "",
+        *_shares(lines, budgets),
         "Training cost over that of the dense network's epochs:",
         "",
     ]
@@ -195,6 +213,19 @@ def _protocol(name: str, lines: list[Line]) -> list[str]:
     for method in dict.fromkeys(line["method"] for line in epochs):
         cells = [
             _spread(line["training_macs"] / base[line["seed"]] for line in _at(epochs, method, b))
+            for b in budgets
+        ]
+        out.append(row([method, *cells]))
+    return [*out, ""]
+
+
+def _shares(lines: list[Line], budgets: list[float]) -> list[str]:
+    """How much of a budget each method fills."""
+    out = [row(["method", *map(str, budgets)]), _rule(budgets)]
+    pruned = [line for line in lines if line["budget"] != 1.0 and line["method"] != "dense"]
+    for method in dict.fromkeys(line["method"] for line in pruned):
+        cells = [
+            _spread(100 * line["macs"] / line["full_macs"] for line in _at(pruned, method, b))
             for b in budgets
         ]
         out.append(row([method, *cells]))
@@ -248,10 +279,10 @@ def _summary(ours: str, lines: list[Line]) -> list[Question]:
             lambda b: _paired(lines, ours, lines, "dense", b, ratio=True),
         ),
         (
-            "main network at the end, less the dense network",
+            "main network at the end, minus the dense network",
             lambda b: _paired(lines, ours, lines, "dense", b, key="main_top1"),
         ),
-        ("less the best of all others in each seed", lambda b: _over_best(lines, ours, b)),
+        ("minus the best of all others in each seed", lambda b: _over_best(lines, ours, b)),
     ]
 
 
@@ -264,7 +295,7 @@ def _less(ours: str, these: list[Line], those: list[Line]) -> list[Question]:
 
 
 def _less_one(ours: str, these: list[Line], those: list[Line], other: str) -> Question:
-    return f"less {other}", lambda budget: _paired(these, ours, those, other, budget)
+    return f"minus {other}", lambda budget: _paired(these, ours, those, other, budget)
 
 
 def _is_compared(ours: str, other: str) -> bool:
@@ -407,32 +438,60 @@ def _budgets(lines: list[Line]) -> list[float]:
     return sorted({line["budget"] for line in lines} - {1.0}, reverse=True)
 
 
-def _sparsity_plot(lines: list[Line], path: Path) -> None:
-    rows = [line for line in lines if line.get("sparsity") and line["equal"] == "epochs"]
-    budget = min(line["budget"] for line in rows)
+def _norms(lines: list[Line], budget: float) -> dict[str, list[list[dict[str, float]]]]:
+    """Method -> its runs, and of each the norms inside and outside of the slice by epoch; that of
+    the same slice in the dense network's training, where it was recorded, is one of the methods."""
+    rows = [line for line in lines if line["equal"] == "epochs" and "sparsity" in line]
+    methods = {line["method"] for line in rows}
+    lead = OURS if OURS in methods else _lead(rows)
+    found = {
+        method: [line["sparsity"] for line in _at(rows, method, budget)]
+        for method in dict.fromkeys((lead, _lead(rows), PENALTY))
+        if method in methods
+    }
+    dense = [line["dense_sparsity"] for line in _at(rows, lead, budget) if "dense_sparsity" in line]
+    return {**found, "dense, the same slice": dense} if dense else found
+
+
+def _norms_table(lines: list[Line], budgets: Sequence[float]) -> list[str]:
+    """How much the norms grow or shrink over the whole training."""
+    out = [row(["method", "budget", "kept, last over first", "dropped", "ratio at the end"])]
+    out.append(_rule(range(4)))
+    found = {budget: _norms(lines, budget) for budget in budgets}
+    for method in dict.fromkeys(method for norms in found.values() for method in norms):
+        for budget, norms in found.items():
+            if runs := norms.get(method):
+                factors = [
+                    _spread(run[-1][key] / run[0][key] for run in runs)
+                    for key in ("kept_norm", "dropped_norm")
+                ]
+                ratios = [run[-1]["ratio"] for run in runs]
+                ratio = _spread(ratios) if max(ratios) < 100 else "over 100"
+                out.append(row([method, str(budget), *factors, ratio]))
+    return [*out, ""]
+
+
+def _sparsity_plot(lines: list[Line], budget: float, path: Path) -> None:
     figure = Figure(figsize=(7.5, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2)
-    methods = {line["method"] for line in rows}
-    for method in (OURS if OURS in methods else _lead(rows), PENALTY):
-        if method not in methods:
-            continue
-        runs = [line["sparsity"] for line in _at(rows, method, budget)]
+    for place, (method, runs) in enumerate(_norms(lines, budget).items()):
         steps = range(min(map(len, runs)))
 
         def mean(key: str, runs: list[Any] = runs, steps: range = steps) -> list[float]:
             return [statistics.mean(run[step][key] for run in runs) for step in steps]
 
-        left.plot(steps, mean("ratio"), marker=".", label=method)
-        right.plot(steps, mean("kept_norm"), marker=".", label=f"{method}, kept")
-        right.plot(
-            steps, mean("dropped_norm"), marker=".", linestyle="--", label=f"{method}, dropped"
-        )
+        colour = f"C{place}"
+        left.plot(steps, mean("ratio"), marker=".", color=colour, label=method)
+        right.plot(steps, mean("kept_norm"), marker=".", color=colour)
+        right.plot(steps, mean("dropped_norm"), marker=".", linestyle="--", color=colour)
     left.set_yscale("log")
-    for axes, title in ((left, "kept / dropped"), (right, "mean L2 norm of a channel")):
-        axes.set_title(f"{title}, budget {budget:g}", fontsize="medium")
+    for axes, title in (
+        (left, "kept / dropped"),
+        (right, "mean L2 norm: kept, and dropped dashed"),
+    ):
+        axes.set_title(f"{title}, {budget:g}", fontsize="medium")
         axes.set_xlabel("epoch")
-    left.legend(frameon=False, fontsize="small")
-    right.legend(frameon=False, fontsize="small", loc="center right", bbox_to_anchor=(1, 0.35))
+    figure.legend(loc="outside lower center", frameon=False, fontsize="small")
     save(figure, path)
 
 

@@ -1,14 +1,14 @@
 """The table of docs/reliability.md, from the lines that `chaos.py` has written."""
 
-import json
 import statistics
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from markdown_table import row
+from filling import read
+from markdown_table import put_between, row
 
-START, END = "<!-- chaos -->", "<!-- end of chaos -->"
+MARKS = ("<!-- chaos -->", "<!-- end of chaos -->")
 
 #: The names of `chaos.FAULTS`, and what they are.
 WORDS = {
@@ -28,13 +28,8 @@ WORDS = {
 
 def render(kept: Path, page: Path) -> None:
     """Write what was counted between the marks of the page."""
-    if not kept.exists():
-        return
-    text = page.read_text()
-    before, _, rest = text.partition(START)
-    _, _, after = rest.partition(END)
-    lines = [json.loads(line) for line in kept.read_text().splitlines()]
-    page.write_text("\n".join([f"{before}{START}", "", *table(lines), f"{END}{after}"]))
+    if kept.exists():
+        put_between(page, MARKS, table(read(kept)))
 
 
 def table(lines: list[dict[str, Any]]) -> list[str]:

@@ -180,19 +180,29 @@ def _epoch(bench: Bench, macs: int) -> int:
 
 
 def torch_pruning(
-    bench: Bench, budget: float, limit: Limit, *, sparse: bool = False, even: bool = False
+    bench: Bench,
+    budget: float,
+    limit: Limit,
+    *,
+    sparse: bool = False,
+    even: bool = False,
+    lean: bool = False,
 ) -> Trained:
     """Dense training for half of the epochs, group-norm pruning (DepGraph), fine-tuning with
     distillation for the other half. `sparse`: the last half of the dense training is under the
-    pruner's group sparsity; `even`: all layers lose the same share instead of competing."""
+    pruner's group sparsity; `even`: all layers lose the same share instead of competing; `lean`:
+    one dense epoch and no teacher, so that equal MACs buy the most epochs."""
     whole = bench.protocol.epochs
-    before = whole // 2
+    before = 1 if lean else whole // 2
     if sparse:
         model, paid = _made_sparse(bench, before)
     else:
         model, paid = _dense(bench, before)
-    # at equal epochs the teacher is the finished dense network, a gift; at equal MACs its own past
-    teacher, gift = _dense(bench, whole) if limit.macs is None else (copy.deepcopy(model), 0)
+    teacher, gift = None, 0
+    if limit.macs is None and not lean:
+        teacher, gift = _dense(bench, whole)
+    elif not lean:  # its own past, for at equal MACs there are no gifts
+        teacher = copy.deepcopy(model)
     pruner = _pruner(
         bench, model, global_pruning=not even, pruning_ratio=1.0, max_pruning_ratio=0.95,
         iterative_steps=100,
@@ -206,9 +216,10 @@ def torch_pruning(
     for parameter in model.parameters():
         parameter.grad = None
     model.train().requires_grad_(True)
-    cost = STEP * macs_of(model, bench.example) + bench.full_macs
+    label = Teacher(teacher) if teacher is not None else None
+    cost = STEP * macs_of(model, bench.example) + (label is not None) * bench.full_macs
     epochs = limit.left(_epoch(bench, cost), epochs=before, macs=paid)
-    spent = bench.train(DenseObjective(model), epochs, macs=cost, label=Teacher(teacher))
+    spent = bench.train(DenseObjective(model), epochs, macs=cost, label=label)
     return Trained(model, gift + paid + spent, before + epochs)
 
 
@@ -646,6 +657,7 @@ OWN_SHAPE: dict[str, Any] = {
     "torch-pruning": torch_pruning,
     "torch-pruning, even": partial(torch_pruning, even=True),
     "torch-pruning, even, sparse learning": partial(torch_pruning, even=True, sparse=True),
+    "torch-pruning, even, labels alone": partial(torch_pruning, even=True, lean=True),
 }
 
 #: Methods that train a shape that STP found, and which STP it was.

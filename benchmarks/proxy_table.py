@@ -1,12 +1,12 @@
 """Whether the search's score ranks, from the lines that `proxy.py` has written."""
 
-import json
 import statistics
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 from accuracy_tables import save
+from filling import read
 from markdown_table import row
 from matplotlib.figure import Figure
 from scipy.stats import kendalltau
@@ -28,7 +28,7 @@ def section(kept: Path, docs: Path) -> list[str]:
     lines: list[str] = []
     for path in sorted(kept.glob("*.jsonl")):
         groups: dict[Group, list[Line]] = defaultdict(list)
-        for line in map(json.loads, path.read_text().splitlines()):
+        for line in read(path):
             groups[line["method"], line["seed"], line["budget"]].append(line)
         lines += _protocol(path.stem, dict(sorted(groups.items(), key=_order)))
         _plot(groups, docs / f"{path.stem}-proxy.svg")

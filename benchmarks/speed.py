@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filling import read
 from speed_tables import ACTIONS
 from surroundings import cores_in_use, surroundings
 
@@ -59,11 +60,10 @@ EVERYTHING = (
 def keep(command: str, lines: list[dict[str, Any]], path: Path) -> None:
     """Put the lines of a command in place of what it said before of this device."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    before = path.read_text().splitlines() if path.exists() else []
     device = lines[0]["device"]
     others = [
         line
-        for line in map(json.loads, before)
+        for line in read(path)
         # The oldest lines do not say what command they are of.
         if (line.get("command", command), line["device"]) != (command, device)
     ]

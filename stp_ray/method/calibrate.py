@@ -18,7 +18,7 @@ def calibrate(net: Supernet, subnet: Subnet, batches: Iterable[Tensor]) -> Stats
     Args:
         net: the supernet.
         subnet: whose statistics.
-        batches: images [B, ...], normalised as for training but not augmented.
+        batches: images [B, ...], normalised and augmented as for training.
 
     Returns:
         Layer name -> named tensors, for `net(x, subnet, stats=...)` and `net.extract`;

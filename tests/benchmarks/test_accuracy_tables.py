@@ -52,48 +52,48 @@ def tables(tmp_path, on_path):
 def test_the_best_of_the_others_is_picked_in_each_seed(tables):
     # 65 - 62 and 65 - 64
     assert (
-        "| less the best of all others in each seed | +2.00 ± 1.41 (2) |"
+        "| minus the best of all others in each seed | +2.00 ± 1.41 (2) |"
         in tables[f"`{QUARTER}`, equal epochs"]
     )
 
 
 def test_a_part_or_an_option_is_compared_with_the_method_that_it_changes(tables):
     quarter, ours = tables[f"`{QUARTER}`, equal epochs"], tables[f"`{OURS}`, equal epochs"]
-    assert f"| less {QUARTER}, no expansion | +1.00 ± 0.71 (2) |" in quarter
-    assert f"| less {QUARTER}, two rungs | +1.00 ± 0.00 (2) |" in quarter
-    assert f"| less {OURS}, uniform widths | +2.00 ± 0.00 (2) |" in ours
+    assert f"| minus {QUARTER}, no expansion | +1.00 ± 0.71 (2) |" in quarter
+    assert f"| minus {QUARTER}, two rungs | +1.00 ± 0.00 (2) |" in quarter
+    assert f"| minus {OURS}, uniform widths | +2.00 ± 0.00 (2) |" in ours
     assert not any("two rungs" in row for row in ours)
     assert not any("no expansion" in row for row in ours)
     assert not any(f"{OURS}, uniform widths" in row for row in quarter)
-    assert any("less scratch at uniform widths" in row for row in quarter)
+    assert any("minus scratch at uniform widths" in row for row in quarter)
 
 
 def test_a_shape_from_scratch_is_compared_with_the_method_that_found_it(tables):
     own = "scratch + distillation, shape of a quarter"
-    assert f"| less {own} | +3.00 ± 0.00 (2) |" in tables[f"`{QUARTER}`, equal epochs"]
+    assert f"| minus {own} | +3.00 ± 0.00 (2) |" in tables[f"`{QUARTER}`, equal epochs"]
     assert not any(own in row for row in tables[f"`{OURS}`, equal epochs"])
 
 
 def test_shapes_that_were_found_are_compared_with_those_that_nobody_finds(tables):
     # 60 - 57 and 64 - 57
     found = tables["What STP's shapes are worth: `scratch`"]
-    assert found[2:] == ["| less scratch at uniform widths | +5.00 ± 2.83 (2) |"]
+    assert found[2:] == ["| minus scratch at uniform widths | +5.00 ± 2.83 (2) |"]
     assert not any("scratch + distillation`" in title for title in tables if "worth" in title)
     # 62 - 60.5 and 62 - 61.5
     taught = tables["What STP's shapes are worth: `scratch + distillation, shape of a quarter`"]
-    assert taught[2:] == ["| less scratch + distillation at uniform widths | +1.00 ± 0.71 (2) |"]
+    assert taught[2:] == ["| minus scratch + distillation at uniform widths | +1.00 ± 0.71 (2) |"]
 
 
 def test_a_better_search_is_compared_with_no_search(tables):
     rows = tables[f"`{QUARTER}, tuned scores`, equal epochs"]
-    assert f"| less {QUARTER} | +0.50 ± 0.00 (2) |" in rows
-    assert f"| less {QUARTER}, uniform widths | +3.00 ± 0.71 (2) |" in rows
+    assert f"| minus {QUARTER} | +0.50 ± 0.00 (2) |" in rows
+    assert f"| minus {QUARTER}, uniform widths | +3.00 ± 0.71 (2) |" in rows
     assert not any("random subnet" in row for row in rows), "which was not run"
 
 
 def test_the_two_accounts_stay_apart(tables):
-    assert "| less scratch | -7.00 ± 0.00 (2) |" in tables[f"`{OURS}`, equal MACs"]
-    assert "| less scratch | -3.00 ± 2.83 (2) |" in tables[f"`{OURS}`, equal epochs"]
+    assert "| minus scratch | -7.00 ± 0.00 (2) |" in tables[f"`{OURS}`, equal MACs"]
+    assert "| minus scratch | -3.00 ± 2.83 (2) |" in tables[f"`{OURS}`, equal epochs"]
 
 
 def test_a_method_that_was_not_run_has_no_table(tables):

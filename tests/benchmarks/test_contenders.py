@@ -30,6 +30,30 @@ def test_a_teacher_is_paid_for_where_macs_are_equal(bench):
     assert saving.epochs > epochs, "what the main network costs buys epochs"
 
 
+@pytest.mark.timeout(200)
+def test_a_teacher_costs_its_training_and_a_pass_for_each_image_that_it_labels(bench):
+    from bench import STEP, macs_of
+    from contenders import FORMS, OWN_SHAPE, TAUGHT, Limit
+
+    epochs = bench.protocol.epochs
+    epoch = 4 * 64 * bench.full_macs  # a pass of the dense network over all images
+    training, limit = epochs * STEP * epoch, Limit(epochs)
+
+    form = replace(FORMS[TAUGHT], target="uniform")  # one shape, whoever teaches
+    alone = replace(form, taught=False)(bench, BUDGET, limit).spent
+    assert form(bench, BUDGET, limit).spent == alone + training + epochs * epoch
+    at_first = replace(form, to_the_end=False)(bench, BUDGET, limit).spent
+    assert at_first == alone + training + form.first(bench) * epoch
+
+    learnt = OWN_SHAPE["scratch + distillation at uniform widths"](bench, BUDGET, limit)
+    small = 4 * 64 * bench.supernet().cost(learnt.subnet).macs
+    assert learnt.spent == training + epochs * (STEP * small + epoch)
+
+    theirs = OWN_SHAPE["torch-pruning, even"](bench, BUDGET, limit)
+    small, half = 4 * 64 * macs_of(theirs.network, bench.example), epochs // 2
+    assert theirs.spent == training + half * STEP * epoch + half * (STEP * small + epoch)
+
+
 @pytest.mark.timeout(100)
 def test_shapes_that_are_tried_are_paid_for_and_leave_the_supernet_alone(bench, monkeypatch):
     from bench import STEP
@@ -121,6 +145,30 @@ def test_shapes_that_nobody_finds_keep_the_budget(bench):
     assert at_random.subnet not in (None, trained.subnet)
     assert space.cost(at_random.subnet).macs <= BUDGET * bench.full_macs
     assert trained.spent == trained.epochs * 4 * 64 * 3 * space.cost(trained.subnet).macs
+
+
+@pytest.mark.parametrize("family", ["smoke", "cifar10_vit_cpu"])
+def test_a_filled_shape_has_no_room_for_a_wider_axis(bench, family):
+    from accuracy import PROTOCOLS
+    from bench import Bench
+    from contenders import unfound
+
+    from stp_ray.elastic import Budget, Subnet
+
+    bench = Bench(replace(PROTOCOLS[family], data=bench.protocol.data), bench.images, 0, bench.work)
+    space = bench.supernet().space
+    for share in (0.5, 0.15):
+        budget = Budget(macs=share)
+        uniform, filled = (unfound(bench, space, share, how) for how in ("uniform", "filled"))
+        assert space.admits(filled, budget)
+        assert space.cost(filled).macs >= space.cost(uniform).macs
+        assert filled.dropped == uniform.dropped
+        for axis in space.axes:
+            width = filled.widths[axis.name]
+            assert width >= uniform.widths[axis.name]
+            for wider in [choice for choice in axis.choices if choice > width][:1]:
+                grown = Subnet({**filled.widths, axis.name: wider}, filled.dropped)
+                assert not space.admits(grown, budget), axis.name
 
 
 @pytest.mark.timeout(60)

@@ -48,10 +48,10 @@ def test_all_gives_up_soon_after_an_hour():
 
 
 def test_what_has_no_lines_has_no_table_and_the_rest_of_the_page_stays(tmp_path):
-    from speed_tables import END, START, performance
+    from speed_tables import MARKS, performance
 
     page = tmp_path / "performance.md"
-    page.write_text(f"before\n\n{START}\nold\n{END}\n\nafter\n")
+    page.write_text(f"before\n\n{MARKS[0]}\nold\n{MARKS[1]}\n\nafter\n")
     kept = tmp_path / "speed"
     kept.mkdir()
     (kept / "memory.jsonl").write_text(
