@@ -12,7 +12,6 @@ import logging
 import math
 import os
 import re
-import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,6 +27,7 @@ import safetensors.torch
 from fsspec.implementations.local import LocalFileSystem
 from torch import Tensor
 
+from .backends import EXTRAS, backend_errors
 from .errors import StorageError
 from .uris import refuse_credentials, refuse_detours
 
@@ -39,24 +39,6 @@ PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 PATIENCE = 60.0
 
 _SEGMENT = re.compile(r"[A-Za-z0-9_=-][A-Za-z0-9._=-]*")
-_EXTRAS = {
-    "s3": "s3",
-    "s3a": "s3",
-    "gs": "gcs",
-    "gcs": "gcs",
-    "az": "azure",
-    "abfs": "azure",
-    "abfss": "azure",
-    "adl": "azure",
-}
-# Exceptions of the back-ends that are not OSErrors; looked up only once they are loaded.
-_FOREIGN_ERRORS = (
-    ("botocore.exceptions", "BotoCoreError"),
-    ("botocore.exceptions", "ClientError"),
-    ("aiohttp", "ClientError"),
-    ("google.auth.exceptions", "GoogleAuthError"),
-    ("azure.core.exceptions", "AzureError"),
-)
 
 
 class Store:
@@ -268,16 +250,24 @@ class Store:
 
     def _call(self, method: str, *arguments: Any, **options: Any) -> Any:
         """Call the back-end, and again after a pause where remote storage did not answer."""
-        call, started = getattr(self._fs, method), time.monotonic()
+        started = time.monotonic()
         for pause in self._pauses:
             try:
-                return call(*arguments, **options)
-            except _backend_errors() as error:
+                return self._ask(method, *arguments, **options)
+            except backend_errors() as error:
                 if not _may_pass(error) or time.monotonic() - started > PATIENCE:
                     raise
                 log.warning("%s: %s; trying again in %g s", self.uri, _reason(error), pause)
                 time.sleep(pause)
-        return call(*arguments, **options)
+        return self._ask(method, *arguments, **options)
+
+    def _ask(self, method: str, *arguments: Any, **options: Any) -> Any:
+        try:
+            return getattr(self._fs, method)(*arguments, **options)
+        except RuntimeError as error:  # adlfs hides behind it what a deletion ended with
+            if isinstance(error.__cause__, backend_errors()):
+                raise error.__cause__ from None
+            raise
 
     def _at(self, name: str) -> str:
         return f"{self._path}/{_checked(name)}"
@@ -286,7 +276,7 @@ class Store:
     def _explained(self, action: str, name: str) -> Iterator[None]:
         try:
             yield
-        except _backend_errors() as error:
+        except backend_errors() as error:
             what = f"{self.uri}/{name}" if name else self.uri
             raise StorageError(f"cannot {action} {what}: {_reason(error)}") from error
 
@@ -309,7 +299,7 @@ def _open_filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
     try:
         filesystem, path = fsspec.url_to_fs(uri, **options)
     except ImportError as error:
-        extra = _EXTRAS.get(scheme)
+        extra = EXTRAS.get(scheme)
         cure = f"pip install stp_ray[{extra}]" if extra else "install its fsspec package"
         raise StorageError(
             f"storage {uri} needs a package that is not installed ({_first_line(error)}); {cure}"
@@ -379,19 +369,12 @@ def jsonable(content: Any) -> Any:
     return content
 
 
-def _backend_errors() -> tuple[type[Exception], ...]:
-    loaded = [
-        getattr(sys.modules[module], name)
-        for module, name in _FOREIGN_ERRORS
-        if module in sys.modules
-    ]
-    return (OSError, *loaded)
-
-
 def _may_pass(error: Exception) -> bool:
     """Whether the same request may succeed later: not what is missing, forbidden or misspelt."""
     lasting = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError)
-    kind = type(error).__name__
+    kind, code = type(error).__name__, getattr(error, "code", None)
+    if isinstance(code, int) and 400 <= code < 500:  # of HTTP, which gcsfs raises as it is
+        return code in (408, 429)
     return not isinstance(error, (*lasting, NotADirectoryError)) and not any(
         word in kind for word in ("Credential", "Auth", "Validation", "Invalid", "NoRegion")
     )
@@ -411,6 +394,10 @@ def _first_line(error: BaseException) -> str:
 
 
 # -- checkpoints ------------------------------------------------------------------------
+
+
+class _Damaged(StorageError):
+    """A state that will never be whole, however often it is read."""
 
 
 class Checkpoints:
@@ -455,11 +442,14 @@ class Checkpoints:
         """The newest state that is complete and undamaged: (step, tensors, meta).
 
         One that is incomplete or fails its checksums is passed over with a warning.
+
+        Raises:
+            StorageError: storage does not answer: what it would have said is not known.
         """
         for name in reversed(self._folders()):
             try:
                 return self._load(name)
-            except StorageError as error:
+            except _Damaged as error:
                 log.warning("passing over %s: %s", name, error)
         return None
 
@@ -477,16 +467,25 @@ class Checkpoints:
     def _load(self, name: str) -> tuple[int, dict[str, Tensor], dict[str, Any]]:
         folder = self.store.child(name)
         if not folder.exists(self._MARKER):
-            raise StorageError("it was not finished")
-        marker = folder.read_json(self._MARKER)
+            raise _Damaged("it was not finished")
         content = {}
-        for file in ("state.safetensors", "meta.json"):
-            content[file] = folder.read_bytes(file)
-            expected = marker.get("sha256", {}).get(file) if isinstance(marker, dict) else None
-            if hashlib.sha256(content[file]).hexdigest() != expected:
-                raise StorageError(f"{file} does not match its checksum")
+        for file in (self._MARKER, "state.safetensors", "meta.json"):
+            try:
+                content[file] = folder.read_bytes(file)
+            except StorageError as error:
+                if isinstance(error.__cause__, FileNotFoundError):
+                    raise _Damaged(f"{file} is missing") from error
+                raise
+        try:
+            marker = json.loads(content.pop(self._MARKER))
+            step, sums = int(marker["step"]), dict(marker["sha256"])
+        except (ValueError, TypeError, KeyError):
+            raise _Damaged(f"{self._MARKER} is damaged") from None
+        for file, data in content.items():
+            if hashlib.sha256(data).hexdigest() != sums.get(file):
+                raise _Damaged(f"{file} does not match its checksum")
         tensors = _tensors(content["state.safetensors"], f"{folder.uri}/state.safetensors")
-        return int(marker["step"]), tensors, json.loads(content["meta.json"])
+        return step, tensors, json.loads(content["meta.json"])
 
     def _folders(self) -> list[str]:
         names = self.store.names(self.PREFIX)

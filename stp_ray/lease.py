@@ -209,7 +209,7 @@ class Lease:
             try:
                 if self._renew():
                     continue
-            except StorageError as error:
+            except Exception as error:  # whatever it is, another driver waits until it lapses
                 log.warning("the lease was not renewed, trying again: %s", error)
                 continue
             self.lost = True

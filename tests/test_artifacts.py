@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pytest
@@ -111,6 +112,44 @@ def test_what_is_missing_or_damaged_is_told_in_one_line(store):
             read()
         assert "\n" not in str(caught.value)
         assert store.uri in str(caught.value)
+
+
+def test_an_error_that_a_back_end_hides_behind_another_is_tried_again_and_told(monkeypatch):
+    """As adlfs does where a deletion fails."""
+    store, refused = Store("memory://hidden"), []
+
+    def rm(path, **_):
+        refused.append(path)
+        raise RuntimeError("Failed to delete") from OSError(5, "connection reset")
+
+    monkeypatch.setattr(store._fs, "rm", rm)
+    store._pauses = (0.0, 0.0)
+    with pytest.raises(StorageError, match=r"cannot delete .*connection reset"):
+        store.delete("a.json")
+    assert len(refused) == 3
+
+
+@pytest.mark.parametrize(("code", "tries"), [(401, 1), (404, 1), (408, 3), (429, 3), (503, 3)])
+def test_an_answer_of_http_is_asked_for_again_only_where_it_may_change(monkeypatch, code, tries):
+    """gcsfs raises those that it has no better word for."""
+
+    class HttpError(Exception):
+        def __init__(self):
+            super().__init__("the server said so")
+            self.code = code
+
+    monkeypatch.setitem(sys.modules, "gcsfs.retry", SimpleNamespace(HttpError=HttpError))
+    store, asked = Store("memory://http"), []
+
+    def cat_file(path):
+        asked.append(path)
+        raise HttpError
+
+    monkeypatch.setattr(store._fs, "cat_file", cat_file)
+    store._pauses = (0.0, 0.0)
+    with pytest.raises(StorageError, match=r"cannot read .*HttpError: the server said so"):
+        store.read_bytes("a.json")
+    assert len(asked) == tries
 
 
 def test_a_probe_leaves_nothing(store):
@@ -285,6 +324,26 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(store, damage, caplo
         assert checkpoints.latest()[0] == 1
     assert "passing over checkpoint-00000002" in caplog.text
     checkpoints.save(2, state(2), {})
+    assert checkpoints.latest()[0] == 2
+
+
+@pytest.mark.parametrize("file", ["complete.json", "state.safetensors", "meta.json"])
+def test_a_checkpoint_that_cannot_be_read_now_is_not_passed_over(tmp_path, monkeypatch, file):
+    """Training would begin again from an older one, or from nothing."""
+    checkpoints = Checkpoints(Store(tmp_path))
+    checkpoints.save(1, state(1), {})
+    checkpoints.save(2, state(2), {})
+    read = Store.read_bytes
+
+    def away(self, name):
+        if name == file and self.uri.endswith("2"):
+            raise StorageError("cannot read it") from OSError(5, "input/output error")
+        return read(self, name)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Store, "read_bytes", away)
+        with pytest.raises(StorageError, match="cannot read it"):
+            checkpoints.latest()
     assert checkpoints.latest()[0] == 2
 
 

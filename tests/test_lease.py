@@ -129,19 +129,22 @@ def test_an_interruption_by_the_user_stays_what_it_was(tmp_path, at_interruption
     assert holder(Store(tmp_path)).released
 
 
-def test_storage_that_is_away_for_a_moment_loses_no_lease(tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [StorageError, RuntimeError])
+def test_storage_that_is_away_for_a_moment_loses_no_lease(tmp_path, monkeypatch, error):
     store = Store(tmp_path)
     with held(store, duration=2.0) as lease:
         real = Store.create_bytes
 
         def away(self, name, data):
-            raise StorageError("the storage is away")
+            raise error("the storage is away")
 
         monkeypatch.setattr(Store, "create_bytes", away)
         time.sleep(1.0)
         monkeypatch.setattr(Store, "create_bytes", real)
+        number = holder(store).number
         time.sleep(1.0)
         lease.require()
+        assert holder(store).number > number, "it is renewed again"
 
 
 def test_a_renewal_whose_answer_was_lost_is_known_again(tmp_path, monkeypatch):

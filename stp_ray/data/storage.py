@@ -1,6 +1,5 @@
 """Folders of data by fsspec URI, with storage errors in one line."""
 
-import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -8,10 +7,9 @@ from typing import Any
 import fsspec
 import pyarrow as pa
 
+from ..backends import EXTRAS, backend_errors
 from ..errors import DataError, StorageError
 from ..uris import refuse_credentials
-
-_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "az": "azure", "abfs": "azure"}
 
 
 def open_filesystem(uri: str) -> tuple[Any, str]:
@@ -29,7 +27,7 @@ def open_filesystem(uri: str) -> tuple[Any, str]:
         return fsspec.core.url_to_fs(uri)
     except ImportError as error:
         protocol = uri.partition("://")[0]
-        extra = _EXTRAS.get(protocol)
+        extra = EXTRAS.get(protocol)
         remedy = f'pip install "stp_ray[{extra}]"' if extra else f"install the {protocol} back-end"
         raise DataError(
             f"data.uri {uri} needs a package that is not installed ({error}); "
@@ -47,7 +45,7 @@ def reading(uri: str) -> Iterator[None]:
     """Turn what storage raises while `uri` is read into one DataError."""
     try:
         yield
-    except _storage_errors() as error:
+    except (*backend_errors(), pa.ArrowException) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(
             f"{uri} cannot be read ({reason}); expected readable data; check data.uri, "
@@ -60,19 +58,9 @@ def writing(uri: str) -> Iterator[None]:
     """Turn what storage raises while `uri` is written into one StorageError."""
     try:
         yield
-    except _storage_errors() as error:
+    except (*backend_errors(), pa.ArrowException) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise StorageError(
             f"{uri} cannot be written ({reason}); expected storage that may be written to; check "
             "the URI, the endpoint and the permissions"
         ) from error
-
-
-def _storage_errors() -> tuple[type[Exception], ...]:
-    """What files, Arrow and, where it is installed, S3 raise."""
-    errors: tuple[type[Exception], ...] = (OSError, pa.ArrowException)
-    try:
-        botocore = importlib.import_module("botocore.exceptions")
-    except ImportError:
-        return errors
-    return (*errors, botocore.BotoCoreError)

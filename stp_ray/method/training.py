@@ -72,7 +72,8 @@ class Optimisation:
     ema: float | None = None
     """Decay of an exponential moving average of the weights, in (0, 1); None keeps none."""
     checkpoint_every: int = 0
-    """Steps between checkpoints, besides the one at the end of each epoch; 0 for that alone."""
+    """Steps between checkpoints, besides the one at the end of each epoch; 0 for that alone. A
+    stream always has that alone, for it cannot start within an epoch."""
 
     def __post_init__(self) -> None:
         def check(holds: bool, name: str, expected: str, change: str) -> None:

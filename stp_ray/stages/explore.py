@@ -9,7 +9,7 @@ import logging
 import math
 import os
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -36,8 +36,6 @@ from .network import build_supernet, timed
 CANDIDATES = "candidates.parquet"
 FRONT = "front.json"
 _PARTS = "parts"
-#: Times that a batch of candidates is tried before the stage gives up.
-_ATTEMPTS = 3
 _AWS_KEYS = (
     "AWS_ACCESS_KEY_ID",
     "AWS_SECRET_ACCESS_KEY",
@@ -263,16 +261,21 @@ class _Generations(Searcher):
     Args:
         search: hands them out.
         most: batches that may be out at a time.
+        failures: times that a candidate may be lost with its worker before the search gives up.
     """
 
-    def __init__(self, search: _Search, most: int) -> None:
+    def __init__(self, search: _Search, most: int, failures: int) -> None:
         super().__init__(metric=None, mode=None)
-        self._search, self._most = search, most
+        self._search, self._most, self._failures = search, most, failures
         self._batches: dict[str, list[Candidate]] = {}
-        self._failures = 0
+        self._lost: Counter[str] = Counter()
+
+    def gave_up(self) -> bool:
+        """Whether some candidate was lost too often."""
+        return max(self._lost.values(), default=0) > self._failures
 
     def suggest(self, trial_id: str) -> Any:
-        if not self._search.open() or self._failures >= _ATTEMPTS:
+        if not self._search.open() or self.gave_up():
             return Searcher.FINISHED
         batch = self._search.take() if len(self._batches) < self._most else []
         if not batch:
@@ -290,7 +293,7 @@ class _Generations(Searcher):
         if batch is None:
             return
         if error or not result or "scores" not in result:
-            self._failures += 1
+            self._lost.update(candidate.key for candidate in batch)
             self._search.give_back(batch)
         else:
             keys = [candidate.key for candidate in batch]
@@ -377,7 +380,7 @@ def _tune(
         tuner = tune.Tuner(
             tune.with_resources(trial, resources),
             tune_config=tune.TuneConfig(
-                search_alg=_Generations(search, workers),
+                search_alg=_Generations(search, workers, options.max_failures),
                 scheduler=_Keeping(),
                 num_samples=-1,
                 reuse_actors=True,
@@ -393,8 +396,9 @@ def _tune(
         tuner.fit()
     if search.open():
         raise RunError(
-            f"exploration lost {_ATTEMPTS} batches of candidates to failing workers; the scores "
-            "so far are kept and the same command goes on from them"
+            f"exploration lost workers with the same candidates {options.max_failures + 1} times; "
+            "the logs of Ray say what ended them; the scores so far are kept and the same command "
+            "goes on from them"
         )
 
 

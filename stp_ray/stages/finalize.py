@@ -154,7 +154,7 @@ def _finalize_task(
         )
         return ray.get(pruning.remote(jobs[0], images)), time.monotonic() - started
     except StpError as error:
-        ray.get(relay.fail.remote(error))
+        ray.get(relay.fail.remote(jobs[0].stage, error))
         return None
 
 

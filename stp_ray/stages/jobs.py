@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..artifacts import Checkpoints, Store
@@ -113,6 +113,19 @@ class Place:
             gradient_as_bucket_view=True,
         )
 
+    def require_same_step(self, step: int) -> None:
+        """Raise RuntimeError unless all workers go on from the same step: one that did not see the
+        newest checkpoint would train other weights, and nobody would notice. The group is then
+        started again."""
+        if self.world_size == 1:
+            return
+        mine = torch.tensor([step], device=self.device)
+        steps = [torch.empty_like(mine) for _ in range(self.world_size)]
+        distributed.all_gather(steps, mine)
+        found = sorted({int(each) for each in steps})
+        if len(found) > 1:
+            raise RuntimeError(f"workers found checkpoints of the steps {found}; expected one step")
+
 
 def train(job: Job, images: Images | SharedImages, place: Place, report: Report) -> None:
     """Train to the end, from the newest checkpoint if there is one.
@@ -125,6 +138,7 @@ def train(job: Job, images: Images | SharedImages, place: Place, report: Report)
 
     Raises:
         RunError: the loss is not finite, or the data changed while it was read.
+        RuntimeError: the workers see different checkpoints.
         StorageError: this worker does not see the run's storage.
     """
     torch.set_num_threads(place.threads)
@@ -167,6 +181,7 @@ def train(job: Job, images: Images | SharedImages, place: Place, report: Report)
         history = list(meta["history"])
         # A checkpoint of an earlier version has neither of these.
         means, spent_s = _Means.of(meta.get("means", {})), meta.get("seconds", 0.0)
+    place.require_same_step(trainer.step)
     reference = _reference_slice(job, net)
 
     batches = [

@@ -1,6 +1,7 @@
 """The stages in order, each skipped when the run's manifest says that it is done."""
 
 import contextlib
+import logging
 import os
 import platform
 import time
@@ -35,6 +36,8 @@ from .images import Images, SharedImages, share
 from .jobs import RESULT, Job, seconds_spent
 from .network import LATENCY, TABLE, build_supernet, check_images, price, timed
 from .supernet import fit
+
+log = logging.getLogger(__name__)
 
 SUMMARY = "summary.json"
 REPORT = "report.html"
@@ -300,7 +303,6 @@ class _Pipeline:
             )
             home.write_bytes("README.md", card.encode())
         write_report(self.store)
-        self._link_latest()
         seconds = time.monotonic() - started
         self.manifest.finish(
             "report",
@@ -310,6 +312,7 @@ class _Pipeline:
             device_seconds=seconds,
             metrics={},
         )
+        self._link_latest()
         self._show(summary)
         return summary
 
@@ -460,9 +463,14 @@ class _Pipeline:
         if path is None:
             return
         link, temporary = path.parent / "latest", path.parent / f".latest-{os.getpid()}"
-        temporary.unlink(missing_ok=True)
-        temporary.symlink_to(path.name, target_is_directory=True)
-        os.replace(temporary, link)
+        try:
+            temporary.unlink(missing_ok=True)
+            temporary.symlink_to(path.name, target_is_directory=True)
+            os.replace(temporary, link)
+        except OSError as error:  # a folder of that name, or a file system without links
+            log.warning("%s does not point to this run: %s", link, error)
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
 
 
 def _describe(config: RunConfig, store: Store) -> None:

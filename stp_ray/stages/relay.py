@@ -18,11 +18,11 @@ _POLL_S = 0.5
 
 
 class Relay:
-    """Carries metrics and a user-facing error from workers to the driver."""
+    """Carries metrics and, for each stage, a user-facing error from workers to the driver."""
 
     def __init__(self) -> None:
         self._lines: list[tuple[str, int, dict[str, float]]] = []
-        self._error: StpError | None = None
+        self._errors: dict[str, StpError] = {}
 
     def push(self, stage: str, step: int, metrics: dict[str, float]) -> None:
         self._lines.append((stage, step, metrics))
@@ -31,11 +31,14 @@ class Relay:
         lines, self._lines = self._lines, []
         return lines
 
-    def fail(self, error: StpError) -> None:
-        self._error = self._error or error
+    def fail(self, stage: str, error: StpError) -> None:
+        self._errors.setdefault(stage, error)
 
-    def error(self) -> StpError | None:
-        return self._error
+    def error(self, stage: str | None = None) -> StpError | None:
+        """What a stage, or the first of all, failed with."""
+        if stage is None:
+            return next(iter(self._errors.values()), None)
+        return self._errors.get(stage)
 
 
 @contextlib.contextmanager

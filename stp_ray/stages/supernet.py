@@ -54,7 +54,7 @@ def fit_group(job: Job, images: Images | SharedImages, workers: int, relay: Any)
             _trainer(job, images, workers, relay, folder).fit()
         except ray.train.TrainingFailedError as error:
             failure = error
-    told = ray.get(relay.error.remote())
+    told = ray.get(relay.error.remote(job.stage))
     if told is not None:
         raise told
     if failure is not None:
@@ -101,7 +101,7 @@ def _worker(config: dict[str, Any]) -> None:
     that cannot succeed."""
     job, relay = config["job"], config["relay"]
     logging.getLogger().setLevel(logging.WARNING)  # Train has made it INFO
-    if ray.get(relay.error.remote()) is not None:
+    if ray.get(relay.error.remote(job.stage)) is not None:
         return
     context = ray.train.get_context()
     place = Place(
@@ -118,7 +118,7 @@ def _worker(config: dict[str, Any]) -> None:
     try:
         train(job, config["images"].here(), place, report)
     except StpError as error:
-        ray.get(relay.fail.remote(error))
+        ray.get(relay.fail.remote(job.stage, error))
         raise
 
 

@@ -222,9 +222,9 @@ def test_a_hugging_face_data_set_becomes_parquet(tmp_path):
         {"img": hugging.Image(), "label": hugging.ClassLabel(names=["cat", "dog"])}
     )
 
-    def split(count, seed):
+    def split(count, seed, withheld=False):
         images = [Image.fromarray(each.transpose(1, 2, 0)) for each in pixels(count, 8, seed)]
-        rows = {"img": images, "label": [i % 2 for i in range(count)]}
+        rows = {"img": images, "label": [-1 if withheld else i % 2 for i in range(count)]}
         return hugging.Dataset.from_dict(rows, features=features)
 
     whole = hugging.DatasetDict(train=split(20, 1), validation=split(6, 2))
@@ -235,6 +235,12 @@ def test_a_hugging_face_data_set_becomes_parquet(tmp_path):
     np.testing.assert_array_equal(converted.test.labels, [0, 1] * 3)
     with pytest.raises(DataError, match="has the splits train; expected"):
         dataset_to_parquet(hugging.DatasetDict(train=whole["train"]), str(tmp_path / "other"))
+    # who sets a challenge keeps the labels of the test images
+    challenge = hugging.DatasetDict(**whole, test=split(4, 3, withheld=True))
+    assert dataset_to_parquet(challenge, str(tmp_path / "kept")) == {"train": 20, "test": 6}
+    del challenge["validation"]
+    with pytest.raises(DataError, match=r"no labels in test; .*add a validation split"):
+        dataset_to_parquet(challenge, str(tmp_path / "other"))
     assert not is_saved_dataset(str(tmp_path))
     whole.save_to_disk(tmp_path / "saved")
     assert is_saved_dataset(str(tmp_path / "saved"))

@@ -1,14 +1,17 @@
 """How candidates are handed out to the workers that score them."""
 
 import math
+import uuid
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ray.tune.search import Searcher
 
 from stp_ray.artifacts import Store
 from stp_ray.elastic import Budget
 from stp_ray.method import Exploration, Explorer
-from stp_ray.stages.explore import _Search
+from stp_ray.stages.explore import _Generations, _Search
 from stp_ray.tracking import MultiTracker
 from tests.method.spaces import make_space
 
@@ -29,3 +32,50 @@ def test_workers_get_about_as_much_in_as_few_turns_as_there_can_be(population, m
     turns = math.ceil(waiting / (workers * most))
     assert math.ceil(len(batches) / workers) == turns
     assert max(lengths) == math.ceil(waiting / (workers * turns))
+
+
+def batches(failures, workers=4):
+    """A search in batches of two, as Tune sees it."""
+    space, options = make_space([24, 16], [8]), Exploration(population=16, parents=2)
+    explorer = Explorer(space, [Budget(macs=0.9)], options, 0)
+    search = _Search(explorer, Store(f"memory://{uuid.uuid4()}"), 2, MultiTracker([]), workers)
+    return search, _Generations(search, workers, failures)
+
+
+def test_a_machine_that_is_lost_with_all_its_workers_costs_each_batch_one_try():
+    search, tune = batches(failures=1)
+    names = [f"trial {i}" for i in range(4)]
+    lost = [tune.suggest(name) for name in names]
+    assert all(lost)
+    for name in names:
+        tune.on_trial_complete(name, error=True)
+    assert not tune.gave_up()
+    count = 0
+    while search.open():  # and single losses all through a long search
+        name = f"again {count}"
+        suggested = tune.suggest(name)
+        assert suggested
+        count += 1
+        scores = {"scores": [0.5] * len(suggested["candidates"])}
+        if count % 9 == 8:
+            tune.on_trial_complete(name, error=True)
+        else:
+            tune.on_trial_complete(name, scores)
+    assert count > 16 and not tune.gave_up()
+
+
+@pytest.mark.parametrize("failures", [0, 2])
+def test_a_candidate_that_is_lost_again_and_again_ends_the_search(failures):
+    search, tune = batches(failures, workers=1)
+    (culprit, *_), lost, number = tune.suggest("0")["candidates"], 1, 0
+    tune.on_trial_complete("0", error=True)
+    while (suggested := tune.suggest(f"{number + 1}")) != Searcher.FINISHED:
+        number += 1
+        if culprit in suggested["candidates"]:
+            lost += 1
+            tune.on_trial_complete(f"{number}", error=True)
+        else:
+            scores = {"scores": [0.5] * len(suggested["candidates"])}
+            tune.on_trial_complete(f"{number}", scores)
+    assert lost == failures + 1
+    assert tune.gave_up() and search.open()

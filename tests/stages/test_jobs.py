@@ -1,4 +1,4 @@
-"""`ray job submit` of pipelines/full_stp.py to a head that the test starts."""
+"""`ray job submit` of pipelines/full_stp.py to a head that the test starts; how workers begin."""
 
 import os
 import shutil
@@ -11,7 +11,10 @@ from glob import glob
 from pathlib import Path
 
 import pytest
+import torch
+from torch import distributed
 
+from stp_ray.stages.jobs import Place
 from tests.stages.runs import (
     ROOT,
     WEIGHTS,
@@ -144,3 +147,20 @@ def test_a_stopped_job_is_finished_by_another_driver(head, checkout, undisturbed
     assert (run / "summary.json").exists()
     for name in WEIGHTS:
         assert (run / name).read_bytes() == undisturbed.files[name], name
+
+
+def test_workers_that_found_different_checkpoints_do_not_go_on(monkeypatch):
+    """Their weights would differ, and nobody would notice."""
+    others = [8]
+
+    def all_gather(found, mine):
+        for place, value in zip(found, [mine, *map(torch.tensor, others)], strict=True):
+            place.fill_(value.item())
+
+    monkeypatch.setattr(distributed, "all_gather", all_gather)
+    place = Place(rank=0, world_size=2)
+    place.require_same_step(8)
+    others[0] = 4
+    with pytest.raises(RuntimeError, match=r"checkpoints of the steps \[4, 8\]"):
+        place.require_same_step(8)
+    Place().require_same_step(8)  # nobody to ask

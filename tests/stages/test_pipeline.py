@@ -322,6 +322,20 @@ def test_only_the_report_is_missing(finished, tmp_path, monkeypatch):
     assert "manifest.json" in changed
 
 
+def test_a_folder_in_the_place_of_the_link_to_the_latest_run_ends_none(finished, tmp_path, caplog):
+    """As copying a run's storage may leave it."""
+    run = finished.copied(tmp_path)
+    latest = run.folder.parent / "latest"
+    latest.unlink(missing_ok=True)
+    (latest / "kept").mkdir(parents=True)
+    (run.folder / "report.html").unlink()
+    run()
+    assert (run.folder / "report.html").exists()
+    assert (latest / "kept").is_dir()
+    assert "does not point to this run" in caplog.text
+    assert not list(run.folder.parent.glob(".latest-*"))
+
+
 @pytest.mark.parametrize(
     "lost", ["supernet/model.safetensors", "budget-0.5/model.safetensors", "explore/front.json"]
 )
