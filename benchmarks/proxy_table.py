@@ -40,9 +40,9 @@ EXPLANATION = (
     "`python benchmarks/proxy.py PROTOCOL --data FOLDER`. The search ranks shapes by how badly "
     "their slices imitate the main network after stimulative training: as they are, and those "
     "that it promotes once more after some steps in which a copy of the slice learns from the main "
-    "network on the calibration images. Here shapes within a budget, the one that a search without "
-    "such steps found, the uniform one and random ones, get the whole distillation that the found "
-    "one gets. Kendall's tau is that of the score (lower is better) with top-1 after it: 1 where "
+    "network on the calibration images. Here shapes within a budget, the one that the method's "
+    "search found, the uniform one and random ones, get the whole distillation that the found one "
+    "gets. Kendall's tau is that of the score (lower is better) with top-1 after it: 1 where "
     "both rank alike, 0 where the score says nothing; a star: p < 0.05."
 )
 
