@@ -485,11 +485,9 @@ def _sparsity_plot(lines: list[Line], budget: float, path: Path) -> None:
         right.plot(steps, mean("kept_norm"), marker=".", color=colour)
         right.plot(steps, mean("dropped_norm"), marker=".", linestyle="--", color=colour)
     left.set_yscale("log")
-    for axes, title in (
-        (left, "kept / dropped"),
-        (right, "mean L2 norm: kept, and dropped dashed"),
-    ):
-        axes.set_title(f"{title}, {budget:g}", fontsize="medium")
+    left.set_title(f"kept / dropped, budget {budget:g}", fontsize="medium")
+    right.set_title("mean L2 norm (dropped: dashed)", fontsize="medium")
+    for axes in (left, right):
         axes.set_xlabel("epoch")
     figure.legend(loc="outside lower center", frameon=False, fontsize="small")
     save(figure, path)
