@@ -484,8 +484,11 @@ class Checkpoints:
         for file, data in content.items():
             if hashlib.sha256(data).hexdigest() != sums.get(file):
                 raise _Damaged(f"{file} does not match its checksum")
-        tensors = _tensors(content["state.safetensors"], f"{folder.uri}/state.safetensors")
-        return step, tensors, json.loads(content["meta.json"])
+        try:  # what its checksum fits may still be of another format
+            tensors = _tensors(content["state.safetensors"], f"{folder.uri}/state.safetensors")
+            return step, tensors, dict(json.loads(content["meta.json"]))
+        except (StorageError, ValueError, TypeError) as error:
+            raise _Damaged(_first_line(error)) from error
 
     def _folders(self) -> list[str]:
         names = self.store.names(self.PREFIX)

@@ -292,6 +292,19 @@ def damage_missing(folder):
     folder.delete("state.safetensors")
 
 
+def damage_format(folder):
+    """With a checksum that fits."""
+    marker = folder.read_json("complete.json")
+    marker["sha256"]["state.safetensors"] = folder.write_bytes("state.safetensors", b"a pickle")
+    folder.write_json("complete.json", marker)
+
+
+def damage_meta_format(folder):
+    marker = folder.read_json("complete.json")
+    marker["sha256"]["meta.json"] = folder.write_bytes("meta.json", b"[1")
+    folder.write_json("complete.json", marker)
+
+
 def damage_marker_content(folder):
     folder.write_bytes("complete.json", b"[]")
 
@@ -311,6 +324,8 @@ def damage_meta_json(folder):
         damage_state,
         damage_meta,
         damage_missing,
+        damage_format,
+        damage_meta_format,
         damage_marker_content,
         damage_marker_json,
     ],
