@@ -165,7 +165,8 @@ the section of fresh seeds.
   one after the other, until none fits.
 - *Torch-pruning*: half of the epochs dense, then tuned with a teacher; *even*: all layers lose
   the same share; *sparse learning*: the last half of its dense training is under group sparsity;
-  *labels alone*: one dense epoch and no teacher, so that equal MACs buy the most epochs.
+  *labels alone* (not trained yet): one dense epoch and no teacher, so that equal MACs buy the
+  most epochs.
 - *Slimmable*: universally slimmable training, four widths a step, without a search or a second
   phase.
 - 0.5 and 0.3: the supernet that was trained towards the other two budgets, pruned to these after

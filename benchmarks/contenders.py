@@ -198,11 +198,12 @@ def torch_pruning(
         model, paid = _made_sparse(bench, before)
     else:
         model, paid = _dense(bench, before)
-    teacher, gift = None, 0
-    if limit.macs is None and not lean:
+    if lean:
+        teacher, gift = None, 0
+    elif limit.macs is None:
         teacher, gift = _dense(bench, whole)
-    elif not lean:  # its own past, for at equal MACs there are no gifts
-        teacher = copy.deepcopy(model)
+    else:  # its own past, for at equal MACs there are no gifts
+        teacher, gift = copy.deepcopy(model), 0
     pruner = _pruner(
         bench, model, global_pruning=not even, pruning_ratio=1.0, max_pruning_ratio=0.95,
         iterative_steps=100,

@@ -98,3 +98,37 @@ def test_the_two_accounts_stay_apart(tables):
 
 def test_a_method_that_was_not_run_has_no_table(tables):
     assert f"`{TAUGHT}`, equal epochs" not in tables
+
+
+def test_the_share_of_the_macs_that_is_left_is_told_of_every_pruned_network(tables):
+    rows = tables["MACs that are left, % of the dense network's:"]
+    assert f"| {QUARTER} | 10.00 ± 0.00 (2) |" in rows
+    assert not any(row.startswith("| dense |") for row in rows)
+
+
+def test_norms_are_told_beside_those_of_the_same_slice_in_dense_training(on_path):
+    from accuracy_tables import _norms_table
+
+    def course(kept, dropped):
+        return [
+            {"kept_norm": 2.0, "dropped_norm": 2.0, "ratio": 1.0},
+            {"kept_norm": kept, "dropped_norm": dropped, "ratio": kept / dropped},
+        ]
+
+    norms = {"sparsity": course(3.0, 1.0), "dense_sparsity": course(1.5, 1.5)}
+    penalty = {"sparsity": course(0.2, 0.001)}
+    lines = [
+        json.loads(text)
+        for text in (
+            line(0, QUARTER, 60.0, **norms),
+            line(0, QUARTER, 60.0, 0.05, **norms),
+            line(0, "group lasso", 50.0, **penalty),
+        )
+    ]
+    assert _norms_table(lines, (0.15, 0.05))[2:-1] == [
+        f"| {QUARTER} | 0.15 | 1.50 (1) | 0.50 (1) | 3.00 (1) |",
+        f"| {QUARTER} | 0.05 | 1.50 (1) | 0.50 (1) | 3.00 (1) |",
+        "| group lasso | 0.15 | 0.10 (1) | 0.00 (1) | over 100 |",
+        "| dense, the same slice | 0.15 | 0.75 (1) | 0.75 (1) | 1.00 (1) |",
+        "| dense, the same slice | 0.05 | 0.75 (1) | 0.75 (1) | 1.00 (1) |",
+    ]

@@ -491,6 +491,14 @@ def test_an_epoch_that_is_resumed_has_the_losses_of_all_its_steps(tmp_path, inte
     assert metrics[0].to_pylist() == metrics[1].to_pylist()
 
 
+def test_workers_compare_the_steps_that_they_go_on_from(tmp_path, interrupted, monkeypatch):
+    run, compared = Run(tmp_path, minimal(supernet=EVERY_STEP)), []
+    interrupted(run, 2)
+    monkeypatch.setattr(jobs.Place, "require_same_step", lambda _, step: compared.append(step))
+    pipeline.run(run.config, until="supernet")
+    assert compared == [2]
+
+
 def test_a_checkpoint_without_the_losses_so_far_goes_on(tmp_path, interrupted):
     """As an earlier version wrote it."""
     run = Run(tmp_path, minimal(supernet=EVERY_STEP))
