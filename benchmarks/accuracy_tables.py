@@ -43,7 +43,8 @@ ABOUT = {
     "cifar10_resnet20_fresh": (
         "**The same protocol on seeds that nothing was chosen by.** The options of STP above were "
         "compared by their top-1 on the test images, with seeds 0 to 2; what won there is trained "
-        "here once more, beside those of the others that came nearest to it."
+        "here once more, beside those of the others that came nearest to it. No epoch is seen "
+        "twice, and searches start from filled uniform widths."
     ),
     "cifar10_resnet20_few": (
         "**Few images, for two CPU cores**: ResNet-20, 2,000 CIFAR-10 (JPEG) images at 12 px, 96 "
@@ -135,7 +136,9 @@ EXPLANATION = """\
 `python benchmarks/accuracy.py PROTOCOL --data FOLDER`. Mean ± standard deviation over seeds,
 their number in brackets: where numbers differ, read the differences within a seed, not those of
 the means. Which options of STP are good was judged by these same test images and seeds, but for
-the section of fresh seeds.
+the section of fresh seeds. What two phases share was recorded before two changes, but there too:
+the second phase saw the order and crops of the first epochs again, and searches started from
+uniform widths that were not filled.
 
 - *Equal epochs*: every method passes over the images equally often; one that trains, prunes and
   tunes splits them. Teachers are a gift: distillation from the finished dense network does not

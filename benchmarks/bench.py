@@ -163,6 +163,7 @@ class Bench:
         price: Callable[[Subnet], int] = lambda subnet: 0,
         lr: tuple[float, float] = (1.0, 0.0),
         warm: bool = True,
+        after: int = 0,
         label: Label | None = None,
         before_step: Callable[[], object] | None = None,
         at_epoch: Callable[[int], object] = lambda epoch: None,
@@ -177,6 +178,8 @@ class Bench:
             price: MACs of one image in one step for a drawn subnet.
             lr: where the learning rate starts and ends, as shares of the protocol's.
             warm: start with a warm-up.
+            after: epochs that the network has seen before, whose order and augmentation do not
+                come again.
             label: as the trainer's.
             before_step: called before each step of the optimiser, the gradients being there.
             at_epoch: called with the number of epochs done.
@@ -201,7 +204,7 @@ class Bench:
         with _hooked(before_step):
             for step in trainer.run(
                 lambda epoch, first: self.images.epoch(
-                    self.seed, epoch, protocol.batch_size, first
+                    self.seed, after + epoch, protocol.batch_size, first
                 ),
                 counted,
             ):

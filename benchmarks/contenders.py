@@ -145,24 +145,7 @@ def unfound(bench: Bench, space: SearchSpace, budget: float, how: Unfound) -> Su
     if how == "random":
         return space.sample(random.Random(bench.seed), wanted)
     uniform = space.uniform_within(wanted)
-    return uniform if how == "uniform" else filled(space, uniform, wanted)
-
-
-def filled(space: SearchSpace, subnet: Subnet, budget: Budget) -> Subnet:
-    """The subnet with one axis after the other a step wider, always the narrowest that still can
-    be, until none can without leaving the budget."""
-    while True:
-        wider = {}
-        for axis in space.axes:
-            width = subnet.widths[axis.name]
-            more = [choice for choice in axis.choices if choice > width]
-            if more:
-                grown = Subnet({**subnet.widths, axis.name: min(more)}, subnet.dropped)
-                if space.admits(grown, budget):
-                    wider[width / axis.size, axis.name] = grown
-        if not wider:
-            return space.canonical(subnet)
-        subnet = wider[min(wider)]
+    return uniform if how == "uniform" else space.fill(uniform, wanted)
 
 
 def _renewed(bench: Bench, shape: Subnet) -> nn.Module:
@@ -220,7 +203,7 @@ def torch_pruning(
     label = Teacher(teacher) if teacher is not None else None
     cost = STEP * macs_of(model, bench.example) + (label is not None) * bench.full_macs
     epochs = limit.left(_epoch(bench, cost), epochs=before, macs=paid)
-    spent = bench.train(DenseObjective(model), epochs, macs=cost, label=label)
+    spent = bench.train(DenseObjective(model), epochs, macs=cost, label=label, after=before)
     return Trained(model, gift + paid + spent, before + epochs)
 
 
@@ -245,7 +228,7 @@ def _made_sparse(bench: Bench, epochs: int) -> tuple[nn.Module, int]:
     pruner.update_regularizer()
     spent = bench.train(
         DenseObjective(model), epochs - plain, macs=STEP * bench.full_macs,
-        before_step=lambda: pruner.regularize(model), warm=False, lr=(0.5, 0.0),
+        before_step=lambda: pruner.regularize(model), warm=False, lr=(0.5, 0.0), after=plain,
     )  # fmt: skip
     return model, paid + spent
 
@@ -283,7 +266,9 @@ def group_lasso(bench: Bench, budget: float, limit: Limit, *, strength: float = 
     small = net.extract(target)
     cost = STEP * net.cost(target).macs + bench.full_macs
     epochs = limit.left(_epoch(bench, cost), epochs=before, macs=found["spent"])
-    spent = bench.train(DenseObjective(small), epochs, macs=cost, label=Teacher(teacher))
+    spent = bench.train(
+        DenseObjective(small), epochs, macs=cost, label=Teacher(teacher), after=before
+    )
     return Trained(
         small, gift + found["spent"] + spent, before + epochs, target,
         {"before_pruning_top1": top1, "sparsity": sparsity},
@@ -430,7 +415,7 @@ class Stp:
         rest = limit.left(_epoch(bench, per_image), epochs=first, macs=before + calibration)
         spent = bench.train(
             objective, rest, macs=fixed, draw=draw, price=price, label=teacher,
-            lr=(self.restart or self.turn, 0.0), warm=self.restart is not None,
+            lr=(self.restart or self.turn, 0.0), warm=self.restart is not None, after=first,
             at_epoch=lambda _: sparsity.append(relative_sparsity(net, target)),
         )  # fmt: skip
         small = net.extract(
@@ -500,7 +485,9 @@ class Stp:
                     subnet, count = candidate.subnet, candidate.images or held
                     looks = count + options.calibration_images
                     if candidate.tuned and self.tried_epochs:
-                        scores[candidate.key], paid = judge.tried(subnet, self.tried_epochs)
+                        scores[candidate.key], paid = judge.tried(
+                            subnet, self.tried_epochs, after=self.first(bench)
+                        )
                         spent += paid
                     else:
                         steps = options.tuning_steps * candidate.tuned
@@ -555,13 +542,13 @@ class Judge:
             steps=steps, options=bench.optimisation(bench.protocol.epochs, lr=0.5), seed=bench.seed,
         )  # fmt: skip
 
-    def tried(self, subnet: Subnet, epochs: int) -> tuple[float, int]:
+    def tried(self, subnet: Subnet, epochs: int, after: int) -> tuple[float, int]:
         """The cross-entropy on the held-out images after a copy of the slice has been trained on
-        the labels, and the price."""
+        the labels for so many epochs, which come `after` the supernet's, and the price."""
         bench, net = self._bench, self._net
         alone = net.extract(subnet, calibrate(net, subnet, self._calibration))
         cost = STEP * net.cost(subnet).macs
-        spent = bench.train(DenseObjective(alone), epochs, macs=cost, warm=False)
+        spent = bench.train(DenseObjective(alone), epochs, macs=cost, warm=False, after=after)
         return evaluate(alone.eval(), bench.images.plain("holdout"))["loss"], spent
 
 

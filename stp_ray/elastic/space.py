@@ -259,6 +259,25 @@ class SearchSpace:
         ]
         return self.canonical(candidates[max(fitting)[-1]])
 
+    def fill(self, subnet: Subnet, budget: Budget) -> Subnet:
+        """A subnet with what it leaves of a budget used: one axis after another becomes a step
+        wider, always the one with the smallest share of its full width that still can, until none
+        can [ours]. No block comes back. What does not keep the budget is returned as it is."""
+        limits = budget.limits(self._full_cost)
+        full, flags = self._ends[1][0], self._flags(subnet.dropped)
+        alive = [not self._homes[axis.name] & subnet.dropped for axis in self.axes]
+        lives = np.array(alive, dtype=bool)
+        row = np.array([subnet.widths[axis.name] for axis in self.axes], dtype=np.int64)
+        while True:
+            growing = np.flatnonzero(lives & (row < full))
+            wider = np.repeat(row[None], len(growing), axis=0)
+            for grown, place in zip(wider, growing.tolist(), strict=True):
+                grown[place] = self._next(place, grown[place], +1)
+            fits = np.flatnonzero(self._table.fits(wider, flags, limits))
+            if not len(fits):
+                return self._subnet(row, subnet.dropped)
+            row = wider[fits[np.argmin((row / full)[growing[fits]])]]
+
     def sample(self, rng: random.Random, budget: Budget | None = None) -> Subnet:
         """A random subnet, drawn from `rng`; with a budget, one that keeps it and comes near to it
         [ours].

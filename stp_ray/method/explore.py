@@ -114,8 +114,8 @@ class Scored:
 class Explorer:
     """Evolution under several budgets at once, with successive halving [ours].
 
-    Generation 0 holds the uniform-width subnet of each budget and random subnets near the
-    budgets; later ones hold offspring of the best candidates of each budget. Each
+    Generation 0 holds the uniform-width subnet of each budget, filled up to it, and random
+    subnets near the budgets; later ones hold offspring of the best candidates of each budget. Each
     generation is scored on a few images; the best of it, budget by budget, are scored again
     on all, after a short distillation. A candidate made for one budget serves every other one
     that it keeps.
@@ -254,7 +254,8 @@ class Explorer:
         parents = [[s.subnet for s in self._elders[budget]] for budget in self.budgets]
         if self._generation == 0:
             for cohort, budget in zip(cohorts, self.budgets, strict=True):
-                self._add(cohort, self.space.uniform_within(budget))
+                uniform = self.space.uniform_within(budget)
+                self._add(cohort, self.space.fill(uniform, budget))
         for index in range(self.options.population):
             place = index % len(self.budgets)
             if len(cohorts[place]) > index // len(self.budgets):

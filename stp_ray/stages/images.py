@@ -53,12 +53,14 @@ class Images:
         return self
 
     def epochs(
-        self, seed: int, batch_size: int, rank: int, world_size: int, device: torch.device
-    ) -> Epochs:
-        """(epoch, first step) -> the rest of that epoch's batches for one worker."""
+        self, seed: int, batch_size: int, rank: int, world_size: int, device: torch.device,
+        *, after: int = 0,
+    ) -> Epochs:  # fmt: skip
+        """(epoch, first step) -> the rest of that epoch's batches for one worker. Their order and
+        augmentation are those of the epochs that come `after` so many."""
 
         def batches(epoch: int, first_step: int) -> Iterator[tuple[Tensor, Tensor]]:
-            place: dict[str, Any] = {"seed": seed, "epoch": epoch, "rank": rank}
+            place: dict[str, Any] = {"seed": seed, "epoch": after + epoch, "rank": rank}
             place["world_size"] = world_size
             sizes = {"batch_size": batch_size, "num_classes": self.summary.num_classes}
             if self.data is not None:

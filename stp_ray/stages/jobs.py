@@ -184,10 +184,12 @@ def train(job: Job, images: Images | SharedImages, place: Place, report: Report)
     place.require_same_step(trainer.step)
     reference = _reference_slice(job, net)
 
+    # The ladder goes on where the supernet's epochs end: it does not see the first ones twice.
+    after = job.config.supernet.optimisation.epochs if job.kind == "finalize" else 0
     batches = [
         local.epochs(
             derive_seed("data", job.config.seed), options.batch_size, share, place.shares,
-            place.device,
+            place.device, after=after,
         )
         for share in trainer.shares
     ]  # fmt: skip

@@ -63,8 +63,8 @@ def test_shapes_that_are_tried_are_paid_for_and_leave_the_supernet_alone(bench, 
     net, supernet, _ = form.stimulated(bench)
     before = {name: tensor.clone() for name, tensor in net.model.state_dict().items()}
 
-    def watched(judge, subnet, epochs):
-        tried[subnet], paid = train(judge, subnet, epochs)
+    def watched(judge, subnet, epochs, after):
+        tried[subnet], paid = train(judge, subnet, epochs, after)
         return tried[subnet], paid
 
     monkeypatch.setattr(Judge, "tried", watched)
@@ -75,7 +75,7 @@ def test_shapes_that_are_tried_are_paid_for_and_leave_the_supernet_alone(bench, 
     assert net.cost(shape).macs <= BUDGET * bench.full_macs
 
     # the same search, were trying free
-    monkeypatch.setattr(Judge, "tried", lambda judge, subnet, epochs: (tried[subnet], 0))
+    monkeypatch.setattr(Judge, "tried", lambda judge, subnet, epochs, after: (tried[subnet], 0))
     free = type(bench)(bench.protocol, bench.images, bench.seed, bench.work / "free")
     found, without = form.shape(free, net, BUDGET)
     images = form.tried_epochs * bench.images.count("train")
@@ -84,6 +84,39 @@ def test_shapes_that_are_tried_are_paid_for_and_leave_the_supernet_alone(bench, 
 
     allowed = supernet + 4 * price
     assert supernet + price < form(bench, BUDGET, Limit(1, allowed)).spent <= allowed
+
+
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize(
+    "method",
+    [
+        "stp, uniform widths",
+        "stp, target alone",
+        "torch-pruning, even",
+        "torch-pruning, even, sparse learning",
+        "torch-pruning, even, labels alone",
+        "group lasso",
+        "scratch at uniform widths",
+    ],
+)
+def test_no_method_sees_an_epoch_twice(bench, monkeypatch, method):
+    from bench import Images
+    from contenders import OWN_SHAPE, Limit
+
+    limit, few = Limit(bench.protocol.epochs), {"calibration_images": 32}
+    exploration = replace(bench.protocol.exploration, **few)
+    bench.protocol = replace(bench.protocol, exploration=exploration, **few)
+    OWN_SHAPE["dense"](bench, BUDGET, limit)  # the teacher
+    seen, epoch = [], Images.epoch
+
+    def watched(images, seed, number, batch_size, first=0):
+        if batch_size > 32:  # else to calibrate
+            seen.append(number)
+        return epoch(images, seed, number, batch_size, first)
+
+    monkeypatch.setattr(Images, "epoch", watched)
+    OWN_SHAPE[method](bench, BUDGET, limit)
+    assert seen == list(range(limit.epochs))
 
 
 def test_options_of_stimulation_have_a_supernet_of_their_own(bench, monkeypatch):
@@ -132,43 +165,22 @@ def test_equal_macs_are_those_of_the_reference_of_the_protocol(bench, monkeypatc
 
 @pytest.mark.timeout(60)
 def test_shapes_that_nobody_finds_keep_the_budget(bench):
-    from contenders import OWN_SHAPE, Limit
+    from contenders import OWN_SHAPE, Limit, unfound
 
     from stp_ray.elastic import Budget
 
     space = bench.supernet().space
+    filled = unfound(bench, space, BUDGET, "filled")
+    assert space.cost().macs * BUDGET >= space.cost(filled).macs
     trained = OWN_SHAPE["scratch at uniform widths"](bench, BUDGET, Limit(1))
     at_random = OWN_SHAPE["scratch at a random shape"](bench, BUDGET, Limit(1))
     assert trained.subnet == space.uniform_within(Budget(macs=BUDGET))
     kept = {round(trained.subnet.widths[axis.name] / axis.size, 1) for axis in space.axes}
     assert len(kept) <= 2, "one ratio, rounded to whole channels"
+    assert space.cost(filled).macs > space.cost(trained.subnet).macs
     assert at_random.subnet not in (None, trained.subnet)
     assert space.cost(at_random.subnet).macs <= BUDGET * bench.full_macs
     assert trained.spent == trained.epochs * 4 * 64 * 3 * space.cost(trained.subnet).macs
-
-
-@pytest.mark.parametrize("family", ["smoke", "cifar10_vit_cpu"])
-def test_a_filled_shape_has_no_room_for_a_wider_axis(bench, family):
-    from accuracy import PROTOCOLS
-    from bench import Bench
-    from contenders import unfound
-
-    from stp_ray.elastic import Budget, Subnet
-
-    bench = Bench(replace(PROTOCOLS[family], data=bench.protocol.data), bench.images, 0, bench.work)
-    space = bench.supernet().space
-    for share in (0.5, 0.15):
-        budget = Budget(macs=share)
-        uniform, filled = (unfound(bench, space, share, how) for how in ("uniform", "filled"))
-        assert space.admits(filled, budget)
-        assert space.cost(filled).macs >= space.cost(uniform).macs
-        assert filled.dropped == uniform.dropped
-        for axis in space.axes:
-            width = filled.widths[axis.name]
-            assert width >= uniform.widths[axis.name]
-            for wider in [choice for choice in axis.choices if choice > width][:1]:
-                grown = Subnet({**filled.widths, axis.name: wider}, filled.dropped)
-                assert not space.admits(grown, budget), axis.name
 
 
 @pytest.mark.timeout(60)

@@ -69,6 +69,34 @@ def test_no_draw_exceeds_its_budget(drawn, seed, p):
         assert budget.admits(space.cost(subnet), of=space.cost())
 
 
+@settings(max_examples=60)
+@given(spaces_with_budget() | timed_spaces_with_budget(), seeds)
+def test_a_filled_subnet_has_no_room_for_a_wider_axis(drawn, seed):
+    space, budget = drawn
+    for subnet in (space.uniform_within(budget), space.sample(random.Random(seed), budget)):
+        filled = space.fill(subnet, budget)
+        assert_belongs(space, filled)
+        assert subnet.within(filled) and filled.dropped == subnet.dropped
+        assert space.admits(filled, budget)
+        for axis in space.axes:
+            width = filled.widths[axis.name]
+            for wider in [choice for choice in axis.choices if choice > width][:1]:
+                grown = Subnet({**filled.widths, axis.name: wider}, filled.dropped)
+                assert space.canonical(grown) == filled or not space.admits(grown, budget)
+    assert space.fill(space.full, budget) == space.full
+
+
+def test_the_narrowest_axis_is_filled_first():
+    space = small_space()
+    start = Subnet({"stem": 16, "hidden": 8})
+    costs = {
+        widths: space.cost(Subnet(dict(zip(("stem", "hidden"), widths, strict=True)))).macs
+        for widths in ((24, 8), (24, 12), (32, 8))
+    }
+    assert space.fill(start, Budget(macs=costs[24, 12])).widths == {"stem": 24, "hidden": 12}
+    assert space.fill(start, Budget(macs=costs[32, 8])).widths == {"stem": 32, "hidden": 8}
+
+
 @given(spaces, seeds, shares)
 def test_expansion_contains_its_subnet_and_stays_within_the_full_network(space, seed, p):
     rng = random.Random(seed)

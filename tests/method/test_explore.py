@@ -39,7 +39,8 @@ def test_candidates_keep_a_budget_and_are_asked_for_once(drawn, seed):
     space, budget = drawn
     budgets = [budget, Budget(macs=1.0)]
     explorer = Explorer(space, budgets, SMALL, seed)
-    assert space.canonical(space.uniform_within(budget)) in {c.subnet for c in explorer.ask()}
+    uniform = space.uniform_within(budget)
+    assert space.fill(uniform, budget) in {c.subnet for c in explorer.ask()}
     keys = []
     while candidates := explorer.ask():
         for candidate in candidates:

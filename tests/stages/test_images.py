@@ -31,6 +31,17 @@ def test_statistics_of_streamed_data_are_measured_on_every_class(by_class):
     assert torch.equal(few, torch.cat(list(resident.calibration(0, 50, CPU))))
 
 
+def test_a_training_can_go_on_where_anothers_epochs_end(by_class):
+    resident = share(by_class, describe(by_class), in_process=True)
+    first, second = (resident.epochs(0, 40, 0, 1, CPU, after=after) for after in (0, 3))
+
+    def labels(epochs, epoch, step=0):
+        return torch.cat([labels for _, labels in epochs(epoch, step)])
+
+    assert torch.equal(labels(second, 1, 2), labels(first, 4, 2))
+    assert not torch.equal(labels(second, 0), labels(first, 0))
+
+
 def test_a_sample_of_a_streamed_split_is_of_every_class(by_class):
     streamed = Images(by_class, describe(by_class), None)
     labels = torch.cat([labels for _, labels in streamed.batches("holdout", CPU, 10)])

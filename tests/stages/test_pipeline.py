@@ -21,11 +21,13 @@ from stp_ray import export
 from stp_ray.artifacts import Checkpoints, Manifest, Store
 from stp_ray.config import load_config, run_id
 from stp_ray.data import describe, eval_batches, load
+from stp_ray.data.split import derive_seed
 from stp_ray.elastic import Budget, Subnet
 from stp_ray.errors import ConfigError, RunError
 from stp_ray.lease import held
 from stp_ray.method import Candidate, Teacher, evaluate, training
 from stp_ray.stages import explore as exploring
+from stp_ray.stages import images as stage_images
 from stp_ray.stages import jobs, pipeline
 from stp_ray.stages.images import share
 from stp_ray.stages.network import build_supernet
@@ -373,6 +375,21 @@ def test_the_control_is_the_same_shape_from_scratch_for_as_long(tmp_path):
     pruned = home.load_tensors("model.safetensors")
     assert {n: t.shape for n, t in control.items()} == {n: t.shape for n, t in pruned.items()}
     assert home.read_table("control/metrics.parquet").column("epoch").to_pylist() == [1, 2]
+
+
+def test_the_ladder_sees_other_epochs_than_the_supernet(tmp_path, monkeypatch):
+    seen, batches = [], stage_images.train_batches
+
+    def watched(*arguments, seed, epoch, **options):
+        if seed == derive_seed("data", 0):  # else to calibrate
+            seen.append(epoch)
+        return batches(*arguments, seed=seed, epoch=epoch, **options)
+
+    monkeypatch.setattr(stage_images, "train_batches", watched)
+    epochs = {"optimisation": {"epochs": 2}}
+    Run(tmp_path, minimal(supernet=epochs, finalize={**epochs, "control": True}))()
+    supernet, ladder, control = [0, 1], [2, 3], [0, 1, 2, 3]
+    assert seen == [*supernet, *ladder, *control]
 
 
 def vit(num_classes):
