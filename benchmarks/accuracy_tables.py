@@ -8,17 +8,21 @@ from typing import Any
 
 import matplotlib
 from accuracy import PROTOCOLS
+from bench import Protocol
 from contenders import (
     FORMS,
     GIVEN_SHAPE,
     OPTIONS,
     OURS,
+    OWN_SHAPE,
     PARTS,
     PLAIN,
     QUARTER,
     TAUGHT,
     TRIED,
     TUNED,
+    WHOLE,
+    Stp,
 )
 from filling import Line, read
 from markdown_table import row
@@ -68,6 +72,8 @@ ABOUT = {
         "learning rate of all, 0.03, is the better of two for the dense network in a shorter trial."
     ),
 }
+#: Has its teacher's epochs besides its own, so that it is not among the others at equal epochs.
+LONGER = "torch-pruning, even, of the teacher"
 #: Other forms whose retention and lead have a table, and what else they are compared with there.
 CHANGED: dict[str, tuple[str, ...]] = {
     PLAIN: (OURS, f"{PLAIN}, no expansion"),
@@ -83,6 +89,7 @@ CHANGED: dict[str, tuple[str, ...]] = {
         "scratch + distillation, shape of tuned scores",
         "scratch + distillation",
         "torch-pruning, even",
+        LONGER,
     ),
 }
 #: The sparsification that shrinks what it drops.
@@ -127,7 +134,7 @@ def section(kept: Path, docs: Path) -> list[str]:
                 "",
                 f"![Relative sparsity]({name}-sparsity.svg)",
                 "",
-                *_norms_table(results, PROTOCOLS[name].budgets),
+                *_norms_table(results, PROTOCOLS[name]),
             ]
     return lines
 
@@ -136,9 +143,9 @@ EXPLANATION = """\
 `python benchmarks/accuracy.py PROTOCOL --data FOLDER`. Mean ± standard deviation over seeds,
 their number in brackets: where numbers differ, read the differences within a seed, not those of
 the means. Which options of STP are good was judged by these same test images and seeds, but for
-the section of fresh seeds. What two phases share was recorded before two changes, but there too:
-the second phase saw the order and crops of the first epochs again, and searches started from
-uniform widths that were not filled.
+the section of fresh seeds. All but that section was recorded before two changes: second phases saw
+the order and crops of the first epochs again, and searches started from uniform widths that were
+not filled.
 
 - *Equal epochs*: every method passes over the images equally often; one that trains, prunes and
   tunes splits them. Teachers are a gift: distillation from the finished dense network does not
@@ -169,7 +176,11 @@ uniform widths that were not filled.
 - *Torch-pruning*: half of the epochs dense, then tuned with a teacher; *even*: all layers lose
   the same share; *sparse learning*: the last half of its dense training is under group sparsity;
   *labels alone* (not trained yet): one dense epoch and no teacher, so that equal MACs buy the
-  most epochs.
+  most epochs; *of the teacher*: what is pruned is the finished dense network, and tuning has all
+  epochs, twice as many as the others' with those of that network, so that it is not among the
+  best of all others. At equal MACs its teacher is its own past before it was pruned.
+- *Dense + distillation*: the dense network once more, taught by a finished one. STP's main network
+  is taught so too, wherever STP is.
 - *Slimmable*: universally slimmable training, four widths a step, without a search or a second
   phase.
 - 0.5 and 0.3: the supernet that was trained towards the other two budgets, pruned to these after
@@ -212,7 +223,7 @@ def _protocol(name: str, lines: list[Line]) -> list[str]:
         "",
     ]
     out += [row(["method", *map(str, budgets)]), _rule(budgets)]
-    base = {line["seed"]: line["training_macs"] for line in lines if line["budget"] == 1.0}
+    base = {line["seed"]: line["training_macs"] for line in _dense(lines)}
     epochs = [line for line in lines if line["equal"] == "epochs"]
     for method in dict.fromkeys(line["method"] for line in epochs):
         cells = [
@@ -224,20 +235,25 @@ def _protocol(name: str, lines: list[Line]) -> list[str]:
 
 
 def _shares(lines: list[Line], budgets: list[float]) -> list[str]:
-    """How much of a budget each method fills."""
+    """How much of a budget each method fills, however it was counted what its training costs."""
     out = [row(["method", *map(str, budgets)]), _rule(budgets)]
-    pruned = [line for line in lines if line["budget"] != 1.0 and line["method"] != "dense"]
+    pruned = [line for line in lines if line["method"] not in WHOLE]
     for method in dict.fromkeys(line["method"] for line in pruned):
-        cells = [
-            _spread(100 * line["macs"] / line["full_macs"] for line in _at(pruned, method, b))
-            for b in budgets
-        ]
+        cells = []
+        for budget in budgets:
+            by_seed = {line["seed"]: line for line in _at(pruned, method, budget)}
+            shares = (100 * line["macs"] / line["full_macs"] for line in by_seed.values())
+            cells.append(_spread(shares))
         out.append(row([method, *cells]))
     return [*out, ""]
 
 
+def _dense(lines: Iterable[Line]) -> list[Line]:
+    return [line for line in lines if line["method"] == "dense" and line["equal"] == "epochs"]
+
+
 def _at(lines: Iterable[Line], method: str, budget: float) -> list[Line]:
-    """The dense network at equal epochs is one for all budgets."""
+    """Dense networks at equal epochs are one for all budgets."""
     return [line for line in lines if line["method"] == method and line["budget"] in (budget, 1.0)]
 
 
@@ -285,6 +301,10 @@ def _summary(ours: str, lines: list[Line]) -> list[Question]:
         (
             "main network at the end, minus the dense network",
             lambda b: _paired(lines, ours, lines, "dense", b, key="main_top1"),
+        ),
+        (
+            "main network at the end, minus dense + distillation",
+            lambda b: _paired(lines, ours, lines, "dense + distillation", b, key="main_top1"),
         ),
         ("minus the best of all others in each seed", lambda b: _over_best(lines, ours, b)),
     ]
@@ -347,7 +367,7 @@ def _over_best(lines: list[Line], method: str, budget: float) -> list[float]:
         others = [
             other["top1"] for other in lines
             if other["seed"] == line["seed"] and other["budget"] == budget
-            and not other["method"].startswith(OURS)
+            and not other["method"].startswith(OURS) and other["method"] != LONGER
         ]  # fmt: skip
         if others:
             found.append(line["top1"] - max(others))
@@ -372,7 +392,7 @@ def _rule(budgets: list[float]) -> str:
 
 
 def _lead(lines: list[Line]) -> str:
-    """The best of ours that was measured."""
+    """The form of ours that the plots show: the last of `FORMS` that was measured."""
     methods = {line["method"] for line in lines}
     return next(method for method in (QUARTER, TUNED, TAUGHT, OURS) if method in methods)
 
@@ -398,7 +418,7 @@ def _accuracy_plot(lines: list[Line], path: Path) -> None:
             marker="o" if method.startswith(OURS) else "s", markersize=4, capsize=2,
             linewidth=2 if method == lead else 1, label=method, color=colours[place % 20],
         )  # fmt: skip
-    dense = [line["top1"] for line in lines if line["budget"] == 1.0]
+    dense = [line["top1"] for line in _dense(lines)]
     if dense:
         axes.axhline(statistics.mean(dense), color="gray", linestyle=":", label="dense")
     axes.set_xscale("log")
@@ -457,11 +477,13 @@ def _norms(lines: list[Line], budget: float) -> dict[str, list[list[dict[str, fl
     return {**found, "dense, the same slice": dense} if dense else found
 
 
-def _norms_table(lines: list[Line], budgets: Sequence[float]) -> list[str]:
-    """How much the norms grow or shrink over the whole training."""
-    out = [row(["method", "budget", "kept, last over first", "dropped", "ratio at the end"])]
-    out.append(_rule(range(4)))
-    found = {budget: _norms(lines, budget) for budget in budgets}
+def _norms_table(lines: list[Line], protocol: Protocol) -> list[str]:
+    """How much the norms grow or shrink over the whole training, and how far apart they are after
+    stimulative training already."""
+    heading = ["method", "budget", "kept, last over first", "dropped"]
+    heading += ["ratio after stimulative training", "ratio at the end"]
+    out = [row(heading), _rule(heading[1:])]
+    found = {budget: _norms(lines, budget) for budget in protocol.budgets}
     for method in dict.fromkeys(method for norms in found.values() for method in norms):
         for budget, norms in found.items():
             if runs := norms.get(method):
@@ -469,9 +491,12 @@ def _norms_table(lines: list[Line], budgets: Sequence[float]) -> list[str]:
                     _spread(run[-1][key] / run[0][key] for run in runs)
                     for key in ("kept_norm", "dropped_norm")
                 ]
+                form = OWN_SHAPE.get(method)
+                first = form.first(protocol.epochs) if isinstance(form, Stp) else None
+                halfway = _spread(run[first]["ratio"] for run in runs) if first else NOT_MEASURED
                 ratios = [run[-1]["ratio"] for run in runs]
                 ratio = _spread(ratios) if max(ratios) < 100 else "over 100"
-                out.append(row([method, str(budget), *factors, ratio]))
+                out.append(row([method, str(budget), *factors, halfway, ratio]))
     return [*out, ""]
 
 

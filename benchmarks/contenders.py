@@ -102,6 +102,12 @@ def _copied(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
+def dense_distilled(bench: Bench, budget: float, limit: Limit) -> Trained:
+    """The dense network once more, with a finished one as its teacher: what our main network,
+    which is taught so, has to beat."""
+    return scratch_distilled(bench, bench.supernet().space.full, limit)
+
+
 def scratch(bench: Bench, shape: Subnet, limit: Limit) -> Trained:
     """A shape from scratch ("Scratch-E" at equal epochs, "Scratch-B" at equal MACs, Liu et al.
     2019)."""
@@ -170,20 +176,23 @@ def torch_pruning(
     sparse: bool = False,
     even: bool = False,
     lean: bool = False,
+    finished: bool = False,
 ) -> Trained:
     """Dense training for half of the epochs, group-norm pruning (DepGraph), fine-tuning with
     distillation for the other half. `sparse`: the last half of the dense training is under the
     pruner's group sparsity; `even`: all layers lose the same share instead of competing; `lean`:
-    one dense epoch and no teacher, so that equal MACs buy the most epochs."""
+    one dense epoch and no teacher, so that equal MACs buy the most epochs; `finished`: what is
+    pruned is the teacher, whose training is a gift at equal epochs, and tuning has them all."""
     whole = bench.protocol.epochs
-    before = 1 if lean else whole // 2
+    before = whole if finished else 1 if lean else whole // 2
+    own = 0 if finished and limit.macs is None else before
     if sparse:
         model, paid = _made_sparse(bench, before)
     else:
         model, paid = _dense(bench, before)
     if lean:
         teacher, gift = None, 0
-    elif limit.macs is None:
+    elif limit.macs is None and not finished:
         teacher, gift = _dense(bench, whole)
     else:  # its own past, for at equal MACs there are no gifts
         teacher, gift = copy.deepcopy(model), 0
@@ -202,9 +211,9 @@ def torch_pruning(
     model.train().requires_grad_(True)
     label = Teacher(teacher) if teacher is not None else None
     cost = STEP * macs_of(model, bench.example) + (label is not None) * bench.full_macs
-    epochs = limit.left(_epoch(bench, cost), epochs=before, macs=paid)
+    epochs = limit.left(_epoch(bench, cost), epochs=own, macs=paid)
     spent = bench.train(DenseObjective(model), epochs, macs=cost, label=label, after=before)
-    return Trained(model, gift + paid + spent, before + epochs)
+    return Trained(model, gift + paid + spent, own + epochs)
 
 
 def _pruner(bench: Bench, model: nn.Module, **options: Any) -> Any:
@@ -379,9 +388,9 @@ class Stp:
     to_the_end: bool = True
     """Whether it does so in the second phase too, where each step costs a pass of it."""
 
-    def first(self, bench: Bench) -> int:
-        """The epochs of stimulative training."""
-        return max(1, round(self.share * bench.protocol.epochs))
+    def first(self, epochs: int) -> int:
+        """How many of the epochs are stimulative."""
+        return max(1, round(self.share * epochs))
 
     @property
     def saves(self) -> bool:
@@ -389,7 +398,7 @@ class Stp:
         return self.expansion.main == "drop"
 
     def __call__(self, bench: Bench, budget: float, limit: Limit) -> Trained:
-        first = self.first(bench)
+        first = self.first(bench.protocol.epochs)
         net, paid, weights = self.stimulated(bench)
         target, searched = self.shape(bench, net, budget)
         cost = net.cost(target).macs
@@ -431,7 +440,7 @@ class Stp:
 
     def stimulated(self, bench: Bench) -> tuple[Supernet, int, list[dict[str, Tensor]]]:
         """The supernet after its training, the price, and its weights after each epoch."""
-        net, epochs = bench.supernet(), self.first(bench)
+        net, epochs = bench.supernet(), self.first(bench.protocol.epochs)
         budgets = [Budget(macs=budget) for budget in bench.protocol.budgets]
 
         def make() -> dict[str, Any]:
@@ -486,7 +495,7 @@ class Stp:
                     looks = count + options.calibration_images
                     if candidate.tuned and self.tried_epochs:
                         scores[candidate.key], paid = judge.tried(
-                            subnet, self.tried_epochs, after=self.first(bench)
+                            subnet, self.tried_epochs, after=self.first(bench.protocol.epochs)
                         )
                         spent += paid
                     else:
@@ -504,7 +513,8 @@ class Stp:
 
         how = f"-tuned-{self.tuning_steps}" * bool(self.tuning_steps)
         how += f"-tried-{self.tried_epochs}-{budget}" * bool(self.tried_epochs)
-        name = f"explored-{self._name(self.first(bench))}{how}{'' if main else '-also'}"
+        how += "-also" * (not main)
+        name = f"explored-{self._name(self.first(bench.protocol.epochs))}{how}"
         found = bench.kept(name, make)
         return Subnet.from_json(found["targets"][str(budget)]), found["spent"]
 
@@ -613,9 +623,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "temperature 2 in the end": {"expansion": replace(STP.expansion, temperature=2.0)},
 }
 
+#: Methods that prune nothing.
+WHOLE = ("dense", "dense + distillation")
+
 #: Methods with a shape of their own: (bench, budget, limit) -> `Trained`.
 OWN_SHAPE: dict[str, Any] = {
     "dense": dense,
+    "dense + distillation": dense_distilled,
     "scratch at uniform widths": partial(given, how="uniform", make=scratch),
     "scratch at a random shape": partial(given, how="random", make=scratch),
     "scratch + distillation at uniform widths": partial(
@@ -646,6 +660,7 @@ OWN_SHAPE: dict[str, Any] = {
     "torch-pruning, even": partial(torch_pruning, even=True),
     "torch-pruning, even, sparse learning": partial(torch_pruning, even=True, sparse=True),
     "torch-pruning, even, labels alone": partial(torch_pruning, even=True, lean=True),
+    "torch-pruning, even, of the teacher": partial(torch_pruning, even=True, finished=True),
 }
 
 #: Methods that train a shape that STP found, and which STP it was.

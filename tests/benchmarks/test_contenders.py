@@ -43,7 +43,7 @@ def test_a_teacher_costs_its_training_and_a_pass_for_each_image_that_it_labels(b
     alone = replace(form, taught=False)(bench, BUDGET, limit).spent
     assert form(bench, BUDGET, limit).spent == alone + training + epochs * epoch
     at_first = replace(form, to_the_end=False)(bench, BUDGET, limit).spent
-    assert at_first == alone + training + form.first(bench) * epoch
+    assert at_first == alone + training + form.first(epochs) * epoch
 
     learnt = OWN_SHAPE["scratch + distillation at uniform widths"](bench, BUDGET, limit)
     small = 4 * 64 * bench.supernet().cost(learnt.subnet).macs
@@ -52,6 +52,12 @@ def test_a_teacher_costs_its_training_and_a_pass_for_each_image_that_it_labels(b
     theirs = OWN_SHAPE["torch-pruning, even"](bench, BUDGET, limit)
     small, half = 4 * 64 * macs_of(theirs.network, bench.example), epochs // 2
     assert theirs.spent == training + half * STEP * epoch + half * (STEP * small + epoch)
+
+    pruned = OWN_SHAPE["torch-pruning, even, of the teacher"](bench, BUDGET, limit)
+    small = 4 * 64 * macs_of(pruned.network, bench.example)
+    assert pruned.spent == training + epochs * (STEP * small + epoch)
+    again = OWN_SHAPE["dense + distillation"](bench, BUDGET, limit)
+    assert again.spent == training + epochs * (STEP + 1) * epoch
 
 
 @pytest.mark.timeout(100)
@@ -88,18 +94,19 @@ def test_shapes_that_are_tried_are_paid_for_and_leave_the_supernet_alone(bench, 
 
 @pytest.mark.timeout(200)
 @pytest.mark.parametrize(
-    "method",
+    ("method", "seen_before"),
     [
-        "stp, uniform widths",
-        "stp, target alone",
-        "torch-pruning, even",
-        "torch-pruning, even, sparse learning",
-        "torch-pruning, even, labels alone",
-        "group lasso",
-        "scratch at uniform widths",
+        ("stp, uniform widths", 0),
+        ("stp, target alone", 0),
+        ("torch-pruning, even", 0),
+        ("torch-pruning, even, sparse learning", 0),
+        ("torch-pruning, even, labels alone", 0),
+        ("torch-pruning, even, of the teacher", 4),
+        ("group lasso", 0),
+        ("scratch at uniform widths", 0),
     ],
 )
-def test_no_method_sees_an_epoch_twice(bench, monkeypatch, method):
+def test_no_method_sees_an_epoch_twice(bench, monkeypatch, method, seen_before):
     from bench import Images
     from contenders import OWN_SHAPE, Limit
 
@@ -116,7 +123,7 @@ def test_no_method_sees_an_epoch_twice(bench, monkeypatch, method):
 
     monkeypatch.setattr(Images, "epoch", watched)
     OWN_SHAPE[method](bench, BUDGET, limit)
-    assert seen == list(range(limit.epochs))
+    assert seen == list(range(seen_before, seen_before + limit.epochs))
 
 
 def test_options_of_stimulation_have_a_supernet_of_their_own(bench, monkeypatch):
