@@ -18,6 +18,7 @@ from contenders import (
     PARTS,
     PLAIN,
     QUARTER,
+    STARTED,
     TAUGHT,
     TRIED,
     TUNED,
@@ -91,6 +92,7 @@ CHANGED: dict[str, tuple[str, ...]] = {
         "torch-pruning, even",
         LONGER,
     ),
+    STARTED: (TUNED, LONGER, "torch-pruning, even", "scratch + distillation"),
 }
 #: The sparsification that shrinks what it drops.
 PENALTY = "group lasso"
@@ -149,7 +151,8 @@ not filled.
 
 - *Equal epochs*: every method passes over the images equally often; one that trains, prunes and
   tunes splits them. Teachers are a gift: distillation from the finished dense network does not
-  count its training, which the last table does, as 1.00.
+  count its training, which the last table does, as 1.00. So is that network itself, where it is
+  what training starts from (*of the teacher*): its epochs come on top of the others'.
 - *Equal MACs*: every multiplication of training counts, forward and backward (a backward pass as
   two forward ones), teachers and exploration too; the others train until they have spent what
   STP spent.
@@ -176,9 +179,9 @@ not filled.
 - *Torch-pruning*: half of the epochs dense, then tuned with a teacher; *even*: all layers lose
   the same share; *sparse learning*: the last half of its dense training is under group sparsity;
   *labels alone* (not trained yet): one dense epoch and no teacher, so that equal MACs buy the
-  most epochs; *of the teacher*: what is pruned is the finished dense network, and tuning has all
-  epochs, twice as many as the others' with those of that network, so that it is not among the
-  best of all others. At equal MACs its teacher is its own past before it was pruned.
+  most epochs; *of the teacher*: the finished dense network is pruned, and tuning has all epochs,
+  so that it is not among the best of all others. At equal MACs its teacher is its own past before
+  it was pruned.
 - *Dense + distillation*: the dense network once more, taught by a finished one. STP's main network
   is taught so too, wherever STP is.
 - *Slimmable*: universally slimmable training, four widths a step, without a search or a second

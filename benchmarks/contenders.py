@@ -387,6 +387,9 @@ class Stp:
     distillation from scratch gets."""
     to_the_end: bool = True
     """Whether it does so in the second phase too, where each step costs a pass of it."""
+    started: bool = False
+    """Whether the supernet starts as that network, units in the order of their weights' norms,
+    and not from scratch: as much of a gift."""
 
     def first(self, epochs: int) -> int:
         """How many of the epochs are stimulative."""
@@ -404,10 +407,11 @@ class Stp:
         cost = net.cost(target).macs
         full = bench.full_macs if self.expansion.main == "train" else 0
         objective = ExpansionObjective(net, target, self.expansion)
-        teacher_cost = _dense(bench, bench.protocol.epochs)[1] if self.taught else 0
+        gift = self.taught or self.started
+        teacher_cost = _dense(bench, bench.protocol.epochs)[1] if gift else 0
         sparsity = [sparsity_of(net, kept, target) for kept in weights]
         notes: dict[str, Any] = {"sparsity": sparsity}
-        if self.taught:  # the same slice's while the teacher learned, from the same first weights
+        if self.taught and not self.started:  # the same slice's while the teacher learned
             history = _dense_history(bench, bench.protocol.epochs)["weights"]
             notes["dense_sparsity"] = [sparsity_of(net, kept, target) for kept in history]
         draw = ladder(net.space, target, self.expansion)
@@ -424,7 +428,8 @@ class Stp:
         rest = limit.left(_epoch(bench, per_image), epochs=first, macs=before + calibration)
         spent = bench.train(
             objective, rest, macs=fixed, draw=draw, price=price, label=teacher,
-            lr=(self.restart or self.turn, 0.0), warm=self.restart is not None, after=first,
+            lr=(self.restart or self.turn, 0.0), warm=self.restart is not None,
+            after=self.before(bench) + first,
             at_epoch=lambda _: sparsity.append(relative_sparsity(net, target)),
         )  # fmt: skip
         small = net.extract(
@@ -441,6 +446,9 @@ class Stp:
     def stimulated(self, bench: Bench) -> tuple[Supernet, int, list[dict[str, Tensor]]]:
         """The supernet after its training, the price, and its weights after each epoch."""
         net, epochs = bench.supernet(), self.first(bench.protocol.epochs)
+        if self.started:
+            net.model.load_state_dict(_dense(bench, bench.protocol.epochs)[0].state_dict())
+            net.rank(importance(net))
         budgets = [Budget(macs=budget) for budget in bench.protocol.budgets]
 
         def make() -> dict[str, Any]:
@@ -450,13 +458,18 @@ class Stp:
                 macs=(STEP + self.taught) * bench.full_macs,
                 draw=sampler(self.stimulation, net.space, budgets),
                 price=lambda subnet: STEP * net.space.cost(subnet).macs,
-                lr=(1.0, self.turn), at_epoch=lambda _: epochs_seen.append(_copied(net.model)),
+                lr=(1.0, self.turn), after=self.before(bench),
+                at_epoch=lambda _: epochs_seen.append(_copied(net.model)),
             )  # fmt: skip
             return {"weights": epochs_seen, "spent": spent}
 
         found = bench.kept(f"supernet-{self._name(epochs)}", make)
         net.model.load_state_dict(found["weights"][-1])
         return net, found["spent"], found["weights"]
+
+    def before(self, bench: Bench) -> int:
+        """The epochs that the supernet's first weights have seen."""
+        return bench.protocol.epochs if self.started else 0
 
     def _teacher(self, bench: Bench) -> Teacher | None:
         return Teacher(_dense(bench, bench.protocol.epochs)[0]) if self.taught else None
@@ -465,7 +478,7 @@ class Stp:
         s, taught = self.stimulation, "-taught" * self.taught
         options = f"{s.sampler}-{s.subnets}-{s.kd_weight}-{s.temperature}"
         more = "-direction" * s.direction + f"-{s.resolutions}" * (s.resolutions != (1.0,))
-        return f"{epochs}-{self.turn}-{options}{more}{taught}"
+        return f"{epochs}-{self.turn}-{options}{more}{taught}{'-started' * self.started}"
 
     def shape(self, bench: Bench, net: Supernet, budget: float) -> tuple[Subnet, int]:
         """The shape to prune to, and what finding it cost: one search for the budgets that the
@@ -495,8 +508,9 @@ class Stp:
                     looks = count + options.calibration_images
                     if candidate.tuned and self.tried_epochs:
                         scores[candidate.key], paid = judge.tried(
-                            subnet, self.tried_epochs, after=self.first(bench.protocol.epochs)
-                        )
+                            subnet, self.tried_epochs,
+                            after=self.before(bench) + self.first(bench.protocol.epochs),
+                        )  # fmt: skip
                         spent += paid
                     else:
                         steps = options.tuning_steps * candidate.tuned
@@ -594,6 +608,7 @@ TAUGHT = f"{OURS}, taught, four subnets a step"
 QUARTER = f"{TAUGHT}, a quarter, restart"
 TRIED = f"{OURS}, target alone, shapes tried"
 TUNED = f"{QUARTER}, tuned scores"
+STARTED = f"{TUNED}, of the teacher"
 #: The ladder's loss as the paper has it: what is pruned to sees no label.
 PLAIN = f"{OURS}, target without labels"
 FORMS = {OURS: STP, TAUGHT: BEST, QUARTER: replace(BEST, share=1 / 4, restart=1.0)}
@@ -645,6 +660,7 @@ OWN_SHAPE: dict[str, Any] = {
     f"{TUNED}, no expansion": replace(
         FORMS[QUARTER], **OPTIONS["tuned scores"], **PARTS["no expansion"]
     ),
+    STARTED: replace(FORMS[QUARTER], **OPTIONS["tuned scores"], started=True),
     PLAIN: replace(STP, **OPTIONS["target without labels"]),
     f"{PLAIN}, no expansion": replace(STP, expansion=replace(DIRECT, target_ce=0.0)),
     "stp, main let go": replace(STP, expansion=replace(STP.expansion, main="drop")),

@@ -43,7 +43,8 @@ EXPLANATION = (
     "network on the calibration images. Here shapes within a budget, the one that the method's "
     "search found, the uniform one and random ones, get the whole distillation that the found one "
     "gets. Kendall's tau is that of the score (lower is better) with top-1 after it: 1 where "
-    "both rank alike, 0 where the score says nothing; a star: p < 0.05."
+    "both rank alike, 0 where the score says nothing; a star: p < 0.05. In brackets that of the "
+    "random ones alone, among which is none that a score has chosen."
 )
 
 
@@ -80,9 +81,11 @@ def _protocol(name: str, groups: dict[Group, list[Line]]) -> list[str]:
         for line in lines:
             by[line["how"]].append(line["top1"])
         drawn = by["random"]
+        alone = [line for line in lines if line["how"] == "random"]
         cells = [method, seed, budget, len(lines)]
-        for statistic, chance in (tau(lines, count) for count in steps):
-            cells.append(f"{statistic:.2f}{'*' * (chance < 0.05)}")
+        for count in steps:
+            (statistic, chance), (unchosen, _) = tau(lines, count), tau(alone, count)
+            cells.append(f"{statistic:.2f}{'*' * (chance < 0.05)} ({unchosen:.2f})")
         cells += [f"{by[how][0]:.2f}" for how in ("explored", "uniform")]
         out.append(row([*cells, f"{statistics.median(drawn):.2f}", f"{max(drawn):.2f}"]))
     return [*out, ""]

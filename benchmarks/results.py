@@ -5,7 +5,8 @@
 
 `record` keeps a finished run's summary, the settings that matter and the hardware as one JSON
 file in benchmarks/results/; `render` writes docs/results.md, docs/accuracy.svg and the tables of
-docs/performance.md and docs/reliability.md from all that is there. No figure is typed by hand.
+docs/performance.md and docs/reliability.md from all that is there. No figure of a table is typed
+by hand.
 """
 
 import argparse

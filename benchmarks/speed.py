@@ -8,8 +8,9 @@ Each action is a module of `benchmarks/measure/`. All sides of a ratio are timed
 run. One line of JSON for each measurement goes into `benchmarks/results/speed/`, in place of what
 the same command has said there before of the same device; `benchmarks/results.py render` makes
 the tables of docs/performance.md. `all` measures what those tables show, but for steps of several
-workers, those of ViT and those of four subnets on ResNet-50, each action in a process of its own;
-it wants two cores that nobody else uses, for 66 minutes at most. An action that looks at Ray needs
+workers (`step` and `autonas`), those of ViT, those of four subnets on ResNet-50, and what is of
+`scale.py`; each action in a process of its own. It wants two cores that nobody else uses, for 66
+minutes at most. An action that looks at Ray needs
 Ray, no other does.
 """
 

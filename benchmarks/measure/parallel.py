@@ -108,7 +108,9 @@ def table(lines: list[Line]) -> list[str]:
         "Workers of one thread each on one machine, as many images each whatever their number, "
         "DistributedDataParallel over gloo (`python benchmarks/speed.py parallel`). Efficiency is "
         "images a second of a worker over those of one alone; by the wall it cannot exceed the "
-        "share of a core that each worker has, by processor time it leaves out waiting.",
+        "share of a core that each worker has, by processor time it leaves out waiting. Each "
+        "worker draws subnets of its own, as in training, so that the work of an image differs "
+        "with their number by a few per cent.",
         "",
         row(["model", "device", "cores", "workers", *(f"images/s, K={k}" for k in COUNTS),
              "efficiency", "gradient, bytes", "reduced in a step, by K"]),

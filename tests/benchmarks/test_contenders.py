@@ -93,6 +93,23 @@ def test_shapes_that_are_tried_are_paid_for_and_leave_the_supernet_alone(bench, 
 
 
 @pytest.mark.timeout(200)
+def test_a_supernet_of_the_teacher_starts_as_it_with_the_best_units_first(bench):
+    from contenders import OWN_SHAPE, STARTED, Limit
+
+    from stp_ray.elastic import importance
+
+    dense = OWN_SHAPE["dense"](bench, BUDGET, Limit(bench.protocol.epochs))
+    net, spent, weights = OWN_SHAPE[STARTED].stimulated(bench)
+    assert spent == replace(OWN_SHAPE[STARTED], started=False).stimulated(bench)[1]
+    net.model.load_state_dict(weights[0])
+    images = torch.cat([x for x, _ in bench.images.plain("test", 32)])
+    with torch.no_grad():
+        torch.testing.assert_close(net.eval()(images), dense.network.eval()(images))
+    for scores in importance(net).values():
+        assert torch.equal(scores, scores.sort(descending=True).values)
+
+
+@pytest.mark.timeout(200)
 @pytest.mark.parametrize(
     ("method", "seen_before"),
     [
@@ -102,6 +119,7 @@ def test_shapes_that_are_tried_are_paid_for_and_leave_the_supernet_alone(bench, 
         ("torch-pruning, even, sparse learning", 0),
         ("torch-pruning, even, labels alone", 0),
         ("torch-pruning, even, of the teacher", 4),
+        ("stp, taught, four subnets a step, a quarter, restart, tuned scores, of the teacher", 4),
         ("group lasso", 0),
         ("scratch at uniform widths", 0),
     ],

@@ -56,6 +56,16 @@ def test_tau_is_one_where_the_lowest_score_is_the_most_accurate():
     assert tau(found, "50")[0] == pytest.approx(-1)
 
 
+def test_what_a_score_has_chosen_is_left_out_in_brackets(tmp_path):
+    from proxy_table import section
+
+    lines = [line(0, 60, "explored"), line(9, 50, "uniform")]
+    lines += [line(score, 50 + score) for score in range(2, 6)]  # which the score ranks upside down
+    (tmp_path / "smoke.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (cells,) = [text.split(" | ") for text in section(tmp_path, tmp_path) if text[:5] == "| stp"]
+    assert cells[4] == "0.20 (-1.00)"
+
+
 def test_the_table_has_a_row_for_each_seed_and_budget_and_a_plot(tmp_path):
     from proxy_table import section
 
@@ -70,8 +80,8 @@ def test_the_table_has_a_row_for_each_seed_and_budget_and_a_plot(tmp_path):
     rows = [text.split(" | ") for text in page if text.startswith("| stp")]
     assert [cells[2] for cells in rows] == ["0.15", "0.05"]
     assert [cells[4:] for cells in rows] == [
-        ["1.00", "-1.00", "60.00", "59.00", "57.50", "58.00 |"],
-        ["1.00", "-1.00", "61.00", "60.00", "58.50", "59.00 |"],
+        ["1.00 (1.00)", "-1.00 (-1.00)", "60.00", "59.00", "57.50", "58.00 |"],
+        ["1.00 (1.00)", "-1.00 (-1.00)", "61.00", "60.00", "58.50", "59.00 |"],
     ]  # fmt: skip
     assert (tmp_path / "smoke-proxy.svg").read_text().count("explored") >= 1
     assert "![Accuracy against the score](smoke-proxy.svg)" in page
