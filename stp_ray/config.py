@@ -115,8 +115,9 @@ class ModelOptions(_Section):
     """URI of a state dict to start from (safetensors, or torch.save read with weights_only); null:
     random weights."""
     ranking: Literal["l1", "l2", "norm"] | None = "l2"
-    """How the units of given weights are put in order, so that narrow subnets keep the best ones;
-    null: they stay as they are. Random weights have no order."""
+    """How the units of weights that were given, or come from the baseline, are put in order, so
+    that narrow subnets keep the best ones; null: they stay as they are. Random weights have no
+    order."""
 
 
 #: What is trained: the dense network alone, the supernet, the ladder towards a target, or the
@@ -144,6 +145,9 @@ class SupernetOptions(_Section):
     """How the shared weights are trained."""
     stimulation: Stimulation = Field(default_factory=Stimulation)
     """Which subnets are trained beside the main network, and how."""
+    from_baseline: bool = False
+    """Start as the trained baseline, its units in the order of `model.ranking`, and go on with the
+    epochs that come after its own; false: start as the baseline did [ours]."""
 
 
 class FinalizeOptions(_Section):
@@ -268,6 +272,15 @@ class RunConfig(_Section):
         untaught = training == "baseline" or (training == "finalize" and not self.finalize.taught)
         return 0.0 if untaught else self.teacher_weight
 
+    def epochs_before(self, training: Training) -> int:
+        """The epochs that the weights which a `training` starts from have seen, in this run."""
+        before = 0
+        if training in ("supernet", "finalize") and self.baseline and self.supernet.from_baseline:
+            before = self.baseline.epochs
+        if training == "finalize":
+            before += self.supernet.optimisation.epochs
+        return before
+
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         if not self.budgets:
@@ -280,6 +293,11 @@ class RunConfig(_Section):
             raise ValueError(
                 f"teacher_weight is {self.teacher_weight} and baseline null; expected a baseline, "
                 "which is the teacher; give baseline.epochs or set teacher_weight to 0"
+            )
+        if self.supernet.from_baseline and self.baseline is None:
+            raise ValueError(
+                "supernet.from_baseline is true and baseline null; expected a baseline to start "
+                "from; give baseline.epochs, or model.weights for weights that you have"
             )
         for path, options, key, workers in (
             ("baseline", self.baseline, "cluster.num_workers", self.cluster.num_workers),

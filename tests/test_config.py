@@ -196,6 +196,25 @@ def test_a_teacher_has_to_be_trained_first():
     load_config({"teacher_weight": 0.5, "baseline": {"epochs": 1}})
 
 
+def test_a_supernet_that_starts_from_the_baseline_needs_one():
+    assert "from_baseline is true and baseline null; expected a baseline" in refusal(
+        None, "supernet.from_baseline=true"
+    )
+    load_config({"supernet": {"from_baseline": True}, "baseline": {"epochs": 1}})
+
+
+def test_trainings_that_go_on_from_each_other_count_their_epochs_on():
+    epochs = {
+        "baseline": {"epochs": 5},
+        "supernet": {"optimisation": {"epochs": 3}},
+        "finalize": {"optimisation": {"epochs": 2}},
+    }
+    trainings = ("baseline", "supernet", "finalize", "control")
+    for begun, before in ((False, [0, 0, 3, 0]), (True, [0, 5, 8, 0])):
+        content = {**epochs, "supernet": {**epochs["supernet"], "from_baseline": begun}}
+        assert [load_config(content).epochs_before(each) for each in trainings] == before
+
+
 def test_a_batch_has_to_divide_among_the_workers():
     assert "batch_size is 128; expected a multiple of cluster.num_workers (3)" in refusal(
         None, "cluster.num_workers=3"

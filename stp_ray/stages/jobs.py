@@ -18,7 +18,7 @@ from ..artifacts import Checkpoints, Store
 from ..config import RunConfig, Training
 from ..data import steps_per_epoch
 from ..data.split import derive_seed
-from ..elastic import Subnet, Supernet
+from ..elastic import Subnet, Supernet, importance
 from ..errors import StorageError
 from ..method import (
     DenseObjective,
@@ -153,8 +153,7 @@ def train(job: Job, images: Images | SharedImages, place: Place, report: Report)
     local = images.here()
     net = build_supernet(_initial(job), local.summary)
     price(job.config, job.run, net)
-    if job.kind == "finalize":
-        net.model.load_state_dict(job.run.child("supernet").load_tensors(WEIGHTS))
+    _start(job, net)
     objective, draw = _objective(job, net)
     options = job.options
     if local.data is None:  # a stream goes back to the start of an epoch
@@ -184,8 +183,7 @@ def train(job: Job, images: Images | SharedImages, place: Place, report: Report)
     place.require_same_step(trainer.step)
     reference = _reference_slice(job, net)
 
-    # The ladder goes on where the supernet's epochs end: it does not see the first ones twice.
-    after = job.config.supernet.optimisation.epochs if job.kind == "finalize" else 0
+    after = job.config.epochs_before(job.kind)  # no epoch is seen twice
     batches = [
         local.epochs(
             derive_seed("data", job.config.seed), options.batch_size, share, place.shares,
@@ -269,6 +267,17 @@ def _initial(job: Job) -> RunConfig:
         return job.config
     model = job.config.model.model_copy(update={"weights": None, "ranking": None})
     return job.config.model_copy(update={"model": model})
+
+
+def _start(job: Job, net: Supernet) -> None:
+    """Have the network the weights of the stage that its training goes on from, if there is one."""
+    config = job.config
+    if job.kind == "finalize":
+        net.model.load_state_dict(job.run.child("supernet").load_tensors(WEIGHTS))
+    elif job.kind == "supernet" and config.supernet.from_baseline:
+        net.model.load_state_dict(job.run.child("baseline").load_tensors(WEIGHTS))
+        if config.model.ranking:
+            net.rank(importance(net, config.model.ranking))
 
 
 def _objective(job: Job, net: Supernet) -> tuple[nn.Module, Draw]:

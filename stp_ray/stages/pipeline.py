@@ -196,7 +196,9 @@ class _Pipeline:
             outputs = {f"{kind}/{name}": digest for name, digest in result["outputs"].items()}
             return outputs, {**result["metrics"], "macs": self.net.cost().macs}
 
-        inputs = {"data": self.config.data.name, **self._inputs(*self._teacher(kind))}
+        goes_on = kind == "supernet" and self.config.supernet.from_baseline
+        before = ("baseline",) if goes_on else self._teacher(kind)
+        inputs = {"data": self.config.data.name, **self._inputs(*before)}
         home = self.store.child(kind)
         self._stage(
             kind, inputs, work, lambda: self._scale(options), workers, lambda: seconds_spent(home)

@@ -22,7 +22,7 @@ from stp_ray.artifacts import Checkpoints, Manifest, Store
 from stp_ray.config import load_config, run_id
 from stp_ray.data import describe, eval_batches, load
 from stp_ray.data.split import derive_seed
-from stp_ray.elastic import Budget, Subnet
+from stp_ray.elastic import Budget, Subnet, importance
 from stp_ray.errors import ConfigError, RunError
 from stp_ray.lease import held
 from stp_ray.method import Candidate, Teacher, evaluate, training
@@ -472,6 +472,30 @@ def test_the_last_stage_can_do_without_the_baselines_say(tmp_path, heard):
     stages = Manifest(Store(run.folder)).stages()
     assert "baseline" in stages["supernet"]["inputs"]
     assert "baseline" not in stages["finalize/0.5"]["inputs"]
+
+
+def test_a_supernet_can_start_as_the_trained_baseline(tmp_path, monkeypatch):
+    run = Run(tmp_path, minimal(**TAUGHT, supernet={"from_baseline": True}))
+    started = {}
+
+    class Watched(jobs.StimulativeObjective):
+        def __init__(self, net, *options):
+            super().__init__(net, *options)
+            started["net"] = copy.deepcopy(net)
+
+    monkeypatch.setattr(jobs, "StimulativeObjective", Watched)
+    run()
+    store = Store(run.folder)
+    dense = build_supernet(run.config, describe(run.config.data))
+    dense.model.load_state_dict(store.load_tensors("baseline/model.safetensors"))
+    images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        found, expected = (net.eval()(images) for net in (started["net"], dense))
+    torch.testing.assert_close(found, expected)
+    for scores in importance(started["net"]).values():
+        assert torch.equal(scores, scores.sort(descending=True).values)
+    stages = Manifest(store).stages()
+    assert stages["supernet"]["inputs"]["baseline"] == stages["baseline"]["outputs"]
 
 
 # -- a training that goes on ---------------------------------------------------------------
