@@ -165,8 +165,8 @@ class FinalizeOptions(_Section):
     calibration_images: int = Field(default=2048, ge=1)
     """Training images that the final BatchNorm statistics are taken from."""
     control: bool = False
-    """Also train the pruned shape from scratch for as many epochs as supernet and finalize have
-    together, to compare with."""
+    """Also train the pruned shape from scratch, for as many epochs as supernet and finalize have
+    together (and the baseline, with `supernet.from_baseline`), to compare with."""
 
 
 class ClusterOptions(_Section):
@@ -333,9 +333,12 @@ class RunConfig(_Section):
         return self
 
     def control_options(self) -> Optimisation:
-        """How the control is trained: as the baseline, for the epochs of supernet and ladder."""
-        epochs = self.supernet.optimisation.epochs + self.finalize.optimisation.epochs
-        options = self.baseline or self.supernet.optimisation
+        """How the control is trained: as the baseline, or else as the supernet but down to the
+        ladder's last learning rate, for all epochs that the pruned network's weights see."""
+        epochs = self.epochs_before("finalize") + self.finalize.optimisation.epochs
+        options = self.baseline or dataclasses.replace(
+            self.supernet.optimisation, min_lr=self.finalize.optimisation.min_lr
+        )
         return dataclasses.replace(
             options, epochs=epochs, warmup_epochs=min(options.warmup_epochs, epochs)
         )

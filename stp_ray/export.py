@@ -140,6 +140,11 @@ def load(uri: str, factory: Callable[..., nn.Module] | None = None) -> nn.Module
             f"{store.uri}/{DESCRIPTION} has the format {found!r}; expected {FORMAT!r}; "
             "load it with the version of stp_ray that wrote it"
         )
+    if missing := [key for key in _REQUIRED if key not in content]:
+        raise StorageError(
+            f"{store.uri}/{DESCRIPTION} lacks {', '.join(missing)}; expected the file as it was "
+            "written; copy it again"
+        )
     dense = _dense(content, factory)
     size = content["image_size"]
     net = Supernet.trace(dense, torch.zeros(1, 3, size, size), **content["space"])

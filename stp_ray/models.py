@@ -184,9 +184,10 @@ def _imported(name: str) -> Callable[..., Any]:
     module_name, _, attribute = name.partition(":")
     try:
         factory = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
+    except Exception as error:  # the module is run, and may raise anything
+        said = " ".join(str(error).split()) or type(error).__name__
         raise ConfigError(
-            f"model {name!r} cannot be imported: {error}; expected package.module:function "
+            f"model {name!r} cannot be imported: {said}; expected package.module:function "
             "on the Python path"
         ) from error
     if not callable(factory):

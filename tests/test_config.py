@@ -245,6 +245,15 @@ def test_a_control_can_be_trained_as_the_baseline_is():
     )
 
 
+def test_a_control_is_not_held_back():
+    halves = {"optimisation": {"epochs": 4, "min_lr": 0.5}}
+    recipe = {"finalize": {"control": True, "optimisation": {"epochs": 3}}, "supernet": halves}
+    options = load_config(recipe).control_options()
+    assert (options.epochs, options.min_lr) == (7, load_config({}).finalize.optimisation.min_lr)
+    begun = {**recipe, "supernet": {**halves, "from_baseline": True}, "baseline": {"epochs": 5}}
+    assert load_config(begun).control_options().epochs == 12
+
+
 @pytest.mark.parametrize(
     "uri",
     [

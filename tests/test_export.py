@@ -161,6 +161,16 @@ def test_a_model_of_the_users_own_comes_back_through_a_factory_only(pruned, stor
         export.load(store.uri, factory=resnet56)
 
 
+@pytest.mark.parametrize("key", ["model", "num_classes", "image_size", "space", "subnet"])
+def test_a_description_that_was_damaged_is_told(pruned, store, key):
+    module, description = pruned
+    export.save_model(store, module, description)
+    content = store.read_json("model.json")
+    store.write_json("model.json", {k: v for k, v in content.items() if k != key})
+    with pytest.raises(StorageError, match=f"model.json lacks {key}; expected"):
+        export.load(store.uri)
+
+
 def test_an_unknown_format_is_refused(pruned, store):
     module, description = pruned
     export.save_model(store, module, description)

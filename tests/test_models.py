@@ -120,6 +120,12 @@ def test_names_that_lead_nowhere_say_so_in_one_line(factories, name, words):
     assert "\n" not in str(caught.value) and caught.value.exit_code == 2
 
 
+def test_a_module_that_fails_when_it_is_run_says_why(factories, tmp_path):
+    (tmp_path / "users_own_models.py").write_text("raise RuntimeError('no licence\\nfor this')\n")
+    with pytest.raises(ConfigError, match="cannot be imported: no licence for this"):
+        build_model(f"{factories}:small", num_classes=3)
+
+
 @pytest.mark.parametrize("name", ["resnet20", "resnet18", "users_own_models:small"])
 def test_arguments_that_do_not_fit_are_named(factories, name):
     with pytest.raises(

@@ -189,9 +189,9 @@ def table(lines: list[Line]) -> list[str]:
         "",
         "How many times as fast as the dense network, all networks in turn in one run (`python "
         "benchmarks/speed.py inference`); in brackets the share of the dense network's MACs. "
-        "Weights are random: uniform widths and a random shape are what a search starts from, and "
-        "Torch-Pruning's shapes are those of its group magnitudes, every layer for itself (even) "
-        "or all together (global). Widths of all are multiples of the divisor; a dash where that "
+        "Weights are random: a search starts from shapes like uniform widths and the random one, "
+        "and Torch-Pruning's are those of its group magnitudes, every layer for itself (even) or "
+        "all together (global). Widths of all are multiples of the divisor; a dash where that "
         "leaves no network so small." + fast,
         "",
         row(["model", "px", "divisor", "runtime", "batch", "device", "dense, ms", *shapes]),

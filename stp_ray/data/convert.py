@@ -1,6 +1,7 @@
 """Image folders and Hugging Face's data sets into Parquet, which streams and lives in object
 storage."""
 
+import contextlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import PurePosixPath
@@ -135,6 +136,12 @@ class _Dataset:
     def __init__(self, dataset: Any) -> None:
         import datasets
 
+        mapped = isinstance(dataset, Mapping)
+        if not mapped or not all(hasattr(split, "__len__") for split in dataset.values()):
+            raise DataError(
+                f"the data set is of type {type(dataset).__name__}; expected a DatasetDict, whose "
+                "splits are known; load it without split= and streaming="
+            )
         tests = [name for name in _TEST if name in dataset]
         if not tests or "train" not in dataset:
             raise DataError(
@@ -148,6 +155,12 @@ class _Dataset:
             raise DataError(
                 f"the data set has the columns {', '.join(features)}; expected an image (image or "
                 "img) and a label (label or fine_label)"
+            )
+        kind = features[label]
+        if not hasattr(kind, "names") and "int" not in str(getattr(kind, "dtype", "")):
+            raise DataError(
+                f"the column {label} holds {kind}; expected a ClassLabel or whole numbers; "
+                f"class_encode_column({label!r}) turns names into a ClassLabel"
             )
         # who sets a challenge keeps the labels of the test split back, and has -1 for them
         test = next((name for name in tests if _has_labels(dataset[name], label)), None)
@@ -166,18 +179,20 @@ class _Dataset:
         self.rows: Mapping[Stored, int] = {s: len(rows) for s, rows in self._splits.items()}
         names = getattr(features[label], "names", None)
         if names is None:
-            names = [str(i) for i in range(1 + max(self._splits["train"].unique(label)))]
+            known = (n for n in self._splits["train"].unique(label) if n is not None)
+            names = [str(i) for i in range(1 + max(known, default=-1))]
         self.class_names: Sequence[str] = names
 
     def read(self, split: Stored) -> Iterator[tuple[bytes | None, int]]:
         image, label = self._columns
         for row in self._splits[split]:
-            data = row[image]["bytes"]
-            if data is None:
-                filesystem, path = open_filesystem(row[image]["path"])
-                with reading(path):
+            found = row[image] or {"bytes": None, "path": None}
+            data = found["bytes"]
+            if data is None and found["path"]:
+                filesystem, path = open_filesystem(found["path"])
+                with reading(path), contextlib.suppress(FileNotFoundError, PermissionError):
                     data = filesystem.cat_file(path)
-            yield data, row[label]
+            yield data, row[label]  # no data counts as corrupt where the set is read
 
 
 def _write(images: _Images, uri: str, on_progress: OnProgress) -> dict[str, int]:

@@ -46,7 +46,8 @@ def networks(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
         rows.append({"name": f"pruned, {budget}", **entry})
         if entry.get("control_top1") is not None:
             name = f"same shape from scratch, {budget}"
-            rows.append({**entry, "name": name, "top1": entry["control_top1"]})
+            kept = {key: None for key in entry if key.startswith("retention")}
+            rows.append({**entry, **kept, "name": name, "top1": entry["control_top1"]})
     return [{"retention_dense": None, "retention_main": None, **row} for row in rows]
 
 

@@ -17,6 +17,15 @@ if TYPE_CHECKING:
     from ..config import ClusterOptions
 
 
+def wait_for_workers(options: "ClusterOptions") -> None:
+    """Have the trainings that this process starts, driver or task, wait for lost machines as long
+    as `schedule_timeout_s` says. Ray's default is a minute. An elastic training does not wait for
+    one, and a short limit ends what Ray promised it wrongly."""
+    if options.min_workers is None:
+        limit = str(options.schedule_timeout_s)
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", limit)
+
+
 @contextlib.contextmanager
 def connected(options: "ClusterOptions") -> Iterator[None]:
     """Join the cluster that the options or the environment name, else start a local one for as
@@ -29,11 +38,6 @@ def connected(options: "ClusterOptions") -> Iterator[None]:
         yield
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    if options.min_workers is None:
-        # A machine that was lost has to be started again; its default is a minute. An elastic
-        # training does not wait for one, and a short limit ends what Ray promised it wrongly.
-        limit = str(options.schedule_timeout_s)
-        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", limit)
     address = _address(options)
     settings: dict[str, Any] = {"logging_level": "warning", "log_to_driver": True}
     if address:

@@ -24,7 +24,7 @@ def build_supernet(config: RunConfig, summary: DataSummary) -> Supernet:
     """Build the dense network with weights drawn from the seed, and trace it.
 
     Raises:
-        ConfigError: the model is unknown or cannot be built.
+        ConfigError: the model is unknown, cannot be built, or has nothing to train.
         TraceError: it cannot be traced.
         DataError: it does not give one logit per class of the data.
     """
@@ -45,6 +45,11 @@ def build_supernet(config: RunConfig, summary: DataSummary) -> Supernet:
         raise ConfigError(f"space.ignore and space.only: {error}") from error
     if config.model.weights and config.model.ranking:
         net.rank(importance(net, config.model.ranking))
+    if not any(parameter.requires_grad for parameter in net.parameters()):
+        raise ConfigError(
+            f"model {config.model.name!r} has no parameter that is trained; expected some with "
+            "requires_grad; leave its weights unfrozen"
+        )
     classes = _logits(net, example)
     if classes != summary.num_classes:
         raise DataError(

@@ -65,12 +65,21 @@ def fit_group(job: Job, images: Images | SharedImages, workers: int, relay: Any)
     return store.read_json(RESULT)
 
 
+class _Trainer(TorchTrainer):
+    """Leaves an interruption to the driver: Ray's own handler would hide it from what this program
+    does with one, and outlives the training, after which it swallows all that come."""
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        pass
+
+
 def _trainer(
     job: Job, images: Images | SharedImages, workers: int, relay: Any, folder: str
 ) -> TorchTrainer:
     options = job.config.cluster
     fewest = options.fewest(workers)
-    return TorchTrainer(
+    cluster.wait_for_workers(options)
+    return _Trainer(
         _worker,
         train_loop_config={"job": job, "images": images, "relay": relay, "shares": workers},
         torch_config=TorchConfig(

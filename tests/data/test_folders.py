@@ -241,6 +241,33 @@ def test_a_hugging_face_data_set_becomes_parquet(tmp_path):
     del challenge["validation"]
     with pytest.raises(DataError, match=r"no labels in test; .*add a validation split"):
         dataset_to_parquet(challenge, str(tmp_path / "other"))
+    with pytest.raises(DataError, match="of type Dataset; expected a DatasetDict"):
+        dataset_to_parquet(whole["train"], str(tmp_path / "other"))
     assert not is_saved_dataset(str(tmp_path))
     whole.save_to_disk(tmp_path / "saved")
     assert is_saved_dataset(str(tmp_path / "saved"))
+
+
+@pytest.mark.parametrize(
+    ("labels", "kind"), [(["cat", "dog"], "string"), ([0.5, 1.0], "float"), ([True, False], "bool")]
+)
+def test_labels_that_are_no_classes_are_refused_before_anything_is_written(tmp_path, labels, kind):
+    hugging = pytest.importorskip("datasets")
+    images = [Image.fromarray(each.transpose(1, 2, 0)) for each in pixels(2, 8, 0)]
+    split = hugging.Dataset.from_dict({"image": images, "label": labels})
+    whole = hugging.DatasetDict(train=split, test=split)
+    with pytest.raises(DataError, match=f"label holds .*{kind}.*; expected a ClassLabel"):
+        dataset_to_parquet(whole, str(tmp_path / "set"))
+    assert not (tmp_path / "set").exists()
+
+
+def test_an_image_that_is_not_there_counts_as_corrupt(tmp_path):
+    hugging = pytest.importorskip("datasets")
+    images = [Image.fromarray(each.transpose(1, 2, 0)) for each in pixels(9, 8, 0)]
+    rows = {"image": [*images, None], "label": [i % 2 for i in range(10)]}
+    kinds = hugging.Features({"image": hugging.Image(), "label": hugging.Value("int64")})
+    split = hugging.Dataset.from_dict(rows, features=kinds)
+    whole = hugging.DatasetDict(train=split, test=split)
+    assert dataset_to_parquet(whole, str(tmp_path / "set")) == {"train": 10, "test": 10}
+    found = load(options(tmp_path / "set", name="parquet", max_corrupt=0.2))
+    assert len(found.test) == 9

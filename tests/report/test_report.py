@@ -87,6 +87,7 @@ def test_a_notebook_shows_every_network_of_a_run(summary):
     shown = Summary(summary)._repr_html_()
     Page(shown)
     assert "<script>" not in shown and "&lt;script&gt;" in shown
+    assert shown.count(f"{summary['budgets']['0.15']['retention_dense']:.2f}") == 1
     rows = re.findall(r"<tr><td>(.*?)</td><td>(.*?)</td>", shown)
     assert rows == [
         ("dense, trained alone", "98.00"),

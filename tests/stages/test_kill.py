@@ -35,6 +35,19 @@ class Disturbed:
         return set(json.loads(path.read_text())["stages"]) if path.exists() else set()
 
 
+def test_an_interruption_ends_it_in_training_and_after_one(undisturbed, tmp_path, start):
+    """Ray Train has a handler of its own for it, which would outlive the training."""
+    run = Disturbed(undisturbed, tmp_path, start)
+    for pattern in ("supernet/checkpoint-*/complete.json", "explore/parts/*"):
+        driver = run.start()
+        wait_for(lambda p=pattern: run.found(p), PATIENCE_S, pattern, driver.running)
+        os.kill(driver.pid, signal.SIGINT)
+        assert driver.wait(60) == 128 + signal.SIGINT, driver.output
+        assert "stopped; the same command goes on where it was" in driver.output
+        driver.end()
+    assert run.stages() == {"supernet"}
+
+
 def test_killed_in_every_stage_it_ends_in_the_same_bits(undisturbed, tmp_path, start):
     run = Disturbed(undisturbed, tmp_path, start)
     states = "supernet/checkpoint-*/complete.json"
