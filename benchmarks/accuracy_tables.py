@@ -364,13 +364,15 @@ def _paired(
 
 
 def _over_best(lines: list[Line], method: str, budget: float) -> list[float]:
-    """What the method is ahead of the best of the pruned networks that are not ours."""
+    """What the method is ahead of the best of the pruned networks that are not ours and have no
+    more epochs."""
+    longer = method == STARTED
     found = []
     for line in _at(lines, method, budget):
         others = [
             other["top1"] for other in lines
             if other["seed"] == line["seed"] and other["budget"] == budget
-            and not other["method"].startswith(OURS) and other["method"] != LONGER
+            and not other["method"].startswith(OURS) and (longer or other["method"] != LONGER)
         ]  # fmt: skip
         if others:
             found.append(line["top1"] - max(others))

@@ -1,6 +1,7 @@
 """What the tables of the comparison say of lines whose differences are known."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -107,11 +108,13 @@ def test_the_share_of_the_macs_that_is_left_is_told_of_every_pruned_network(tabl
 
 
 def test_norms_are_told_beside_those_of_the_same_slice_in_dense_training(on_path):
+    from accuracy import PROTOCOLS
     from accuracy_tables import _norms_table
 
     def course(kept, dropped):
         return [
             {"kept_norm": 2.0, "dropped_norm": 2.0, "ratio": 1.0},
+            {"kept_norm": 2.2, "dropped_norm": 2.0, "ratio": 1.1},
             {"kept_norm": kept, "dropped_norm": dropped, "ratio": kept / dropped},
         ]
 
@@ -125,10 +128,28 @@ def test_norms_are_told_beside_those_of_the_same_slice_in_dense_training(on_path
             line(0, "group lasso", 50.0, **penalty),
         )
     ]
-    assert _norms_table(lines, (0.15, 0.05))[2:-1] == [
-        f"| {QUARTER} | 0.15 | 1.50 (1) | 0.50 (1) | 3.00 (1) |",
-        f"| {QUARTER} | 0.05 | 1.50 (1) | 0.50 (1) | 3.00 (1) |",
-        "| group lasso | 0.15 | 0.10 (1) | 0.00 (1) | over 100 |",
-        "| dense, the same slice | 0.15 | 0.75 (1) | 0.75 (1) | 1.00 (1) |",
-        "| dense, the same slice | 0.05 | 0.75 (1) | 0.75 (1) | 1.00 (1) |",
+    protocol = replace(PROTOCOLS["cifar10_resnet20_cpu"], epochs=4)  # one of them stimulative
+    assert _norms_table(lines, protocol)[2:-1] == [
+        f"| {QUARTER} | 0.15 | 1.50 (1) | 0.50 (1) | 1.10 (1) | 3.00 (1) |",
+        f"| {QUARTER} | 0.05 | 1.50 (1) | 0.50 (1) | 1.10 (1) | 3.00 (1) |",
+        "| group lasso | 0.15 | 0.10 (1) | 0.00 (1) | – | over 100 |",
+        "| dense, the same slice | 0.15 | 0.75 (1) | 0.75 (1) | – | 1.00 (1) |",
+        "| dense, the same slice | 0.05 | 0.75 (1) | 0.75 (1) | – | 1.00 (1) |",
     ]
+
+
+def test_who_starts_from_the_teacher_is_compared_with_who_does_so_too(tmp_path, on_path):
+    from accuracy_tables import section
+    from contenders import STARTED, TUNED
+
+    pruned = {TUNED: 65.0, STARTED: 67.0, "scratch": 62.0}
+    lines = [line(0, "dense", 70.0, 1.0), line(0, "torch-pruning, even, of the teacher", 66.0)]
+    lines += [line(0, method, top1) for method, top1 in pruned.items()]
+    lines += [line(0, "dense + distillation", 71.5, 1.0)]
+    (tmp_path / "cifar10_resnet20_cpu.jsonl").write_text("\n".join(lines))
+    page = section(tmp_path, tmp_path)
+    best = [text for text in page if text.startswith("| minus the best of all others")]
+    assert [text.split(" | ")[1] for text in best] == ["+3.00 (1) |", "+1.00 (1) |"]
+    assert "| main network at the end, minus dense + distillation | -0.50 (1) |" in page
+    shares = page[page.index("MACs that are left, % of the dense network's:") :]
+    assert not any("dense + distillation" in text for text in shares[: shares.index("", 2)])
