@@ -397,7 +397,7 @@ def _rule(budgets: list[float]) -> str:
 
 
 def _lead(lines: list[Line]) -> str:
-    """The form of ours that the plots show: the last of `FORMS` that was measured."""
+    """The form of ours that others are shown beside: the first of these that was measured."""
     methods = {line["method"] for line in lines}
     return next(method for method in (QUARTER, TUNED, TAUGHT, OURS) if method in methods)
 
@@ -408,7 +408,8 @@ def _accuracy_plot(lines: list[Line], path: Path) -> None:
     lead = _lead(rows)
     measured = {line["method"] for line in rows}
     others = {m for m in measured if not m.startswith(OURS) and _is_compared(lead, m)}
-    methods = [lead, *(measured & {OURS} - {lead}), *sorted(others)]
+    ours = [method for method in (OURS, STARTED) if method in measured - {lead}]
+    methods = [lead, *ours, *sorted(others)]
     figure = Figure(figsize=(7.5, 4.2), layout="constrained")
     axes = figure.add_subplot()
     tones = matplotlib.colormaps["tab20"].colors

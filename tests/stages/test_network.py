@@ -81,3 +81,13 @@ def test_only_what_gets_smaller_images_has_to_do_with_one_of_them(summary):
         check_images(
             load_config({**recipe, "supernet": {**smaller, **one}}), net, summary.image_size
         )
+
+
+def frozen(num_classes):
+    return of_8_px(num_classes).requires_grad_(False)
+
+
+def test_a_model_with_nothing_to_train_is_refused(summary):
+    config = load_config({"model": {"name": f"{__name__}:frozen"}})
+    with pytest.raises(ConfigError, match="no parameter that is trained; expected some"):
+        build_supernet(config, summary)
