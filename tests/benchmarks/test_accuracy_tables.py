@@ -153,3 +153,12 @@ def test_who_starts_from_the_teacher_is_compared_with_who_does_so_too(tmp_path, 
     assert "| main network at the end, minus dense + distillation | -0.50 (1) |" in page
     shares = page[page.index("MACs that are left, % of the dense network's:") :]
     assert not any("dense + distillation" in text for text in shares[: shares.index("", 2)])
+
+
+def test_plots_show_the_form_that_was_measured_most_often(on_path):
+    from accuracy_tables import _lead
+    from contenders import TUNED
+
+    lines = [{"method": method} for method in (TUNED, QUARTER, "scratch", "scratch", TUNED)]
+    assert _lead(lines) == TUNED
+    assert _lead(lines[:4]) == QUARTER
