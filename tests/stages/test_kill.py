@@ -42,7 +42,7 @@ def test_an_interruption_ends_it_in_training_and_after_one(undisturbed, tmp_path
         driver = run.start()
         wait_for(lambda p=pattern: run.found(p), PATIENCE_S, pattern, driver.running)
         os.kill(driver.pid, signal.SIGINT)
-        assert driver.wait(60) == 128 + signal.SIGINT, driver.output
+        assert driver.wait(PATIENCE_S) == 128 + signal.SIGINT, driver.output
         assert "stopped; the same command goes on where it was" in driver.output
         driver.end()
     assert run.stages() == {"supernet"}
