@@ -194,7 +194,7 @@ def torch_pruning(
         teacher, gift = None, 0
     elif limit.macs is None and not finished:
         teacher, gift = _dense(bench, whole)
-    else:  # its own past, for at equal MACs there are no gifts
+    else:  # its own past: the finished teacher, or at equal MACs, which know no gifts, what is paid
         teacher, gift = copy.deepcopy(model), 0
     pruner = _pruner(
         bench, model, global_pruning=not even, pruning_ratio=1.0, max_pruning_ratio=0.95,
@@ -609,6 +609,8 @@ QUARTER = f"{TAUGHT}, a quarter, restart"
 TRIED = f"{OURS}, target alone, shapes tried"
 TUNED = f"{QUARTER}, tuned scores"
 STARTED = f"{TUNED}, of the teacher"
+#: What someone else makes of the same start.
+THEIRS = "torch-pruning, even, of the teacher"
 #: The ladder's loss as the paper has it: what is pruned to sees no label.
 PLAIN = f"{OURS}, target without labels"
 FORMS = {OURS: STP, TAUGHT: BEST, QUARTER: replace(BEST, share=1 / 4, restart=1.0)}
@@ -676,7 +678,7 @@ OWN_SHAPE: dict[str, Any] = {
     "torch-pruning, even": partial(torch_pruning, even=True),
     "torch-pruning, even, sparse learning": partial(torch_pruning, even=True, sparse=True),
     "torch-pruning, even, labels alone": partial(torch_pruning, even=True, lean=True),
-    "torch-pruning, even, of the teacher": partial(torch_pruning, even=True, finished=True),
+    THEIRS: partial(torch_pruning, even=True, finished=True),
 }
 
 #: Methods that train a shape that STP found, and which STP it was.

@@ -196,9 +196,7 @@ class _Pipeline:
             outputs = {f"{kind}/{name}": digest for name, digest in result["outputs"].items()}
             return outputs, {**result["metrics"], "macs": self.net.cost().macs}
 
-        goes_on = kind == "supernet" and self.config.supernet.from_baseline
-        before = ("baseline",) if goes_on else self._teacher(kind)
-        inputs = {"data": self.config.data.name, **self._inputs(*before)}
+        inputs = {"data": self.config.data.name, **self._inputs(*self._baseline(kind))}
         home = self.store.child(kind)
         self._stage(
             kind, inputs, work, lambda: self._scale(options), workers, lambda: seconds_spent(home)
@@ -275,7 +273,7 @@ class _Pipeline:
                 seconds = spent[label] + time.monotonic() - started
                 self.manifest.finish(
                     f"finalize/{label}",
-                    inputs=self._inputs("supernet", "explore", *self._teacher(*kinds)),
+                    inputs=self._inputs("supernet", "explore", *self._baseline(*kinds)),
                     outputs={
                         f"{home}/{PRUNED}": self.store.checksum(f"{home}/{PRUNED}"),
                         **{f"{home}/{name}": d for name, d in pruned["outputs"].items()},
@@ -454,10 +452,12 @@ class _Pipeline:
         done: dict[str, Record] = self.manifest.stages()
         return {stage: done[stage]["outputs"] for stage in stages if stage in done}
 
-    def _teacher(self, *trainings: Training) -> tuple[str, ...]:
-        """The stage whose network has a say in the labels of one of the trainings, if any."""
+    def _baseline(self, *trainings: Training) -> tuple[str, ...]:
+        """The stage whose network one of the trainings starts as, or has a say in the labels of, if
+        any."""
+        begun = "supernet" in trainings and self.config.supernet.from_baseline
         taught = any(self.config.teacher_weight_in(training) for training in trainings)
-        return ("baseline",) if taught else ()
+        return ("baseline",) if begun or taught else ()
 
     def _link_latest(self) -> None:
         """On local storage `latest` points to the run that finished last."""
