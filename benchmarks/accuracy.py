@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from bench import Bench, Images, Protocol, macs_of
-from contenders import GIVEN_SHAPE, OURS, OWN_SHAPE, QUARTER, WHOLE, Limit, Trained
+from contenders import GIVEN_SHAPE, OURS, OWN_SHAPE, QUARTER, TWICE, WHOLE, Limit, Trained
 from filling import Cell, Line, Table, fill
 from surroundings import surroundings
 
@@ -97,6 +97,8 @@ def cells(budgets: Sequence[float], methods: list[str], accounting: list[str]) -
         for method in methods:
             if count == "macs" and method.startswith(OURS) and not OWN_SHAPE[method].saves:
                 continue  # STP's own expense is what equal MACs means
+            if count == "macs" and method in TWICE:
+                continue  # what they have twice is epochs
             of = (1.0,) if method in WHOLE and count == "epochs" else budgets
             found += [{"method": method, "budget": b, "equal": count} for b in of]
     return found

@@ -11,14 +11,17 @@ import matplotlib
 from accuracy import PROTOCOLS
 from bench import Protocol
 from contenders import (
+    DENSE_TWICE,
     FORMS,
     GIVEN_SHAPE,
+    LONGER,
     OPTIONS,
     OURS,
     OWN_SHAPE,
     PARTS,
     PLAIN,
     QUARTER,
+    SCRATCH_TWICE,
     STARTED,
     TAUGHT,
     THEIRS,
@@ -93,7 +96,14 @@ CHANGED: dict[str, tuple[str, ...]] = {
         "torch-pruning, even",
         THEIRS,
     ),
-    STARTED: (TUNED, THEIRS, "torch-pruning, even", "scratch + distillation"),
+    STARTED: (
+        TUNED,
+        *(f"{STARTED}, {part}" for part in PARTS),
+        SCRATCH_TWICE,
+        THEIRS,
+        "torch-pruning, even",
+        "scratch + distillation",
+    ),
 }
 #: The sparsification that shrinks what it drops.
 PENALTY = "group lasso"
@@ -297,6 +307,16 @@ Question = tuple[str, Callable[[float], list[float]]]
 
 
 def _summary(ours: str, lines: list[Line]) -> list[Question]:
+    longer: list[Question] = [
+        (
+            f"retention, % of {DENSE_TWICE}",
+            lambda b: _paired(lines, ours, lines, DENSE_TWICE, b, ratio=True),
+        ),
+        (
+            f"main network at the end, minus {DENSE_TWICE}",
+            lambda b: _paired(lines, ours, lines, DENSE_TWICE, b, key="main_top1"),
+        ),
+    ]
     return [
         (
             "retention, % of the dense network's top-1",
@@ -310,6 +330,7 @@ def _summary(ours: str, lines: list[Line]) -> list[Question]:
             "main network at the end, minus dense + distillation",
             lambda b: _paired(lines, ours, lines, "dense + distillation", b, key="main_top1"),
         ),
+        *(longer if ours in LONGER else []),
         ("minus the best of all others in each seed", lambda b: _over_best(lines, ours, b)),
     ]
 
@@ -366,14 +387,14 @@ def _paired(
 
 def _over_best(lines: list[Line], method: str, budget: float) -> list[float]:
     """What the method is ahead of the best of the pruned networks that are not ours; those that
-    have their teacher's epochs besides their own count where ours has them too."""
-    longer = method == STARTED
+    see more epochs count where ours sees them too."""
+    longer = method in LONGER
     found = []
     for line in _at(lines, method, budget):
         others = [
             other["top1"] for other in lines
             if other["seed"] == line["seed"] and other["budget"] == budget
-            and not other["method"].startswith(OURS) and (longer or other["method"] != THEIRS)
+            and not other["method"].startswith(OURS) and (longer or other["method"] not in LONGER)
         ]  # fmt: skip
         if others:
             found.append(line["top1"] - max(others))

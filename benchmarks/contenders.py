@@ -102,6 +102,13 @@ def _copied(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
+def twice(
+    bench: Bench, of: Any, limit: Limit, *, make: Callable[[Bench, Any, Limit], Trained]
+) -> Trained:
+    """What `make` does, for twice the epochs: as many as what starts as the teacher has seen."""
+    return make(bench, of, replace(limit, epochs=2 * limit.epochs))
+
+
 def dense_distilled(bench: Bench, budget: float, limit: Limit) -> Trained:
     """The dense network once more, with a finished one as its teacher: what our main network,
     which is taught so, has to beat."""
@@ -611,6 +618,12 @@ TUNED = f"{QUARTER}, tuned scores"
 STARTED = f"{TUNED}, of the teacher"
 #: What someone else makes of the same start.
 THEIRS = "torch-pruning, even, of the teacher"
+#: As many epochs as its weights have seen, for a dense network and for its own shape from scratch.
+DENSE_TWICE = "dense, twice the epochs"
+SCRATCH_TWICE = "scratch + distillation, shape from the teacher, twice the epochs"
+TWICE = (DENSE_TWICE, SCRATCH_TWICE)
+#: Methods whose weights see more epochs than those of others.
+LONGER = (STARTED, THEIRS, *TWICE)
 #: The ladder's loss as the paper has it: what is pruned to sees no label.
 PLAIN = f"{OURS}, target without labels"
 FORMS = {OURS: STP, TAUGHT: BEST, QUARTER: replace(BEST, share=1 / 4, restart=1.0)}
@@ -641,11 +654,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 #: Methods that prune nothing.
-WHOLE = ("dense", "dense + distillation")
+WHOLE = ("dense", DENSE_TWICE, "dense + distillation")
+#: What wins on fresh seeds.
+FROM_TEACHER = replace(FORMS[QUARTER], **OPTIONS["tuned scores"], started=True)
 
 #: Methods with a shape of their own: (bench, budget, limit) -> `Trained`.
 OWN_SHAPE: dict[str, Any] = {
     "dense": dense,
+    DENSE_TWICE: partial(twice, make=dense),
     "dense + distillation": dense_distilled,
     "scratch at uniform widths": partial(given, how="uniform", make=scratch),
     "scratch at a random shape": partial(given, how="random", make=scratch),
@@ -662,7 +678,8 @@ OWN_SHAPE: dict[str, Any] = {
     f"{TUNED}, no expansion": replace(
         FORMS[QUARTER], **OPTIONS["tuned scores"], **PARTS["no expansion"]
     ),
-    STARTED: replace(FORMS[QUARTER], **OPTIONS["tuned scores"], started=True),
+    STARTED: FROM_TEACHER,
+    **{f"{STARTED}, {part}": replace(FROM_TEACHER, **without) for part, without in PARTS.items()},
     PLAIN: replace(STP, **OPTIONS["target without labels"]),
     f"{PLAIN}, no expansion": replace(STP, expansion=replace(DIRECT, target_ce=0.0)),
     "stp, main let go": replace(STP, expansion=replace(STP.expansion, main="drop")),
@@ -691,4 +708,5 @@ GIVEN_SHAPE: dict[str, tuple[Callable[[Bench, Subnet, Limit], Trained], str]] = 
     "scratch + distillation, shape of a quarter": (scratch_distilled, QUARTER),
     "scratch + distillation, shape of tuned scores": (scratch_distilled, TUNED),
     "scratch, shape that was tried": (scratch, TRIED),
+    SCRATCH_TWICE: (partial(twice, make=scratch_distilled), STARTED),
 }
