@@ -484,7 +484,8 @@ class Stp:
     def _name(self, epochs: int) -> str:
         s, taught = self.stimulation, "-taught" * self.taught
         options = f"{s.sampler}-{s.subnets}-{s.kd_weight}-{s.temperature}"
-        more = "-direction" * s.direction + f"-{s.resolutions}" * (s.resolutions != (1.0,))
+        more = "-direction" * s.direction + "-alpha" * (s.divergence == "alpha")
+        more += f"-{s.resolutions}" * (s.resolutions != (1.0,))
         return f"{epochs}-{self.turn}-{options}{more}{taught}{'-started' * self.started}"
 
     def shape(self, bench: Bench, net: Supernet, budget: float) -> tuple[Subnet, int]:
@@ -644,6 +645,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "subnets weigh double": {"stimulation": replace(FOUR, kd_weight=2.0)},
     "temperature 2 at first": {"stimulation": replace(FOUR, temperature=2.0)},
     "direction of logits": {"stimulation": replace(FOUR, direction=True)},
+    "alpha-divergence": {"stimulation": replace(FOUR, divergence="alpha")},
     # priced as if all images were of full size
     "smaller images too": {"stimulation": replace(FOUR, resolutions=(0.75, 1.0))},
     "tuned scores": {"tuning_steps": 50},

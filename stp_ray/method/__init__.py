@@ -8,6 +8,7 @@ from .objective import (
     ExpansionObjective,
     Stimulation,
     StimulativeObjective,
+    alpha_divergence,
     cross_entropy,
     kl_divergence,
 )
@@ -31,6 +32,7 @@ __all__ = [
     "StimulativeObjective",
     "Teacher",
     "Trainer",
+    "alpha_divergence",
     "calibrate",
     "cross_entropy",
     "evaluate",

@@ -40,6 +40,9 @@ class Stimulation:
     upper limit that falls from the full network to the budgets as training goes on [ours]."""
     direction: bool = False
     """Distil the direction of the logits alone, each divided by its L2 norm ("KL-") [ST]."""
+    divergence: Literal["kl", "alpha"] = "kl"
+    """What holds a subnet's answers to the main network's: KL, or for each image the larger of it
+    and of one that punishes what the subnet alone thinks likely (`alpha_divergence`) [ours]."""
     resolutions: tuple[float, ...] = (1.0,)
     """Scales of the input's height and width for subnets, one drawn for each of them [ST]."""
     different_per_rank: bool = True
@@ -62,6 +65,10 @@ class Stimulation:
             "at least 2 with the sandwich sampler, the smallest subnet being one of them",
             "raise it or choose another sampler",
         )
+        require(
+            self.divergence in _DIVERGENCES, "divergence", self.divergence, "kl or alpha",
+            "choose one",
+        )  # fmt: skip
         require(
             len(self.resolutions) > 0 and all(0 < scale <= 1 for scale in self.resolutions),
             "resolutions",
@@ -148,16 +155,58 @@ def kl_divergence(
     Returns:
         A scalar of at least single precision; zero where both agree.
     """
+    teacher, student = _log_probabilities(teacher_logits, student_logits, temperature, direction)
+    divergence = F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+    return divergence * temperature**2
+
+
+def alpha_divergence(
+    teacher_logits: Tensor,
+    student_logits: Tensor,
+    temperature: float = 1.0,
+    direction: bool = False,
+    clip: float = 5.0,
+) -> Tensor:
+    """Mean over the images of the larger alpha-divergence of two, times T^2; no gradient to the
+    teacher. With p what the teacher says and q what the student does, alpha = 1 is KL(p || q),
+    large where the student leaves out what the teacher thinks likely, and alpha = -1 is
+    (sum q^2 / p - 1) / 2, large where it thinks likely what the teacher does not [ours, after
+    AlphaNet, Wang et al., ICML 2021].
+
+    Args:
+        teacher_logits: [B, C].
+        student_logits: [B, C].
+        temperature: T.
+        direction: divide each row of logits by its L2 norm first, as `kl_divergence` does.
+        clip: most that p / q or q / p may weigh in the gradient, and q / p in the value; AlphaNet's
+            is 5, and infinity leaves both as they are.
+
+    Returns:
+        A scalar of at least single precision; zero where both agree.
+    """
+    teacher, student = _log_probabilities(teacher_logits, student_logits, temperature, direction)
+    with torch.no_grad():
+        p, q = teacher.exp(), student.exp()
+        short = (teacher - student).exp().clamp(max=clip)
+        over = (student - teacher).exp().clamp(max=clip)
+        kl = (p * (teacher - student)).sum(1)
+        other = ((q * over).sum(1) - 1) / 2
+        value = torch.maximum(kl, other)
+        push = q * torch.where((kl >= other)[:, None], -short, over)
+    own = (push * student).sum(1)  # whose gradient is that of the larger divergence, clipped
+    return (value + own - own.detach()).mean() * temperature**2
+
+
+_DIVERGENCES = {"kl": kl_divergence, "alpha": alpha_divergence}
+
+
+def _log_probabilities(
+    teacher_logits: Tensor, student_logits: Tensor, temperature: float, direction: bool
+) -> tuple[Tensor, Tensor]:
     teacher, student = _precise(teacher_logits.detach()), _precise(student_logits)
     if direction:
         teacher, student = F.normalize(teacher, dim=1), F.normalize(student, dim=1)
-    divergence = F.kl_div(
-        F.log_softmax(student / temperature, dim=1),
-        F.log_softmax(teacher / temperature, dim=1),
-        reduction="batchmean",
-        log_target=True,
-    )
-    return divergence * temperature**2
+    return F.log_softmax(teacher / temperature, dim=1), F.log_softmax(student / temperature, dim=1)
 
 
 def _precise(logits: Tensor) -> Tensor:
@@ -210,7 +259,8 @@ class DenseObjective(nn.Module):
 
 
 class StimulativeObjective(nn.Module):
-    """CE(z_M, y) + lambda * (1/K) sum_k KL(stop_grad(z_M) || z_k) [paper, ST].
+    """CE(z_M, y) + lambda * (1/K) sum_k KL(stop_grad(z_M) || z_k) [paper, ST], or another
+    divergence in the place of KL [ours].
 
     Args:
         net: the supernet.
@@ -238,12 +288,13 @@ class StimulativeObjective(nn.Module):
         [B, C, H, W] with labels [B] or [B, classes]; learnt by `backward`, if there is one, network
         by network."""
         options, direct = self.options, backward is not None
+        measure = _DIVERGENCES[options.divergence]
         main = self.net(images)
         ce = cross_entropy(main, labels, self.label_smoothing)
         loss, kd = _learnt(ce, backward), ce.new_zeros(())
         for subnet in subnets:
             logits = self.net(self._scaled(images), subnet, direct=direct)
-            divergence = kl_divergence(main, logits, options.temperature, options.direction)
+            divergence = measure(main, logits, options.temperature, options.direction)
             divergence = divergence / len(subnets)
             loss = loss + _learnt(options.kd_weight * divergence, backward)
             kd = kd + divergence.detach()

@@ -12,6 +12,7 @@ from stp_ray.method import (
     ExpansionObjective,
     Stimulation,
     StimulativeObjective,
+    alpha_divergence,
     kl_divergence,
 )
 
@@ -45,6 +46,49 @@ def test_kl_of_directions_does_not_see_the_length_of_logits(teacher, factor):
         kl_divergence(teacher, student, direction=True),
         kl_divergence(factor * teacher, student / factor, direction=True),
     )
+
+
+@given(logits, st.floats(0.5, 4), st.floats(1, 100))
+def test_alpha_divergence_is_zero_at_equality_and_at_least_kl(teacher, temperature, clip):
+    student = teacher.flip(1).requires_grad_()
+    found = alpha_divergence(teacher, student, temperature, clip=clip)
+    kl = kl_divergence(teacher, student, temperature)
+    assert found.item() >= kl.item() - 1e-5 * temperature**2
+    same = teacher.clone().requires_grad_()
+    none = alpha_divergence(teacher, same, temperature, clip=clip)
+    none.backward()
+    assert abs(none.item()) <= 1e-5 * temperature**2
+    torch.testing.assert_close(same.grad, torch.zeros_like(teacher), atol=1e-5, rtol=0)
+
+
+@given(logits, st.floats(0.5, 4))
+def test_unclipped_alpha_divergence_is_the_larger_of_two_with_its_gradient(teacher, temperature):
+    teacher = teacher.double()
+    student = teacher.roll(1, 1).mul(0.7).requires_grad_()
+    p, q = (teacher / temperature).softmax(1), (student / temperature).softmax(1)
+    kl, other = (p * (p / q).log()).sum(1), ((q**2 / p).sum(1) - 1) / 2
+    wanted = torch.maximum(kl, other).mean() * temperature**2
+    (slope,) = torch.autograd.grad(wanted, student)
+    found = alpha_divergence(teacher, student, temperature, clip=float("inf"))
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(torch.autograd.grad(found, student)[0], slope)
+
+
+def test_alpha_divergence_punishes_what_the_student_alone_thinks_likely_within_a_limit():
+    teacher = torch.tensor([[0.9, 0.09, 0.01]]).log()
+    spread = torch.tensor([[0.5, 0.3, 0.2]]).log()
+    clipped = torch.tensor((0.5 * 5 / 9 + 0.3 * 10 / 3 + 0.2 * 5 - 1) / 2)  # 0.2 / 0.01 is too much
+    torch.testing.assert_close(alpha_divergence(teacher, spread), clipped)
+    assert clipped > kl_divergence(teacher, spread)
+    left_out = torch.tensor([[0.998, 0.001, 0.001]]).log()  # where KL is the larger
+    torch.testing.assert_close(
+        alpha_divergence(teacher, left_out), kl_divergence(teacher, left_out)
+    )
+    extreme = torch.tensor([[300.0, 0.0, 0.0]], requires_grad=True)
+    found = alpha_divergence(torch.tensor([[0.0, 300.0, 0.0]]), extreme)
+    found.backward()
+    assert found.isfinite()
+    assert extreme.grad.abs().max() <= 5
 
 
 def test_kl_gives_the_teacher_no_gradient_and_is_precise_in_half_precision():
@@ -82,6 +126,17 @@ def test_stimulative_loss_is_ce_of_main_plus_the_mean_kl_of_subnets():
     torch.testing.assert_close(parts["kd"], kd)
     assert not parts["ce"].requires_grad
     assert not parts["kd"].requires_grad
+
+
+def test_stimulation_holds_subnets_to_main_by_the_divergence_it_is_told():
+    net = supernet().eval()
+    images, labels = images_and_labels(6)
+    subnet = net.space.sample(random.Random(0))
+    options = Stimulation(divergence="alpha", temperature=2.0)
+    parts = StimulativeObjective(net, options)(images, labels, [subnet])
+    wanted = alpha_divergence(net(images), net(images, subnet), 2.0)
+    torch.testing.assert_close(parts["kd"], wanted.detach())
+    assert parts["kd"] >= kl_divergence(net(images), net(images, subnet), 2.0)
 
 
 def test_main_network_learns_from_labels_alone():

@@ -23,6 +23,7 @@ WRONG = [
     (Stimulation, {"kd_weight": -1.0}),
     (Stimulation, {"temperature": 0.0}),
     (Stimulation, {"sampler": "best"}),
+    (Stimulation, {"divergence": "js"}),
     (Stimulation, {"resolutions": ()}),
     (Stimulation, {"resolutions": (2.0,)}),
     (Expansion, {"p_start": 1.5}),
