@@ -242,6 +242,7 @@ def describe_data(
     from .data import describe
 
     summary = dataclasses.asdict(describe(_data_options(source, root)))
+    summary["train_rows"] += summary.pop("holdout_rows")
     if as_json:
         print(json.dumps(summary, indent=2))
         return
@@ -593,4 +594,5 @@ def _data_options(source: str, root: str | None) -> Any:
         content = {"name": "parquet", "uri": source}
     else:
         content = {"name": source, "uri": root}
-    return load_config({"data": content}).data
+    # the least: what is held out is a recipe's business, and may be more than a small set has
+    return load_config({"data": {**content, "holdout": 1}}).data

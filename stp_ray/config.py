@@ -393,8 +393,15 @@ def load_config(
         content = dump_config(recipe)
     elif isinstance(recipe, Mapping):
         content = copy.deepcopy(dict(recipe))
-    else:
+    elif isinstance(recipe, (str, os.PathLike)):
         content = _read_recipe(recipe)
+    else:
+        raise ConfigError(
+            f"the recipe is {recipe!r:.60}; expected the name of one, the path of a YAML file, or "
+            "a mapping of keys to values"
+        )
+    if isinstance(overrides, str):
+        raise ConfigError(f"overrides are {overrides!r}; expected a list: [{overrides!r}]")
     for override in overrides:
         _override(content, override)
     for path, value in _leaves(content):

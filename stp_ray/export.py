@@ -47,7 +47,7 @@ FORMAT = "stp_ray.model/1"
 #: Largest relative difference between an exported program and its module.
 TOLERANCE = 1e-4
 
-_REQUIRED = ("model", "num_classes", "image_size", "space", "subnet")
+_REQUIRED = {"model": dict, "num_classes": int, "image_size": int, "space": dict, "subnet": dict}
 
 # What PyTorch's exporters raise for a model that they cannot express: there is no common
 # base class, and an export may not end a run that trained for days.
@@ -145,10 +145,22 @@ def load(uri: str, factory: Callable[..., nn.Module] | None = None) -> nn.Module
             f"{store.uri}/{DESCRIPTION} lacks {', '.join(missing)}; expected the file as it was "
             "written; copy it again"
         )
+    for key, kind in _REQUIRED.items():
+        if not isinstance(content[key], kind):
+            raise StorageError(
+                f"{store.uri}/{DESCRIPTION} says {key}: {content[key]!r:.80}; expected the file as "
+                "it was written; copy it again"
+            )
     dense = _dense(content, factory)
     size = content["image_size"]
-    net = Supernet.trace(dense, torch.zeros(1, 3, size, size), **content["space"])
-    subnet = Subnet.from_json(json.dumps(content["subnet"]))
+    try:
+        net = Supernet.trace(dense, torch.zeros(1, 3, size, size), **content["space"])
+        subnet = Subnet.from_json(json.dumps(content["subnet"]))
+    except (TypeError, ValueError) as error:
+        raise StorageError(
+            f"{store.uri}/{DESCRIPTION} describes no network: {error}; expected the file as it was "
+            "written; copy it again"
+        ) from error
     try:
         net.space.validate(subnet)
         module = net.extract(subnet)
@@ -156,20 +168,26 @@ def load(uri: str, factory: Callable[..., nn.Module] | None = None) -> nn.Module
     except (RuntimeError, ValueError) as error:
         raise StorageError(
             f"{store.uri} does not fit the model {content['model']['name']!r}: "
-            f"{str(error).splitlines()[0]}; build the same dense model that was trained"
+            f"{' '.join(str(error).split())[:200]}; build the same dense model that was trained"
         ) from error
     return module.eval()
 
 
 def _dense(content: Mapping[str, Any], factory: Callable[..., nn.Module] | None) -> nn.Module:
-    name, kwargs = content["model"]["name"], content["model"]["kwargs"]
+    name, kwargs = content["model"].get("name"), content["model"].get("kwargs")
+    if not isinstance(name, str) or not isinstance(kwargs, dict):
+        raise StorageError(
+            f"{DESCRIPTION} says model: {content['model']!r:.80}; expected a name and kwargs; copy "
+            "it again"
+        )
     sizes = {"num_classes": content["num_classes"], "image_size": content["image_size"]}
     if factory is not None:
-        return factory(**{**models.accepted(factory, sizes), **kwargs})
+        return models.build_with(factory, name, sizes, kwargs)
     if ":" in name:
         raise ConfigError(
             f"the model is {name!r}, which is not ours; expected a function that builds it, for "
-            "an import path read from storage is never followed; pass it as factory="
+            "an import path read from storage is never followed; pass it as factory=, or --factory "
+            "on the command line"
         )
     return models.build_for(name, sizes, kwargs)
 
@@ -556,11 +574,7 @@ def model_card(
         "",
         "## Load it",
         "",
-        *_code(
-            "import stp_ray",
-            "",
-            f'model = stp_ray.load("{entry["uri"]}")  # an ordinary torch.nn.Module, in eval mode',
-        ),
+        *_code(*_loading(name, entry["uri"])),
         "",
         f"`{WEIGHTS}` holds the weights, `{DESCRIPTION}` the architecture; neither is unpickled.",
     ]
@@ -569,6 +583,18 @@ def model_card(
     if notes:
         lines += ["", "## Notes", "", *(f"- {note}" for note in notes)]
     return "\n".join(lines).replace("SIZE", str(size)) + "\n"
+
+
+def _loading(name: str, uri: str) -> list[str]:
+    """How to load a model of that name: with the function that builds it, if it is not ours."""
+    module, _, function = name.partition(":")
+    given = f", factory={function}" if function else ""
+    return [
+        "import stp_ray",
+        *([f"from {module} import {function}"] if function else []),
+        "",
+        f'model = stp_ray.load("{uri}"{given})  # an ordinary torch.nn.Module, in eval mode',
+    ]
 
 
 def _met(measured: Mapping[str, Any]) -> str:

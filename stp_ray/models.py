@@ -114,7 +114,18 @@ def build_model(
 def build_for(name: str, data: Mapping[str, Any], kwargs: Mapping[str, Any]) -> nn.Module:
     """As `build_model`, with the `num_classes` and `image_size` of some data, before which go
     those that `kwargs` may name."""
-    factory = find_factory(name)
+    return build_with(find_factory(name), name, data, kwargs)
+
+
+def build_with(
+    factory: Callable[..., Any], name: str, data: Mapping[str, Any], kwargs: Mapping[str, Any]
+) -> nn.Module:
+    """The same by a function that is at hand, whatever its name."""
+    if not callable(factory) or isinstance(factory, nn.Module):
+        raise ConfigError(
+            f"what builds {name!r} is {' '.join(repr(factory).split())[:60]}; expected a function "
+            "that returns a torch.nn.Module"
+        )
     given = {**accepted(factory, data), **kwargs}
     try:
         model = factory(**given)

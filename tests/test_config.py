@@ -111,6 +111,17 @@ def test_scalars_are_read_as_in_yaml_1_2():
     assert config.seed == 16
 
 
+@pytest.mark.parametrize("recipe", [None, 3, ["demo"]])
+def test_what_is_no_recipe_is_told(recipe):
+    with pytest.raises(ConfigError, match=r"the recipe is .*; expected the name of one"):
+        load_config(recipe)
+
+
+def test_one_override_alone_is_no_list():
+    with pytest.raises(ConfigError, match=r"overrides are 'seed=1'; expected .*\['seed=1'\]"):
+        load_config({}, "seed=1")
+
+
 def test_a_recipe_given_as_a_mapping_is_left_alone():
     recipe = {"data": {"limit": 10}}
     load_config(recipe, ["data.limit=20", "supernet.stimulation.subnets=2"])

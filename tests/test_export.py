@@ -171,6 +171,48 @@ def test_a_description_that_was_damaged_is_told(pruned, store, key):
         export.load(store.uri)
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("image_size", "16", "says image_size: '16'"),
+        ("space", None, "says space: None"),
+        ("space", {"divisor": 0}, "describes no network: divisor is 0"),
+        ("space", {"width": 4}, "describes no network: .*unexpected keyword"),
+        ("subnet", 3, "says subnet: 3"),
+        ("subnet", {"widths": {}}, "describes no network: not a subnet"),
+        ("model", "resnet20", "says model: 'resnet20'"),
+        ("model", {"name": "resnet20"}, "says model: .*expected a name and kwargs"),
+    ],
+)
+def test_a_damaged_value_in_a_description_is_told(pruned, store, key, value, words):
+    module, description = pruned
+    export.save_model(store, module, description)
+    store.write_json("model.json", {**store.read_json("model.json"), key: value})
+    with pytest.raises(StorageError, match=words) as caught:
+        export.load(store.uri)
+    assert "\n" not in str(caught.value)
+
+
+def fails(num_classes):
+    raise RuntimeError("no such layer")
+
+
+@pytest.mark.parametrize(
+    ("factory", "words"),
+    [
+        (resnet20(), "is CifarResNet.*; expected a function that returns a torch.nn.Module"),
+        (lambda: 3, "returned int; expected a torch.nn.Module"),
+        (fails, "RuntimeError: no such layer"),
+    ],
+)
+def test_a_factory_that_builds_no_model_is_told(pruned, store, factory, words):
+    module, description = pruned
+    export.save_model(store, module, description)
+    with pytest.raises(ConfigError, match=words) as caught:
+        export.load(store.uri, factory=factory)
+    assert "\n" not in str(caught.value)
+
+
 def test_an_unknown_format_is_refused(pruned, store):
     module, description = pruned
     export.save_model(store, module, description)
@@ -403,6 +445,13 @@ def test_model_card_states_the_figures_and_how_to_load():
     assert "98.06 %" in card and "98.56 %" in card
     assert 'stp_ray.load("runs/demo-1a2b/budget-0.15")' in card
     assert "no ONNX file: reason" in card
+
+
+def test_model_card_loads_a_model_of_ones_own_by_its_factory():
+    own = {**DESCRIPTION, "model": {"name": "nets.mine:build", "kwargs": {}}}
+    card = export.model_card(SUMMARY, "0.15", own)
+    assert "from nets.mine import build" in card
+    assert 'stp_ray.load("runs/demo-1a2b/budget-0.15", factory=build)' in card
 
 
 def test_model_card_says_what_was_not_measured():

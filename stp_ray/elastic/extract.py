@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .cost import Extent
-from .slicing import Layout, Merge, narrowed
+from .slicing import Layout, Merge, measured, narrowed
 from .subnet import Subnet
 
 if TYPE_CHECKING:
@@ -78,8 +78,10 @@ def _layer(
         part = layout.cut(tensor_name, tensor, subnet)
         cut = cut or part is not tensor
         tensors[tensor_name] = copies.own(tensor, part)
-    if layout.norm and stats is not None and name in stats:
-        tensors.update({key: value.clone() for key, value in stats[name].items()})
+    mean = tensors.get("running_mean")
+    if layout.norm and stats is not None and mean is not None:
+        found = measured(name, stats, mean)
+        tensors.update({key: value.clone() for key, value in found.items()})
     sizes = layout.sizes(subnet) if cut or not layout.tensors else {}
     small = narrowed(module, tensors, sizes, layout.narrow_class if cut else None)
     return copy.deepcopy(small, {id(tensor): tensor for tensor in tensors.values()})

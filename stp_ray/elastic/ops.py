@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from .attention import MultiheadSelfAttention, WindowSelfAttention, WindowSelfAttentionV2
-from .dims import Atom, Dim, Dims, constant, length, merge
+from .dims import Atom, Dim, Dims, Frozen, constant, length, merge
 
 #: What a node yields: the dimensions of a tensor, a tuple of such, or None for anything else.
 Value = Any
@@ -139,20 +139,17 @@ class Visit:
         told = value.args[1] if value.target is getattr else value.target
         if told in _NO_SIZE:
             return []
-        source, place = value, None
-        if value.target is operator.getitem and isinstance(value.args[0], fx.Node):
-            source, place = value.args[0], value.args[1]
-        elif value.op == "call_method" and value.target == "size":
-            place = value.args[1] if len(value.args) > 1 else value.kwargs.get("dim")
+        source, places = value, list[Any]()
+        while source.target is operator.getitem and isinstance(source.args[0], fx.Node):
+            places.insert(0, source.args[1])
+            source = source.args[0]
+        if source.op == "call_method" and source.target == "size":
+            place = source.args[1] if len(source.args) > 1 else source.kwargs.get("dim")
+            places[:0] = [] if place is None else [place]
         found: list[Dim] = []
         for node in source.all_input_nodes:
             dims = self._values.get(node)
-            if not isinstance(dims, tuple):
-                found += self.origins(node)
-            elif isinstance(place, int):
-                found.append(dims[place])
-            else:
-                found += dims
+            found += _taken(dims, places) if isinstance(dims, tuple) else self.origins(node)
         return [dim for dim in found if not self.dims.is_constant(dim)]
 
     def resolved(self, dims: Iterable[Dim]) -> tuple[Dim, ...]:
@@ -308,7 +305,7 @@ def group_norm(visit: Visit) -> Value:
         visit.tensor(name, x[1])
     visit.step.attributes["num_channels"] = Size(x[1])
     if module.num_groups > 1:  # a single group spans all channels, however many they are
-        visit.dims.coarsen(x[1], per_group, visit.source)
+        visit.dims.coarsen(x[1], per_group, f"groups that its pieces do not fit: {visit.source}")
         visit.step.attributes["num_groups"] = Size(x[1], per=per_group)
     return x
 
@@ -878,6 +875,20 @@ def index(visit: Visit) -> Value:
     return (*out, *rest)
 
 
+def _taken(dims: tuple[Dim, ...], places: Iterable[Any]) -> tuple[Dim, ...]:
+    """What of a shape is left after it has been indexed, such as the third of [1:][2]; all of it
+    where that is not known."""
+    for place in places:
+        if isinstance(place, int):
+            return (dims[place],)
+        if not isinstance(place, slice) or any(
+            isinstance(part, fx.Node) for part in (place.start, place.stop, place.step)
+        ):
+            return dims
+        dims = dims[place]
+    return dims
+
+
 def _takes_all(part: slice, size: int) -> bool:
     """Whether a slice leaves nothing out, of `size` elements or of fewer."""
     return (
@@ -909,14 +920,20 @@ def arithmetic(visit: Visit) -> Value:
 def unknown(visit: Visit) -> Value:
     """Freeze everything that reaches the operation, and say so."""
     visit.step.opaque = True
-    inputs = visit.node.all_input_nodes
+    inputs, before = visit.node.all_input_nodes, len(visit.dims.frozen)
     name = type(visit.module).__name__ if visit.maybe_module is not None else visit.node.target
     name = getattr(name, "__name__", name)
     visit.freeze(*(visit.value(node) for node in inputs), reason=f"no rule for {name}")
     for node in inputs:
         visit.freeze(tuple(visit.origins(node)), reason=f"no rule for {name}, which uses the size")
     if visit.maybe_module is not None:
-        for tensor, _ in visit.module.named_parameters():
+        parameters = [tensor for tensor, _ in visit.module.named_parameters()]
+        if parameters and len(visit.dims.frozen) == before:  # it stands in nobody's way but its own
+            shape = visit.shape if isinstance(visit.shape, torch.Size) else (0,)
+            width = shape[1] if len(shape) == 4 else shape[-1]
+            reason = f"no rule for {name}: {visit.source}"
+            visit.dims.frozen.append(Frozen(visit.layer, width, reason))
+        for tensor in parameters:
             visit.dims.freeze(visit.tensor(tensor), f"no rule for {name}", report=False)
         visit.step.scratch = tuple(buffer for buffer, _ in visit.module.named_buffers())
     return visit.constants()

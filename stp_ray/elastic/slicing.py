@@ -146,6 +146,21 @@ def sized(value: Any, subnet: Subnet) -> Any:
     return value
 
 
+def measured(
+    layer: str, stats: Mapping[str, Mapping[str, Tensor]], mean: Tensor
+) -> Mapping[str, Tensor]:
+    """What was measured for a layer that keeps running statistics, with as many channels as
+    `mean`. Raises ValueError where that is nothing, or was measured for another width."""
+    found = stats.get(layer)
+    if found is None or found["running_mean"].shape != mean.shape:
+        held = "none" if found is None else f"those of {len(found['running_mean'])} channels"
+        raise ValueError(
+            f"statistics of {layer} are {held}; expected those of {len(mean)} channels; calibrate "
+            "this subnet and give what comes out as it is"
+        )
+    return found
+
+
 def narrowed(
     module: nn.Module,
     tensors: Mapping[str, Tensor | None],

@@ -204,7 +204,9 @@ class SearchSpace:
 
     def require(self, budget: Budget) -> None:
         """Raise BudgetError if not even the smallest subnet keeps the budget; ValueError if it
-        bounds latency and this space has no terms of it."""
+        bounds latency and this space has no terms of it, or is no `Budget`."""
+        if not isinstance(budget, Budget):
+            raise ValueError(f"budget is {budget!r}; expected a Budget, such as Budget(macs=0.15)")
         least, full = self._least_cost, self._full_cost
         if not budget.admits(least, of=full):
             seconds = ""
@@ -213,11 +215,12 @@ class SearchSpace:
                     f" and about {1e3 * least.latency_s:.3g} ms "
                     f"({least.latency_s / full.latency_s:.4f})"
                 )
+            macs, params = least.macs / max(full.macs, 1), least.params / max(full.params, 1)
             raise BudgetError(
                 f"no subnet keeps the budget {budget.label}: the cheapest one costs {least.macs:,} "
-                f"MACs ({least.macs / full.macs:.4f} of the full network) and {least.params:,} "
-                f"params ({least.params / full.params:.4f}){seconds}; raise the budget, or lower "
-                "space.divisor or space.min_ratio"
+                f"MACs ({macs:.4f} of the full network) and {least.params:,} params "
+                f"({params:.4f}){seconds}; raise the budget, or lower space.divisor or "
+                "space.min_ratio"
             )
 
     def validate(self, subnet: Subnet) -> None:
@@ -235,7 +238,9 @@ class SearchSpace:
     # -- draws ----------------------------------------------------------------------
 
     def uniform(self, ratio: float) -> Subnet:
-        """Every width at this ratio of its full width, all blocks kept."""
+        """Every width at this ratio of its full width, all blocks kept. Raises ValueError for a
+        ratio outside of [0, 1]."""
+        _require_share("ratio", ratio)
         return Subnet({axis.name: axis.nearest(ratio * axis.size) for axis in self.axes})
 
     def uniform_within(self, budget: Budget) -> Subnet:
@@ -327,8 +332,11 @@ class SearchSpace:
 
         An axis moves by one or two choices half of the time and anywhere otherwise. With a
         budget the result is brought back under it, and close to it, by single steps. `rng`
-        alone decides. Raises BudgetError if no subnet keeps the budget.
+        alone decides. Raises BudgetError if no subnet keeps the budget, ValueError if p is no
+        probability or the subnet of another space.
         """
+        _require_share("p", p)
+        self.validate(subnet)
         widths, dropped = dict(subnet.widths), set(subnet.dropped)
         for block in self.blocks:
             if rng.random() < p:
@@ -350,8 +358,10 @@ class SearchSpace:
         """Each block, with the axes inside it, and each other axis comes from `one` or from
         `other`, as `rng` decides [ours]. A budget is kept as by `mutate`.
 
-        Raises BudgetError if no subnet keeps the budget.
+        Raises BudgetError if no subnet keeps the budget, ValueError for a subnet of another space.
         """
+        self.validate(one)
+        self.validate(other)
         widths: dict[str, int] = {}
         dropped: set[str] = set()
         source = {block.name: rng.choice((one, other)) for block in self.blocks}
@@ -367,16 +377,21 @@ class SearchSpace:
         """A mutation upwards, subnet within result within full: subnet mutating expansion [paper].
 
         Each axis moves, with probability p, to a random width between its own and the full one;
-        each dropped block comes back with probability p; `rng` draws [ours].
+        each dropped block comes back with probability p; `rng` draws [ours]. Raises ValueError if p
+        is no probability or the subnet of another space.
         """
+        _require_share("p", p)
+        self.validate(subnet)
         dropped = {name for name in sorted(subnet.dropped) if rng.random() >= p}
         widths = {}
         for axis in self.axes:
             width = subnet.widths[axis.name]
             if rng.random() < p:
-                width = rng.choice([choice for choice in axis.choices if choice >= width])
+                wider = rng.choice([choice for choice in axis.choices if choice >= width])
+                inside = self._homes[axis.name] & dropped  # where no width is used
+                width = width if inside else wider
             widths[axis.name] = width
-        return self.canonical(Subnet(widths, dropped))
+        return Subnet(widths, dropped)
 
     def canonical(self, subnet: Subnet) -> Subnet:
         """The same network as `subnet`, with axes that lie wholly inside dropped blocks at their
@@ -466,3 +481,8 @@ class SearchSpace:
         """The width so many steps further among an axis's choices."""
         choices = self.axes[place].choices
         return choices[choices.index(width) + step]
+
+
+def _require_share(name: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} is {value!r}; expected a number in [0, 1]")

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from html import escape
+from operator import index
 from types import MappingProxyType
 
 from .show import folded, table
@@ -18,13 +19,23 @@ class Subnet:
     Args:
         widths: axis name -> width, in the axis's own unit (channels, heads or groups).
         dropped: names of the residual blocks that are left out.
+
+    Raises:
+        ValueError: a width is not an integer, or `dropped` is one name alone.
     """
 
     widths: Mapping[str, int]
     dropped: frozenset[str] = frozenset()
 
     def __init__(self, widths: Mapping[str, int], dropped: Iterable[str] = ()) -> None:
-        ordered = {str(name): int(widths[name]) for name in sorted(widths)}
+        if isinstance(dropped, str):
+            raise ValueError(f"dropped is {dropped!r}; expected a list or a set of names of blocks")
+        try:
+            ordered = {str(name): index(widths[name]) for name in sorted(widths)}
+        except TypeError as error:
+            raise ValueError(
+                f"widths are {repr(widths)[:80]}; expected a mapping of axis names to integers"
+            ) from error
         object.__setattr__(self, "widths", MappingProxyType(ordered))
         object.__setattr__(self, "dropped", frozenset(dropped))
 
@@ -54,7 +65,7 @@ class Subnet:
                 raise ValueError("a width is not an integer")
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
-                f"not a subnet: {text[:80]!r} ({error}); expected "
+                f"not a subnet: {repr(text)[:80]} ({error}); expected "
                 '{"dropped": [names], "widths": {name: integer}}'
             ) from error
         return cls(widths, dropped)

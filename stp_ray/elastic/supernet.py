@@ -11,7 +11,7 @@ from .dims import Frozen
 from .extract import extract
 from .ranking import rank
 from .show import folded, table
-from .slicing import Layout, Merge, Ranges, Segments, narrowed
+from .slicing import Layout, Merge, Ranges, Segments, measured, narrowed
 from .space import SearchSpace
 from .subnet import Subnet
 from .trace import Traced, trace
@@ -125,6 +125,9 @@ class Supernet(nn.Module):
                 the subnet alone costs. Autograd does not see the parameters then: their hooks do
                 not run, and gradients reach them by `backward()` only, once for each forward
                 [ours].
+
+        Raises:
+            ValueError: the subnet is of another space, or the statistics are of another subnet.
         """
         if subnet is None and stats is None and not direct:
             return self.model(images)
@@ -132,7 +135,10 @@ class Supernet(nn.Module):
 
     def cost(self, subnet: Subnet | None = None) -> Cost:
         """MACs for one sample of the example input's shape, and parameters, of a subnet or, without
-        one, of the main network. Touches no tensor."""
+        one, of the main network. Touches no tensor. Raises ValueError for a subnet of another
+        space."""
+        if subnet is not None:
+            self.space.validate(subnet)
         return self.space.cost(subnet)
 
     def extract(self, subnet: Subnet, stats: Stats | None = None) -> nn.Module:
@@ -142,6 +148,9 @@ class Supernet(nn.Module):
         Args:
             subnet: what to keep.
             stats: its BatchNorm statistics; by default the prefix of the main network's.
+
+        Raises:
+            ValueError: the subnet is of another space, or the statistics are of another subnet.
         """
         self.space.validate(subnet)
         return extract(self.model, self._layouts, self._merges, subnet, stats)
@@ -297,16 +306,16 @@ def _normalise(
     stats: "Stats | StatsRecorder | None",
 ) -> None:
     """Choose the statistics that a subnet's BatchNorm uses; the main network's are only read."""
+    cut = tensors.get("running_mean")
+    mean = cast(Tensor, module.running_mean if cut is None else cut)
     if isinstance(stats, StatsRecorder):
-        mean = tensors.get("running_mean")
-        like = cast(Tensor, module.running_mean if mean is None else mean)
-        tensors.update(stats.buffers(layer, like, cast(Tensor, module.num_batches_tracked)))
+        tensors.update(stats.buffers(layer, mean, cast(Tensor, module.num_batches_tracked)))
         attributes.update(training=True, momentum=None)
     elif module.training:
         tensors.update(running_mean=None, running_var=None, num_batches_tracked=None)
         attributes["track_running_stats"] = False
     elif stats is not None:
-        tensors.update(stats[layer])
+        tensors.update(measured(layer, stats, mean))
 
 
 def arguments(node: fx.Node, layout: Layout) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -35,6 +35,7 @@ _BATCH = 11
 
 #: Where a node keeps the (file, line) that it comes from.
 _LINE = "stp_line"
+_OURS = tuple(os.path.dirname(path) + os.sep for path in (torch.__file__, __file__))
 
 #: Marks a node whose module works in place in the model that was traced.
 _WRITES = "stp_writes"
@@ -107,10 +108,19 @@ def trace(
         TraceError: the model cannot be traced; the message names the operation and the line.
         OptionError: an option is out of range, or a pattern matches no layer.
     """
-    if divisor is not None and divisor < 1:
-        raise OptionError(f"divisor is {divisor}; expected a positive integer")
-    if not 0 < min_ratio <= 1:
-        raise OptionError(f"min_ratio is {min_ratio}; expected a share in (0, 1]")
+    if not isinstance(model, nn.Module):
+        raise TraceError(f"the model is a {type(model).__name__}; expected a torch.nn.Module")
+    if not isinstance(example_input, Tensor) or example_input.dim() != 4:
+        tensor = isinstance(example_input, Tensor)
+        found = f"has shape {list(example_input.shape)}" if tensor else f"is {example_input!r:.40}"
+        raise TraceError(f"the example input {found}; expected images [B, C, H, W] in a tensor")
+    if divisor is not None and not (isinstance(divisor, int) and divisor >= 1):
+        raise OptionError(f"divisor is {divisor!r}; expected a positive integer")
+    if not (isinstance(min_ratio, int | float) and 0 < min_ratio <= 1):
+        raise OptionError(f"min_ratio is {min_ratio!r}; expected a share in (0, 1]")
+    for name, patterns in (("ignore", ignore), ("only", only)):
+        if isinstance(patterns, str):
+            raise OptionError(f"{name} is {patterns!r}; expected a list: [{patterns!r}]")
     graph = symbolic_graph(model, example_input)
     shapes, counted, batch = _shapes(graph, example_input)
     _write_nothing(graph, shapes)
@@ -124,7 +134,12 @@ def trace(
 
 
 class _Proxy(fx.Proxy):
-    """Records `x += y` as what it is, a change of x itself; fx's own takes it for x = x + y."""
+    """Records `x += y` as what it is, a change of x itself; fx's own takes it for x = x + y. Where
+    it stands for a tuple it has its length."""
+
+    def __len__(self) -> int:
+        count = cast("_Tracer", self.tracer).count(self)
+        return super().__len__() if count is None else count
 
 
 def _in_place(operation: Any) -> Any:
@@ -175,6 +190,8 @@ class _Tracer(fx.Tracer):
         node = super().create_node(*args, **kwargs)
         frame = sys._getframe(1)
         while frame.f_back is not None and _is_ours(frame.f_code.co_filename):
+            if frame.f_code is _trace_once.__code__:  # no line of the model led here
+                return node
             frame = frame.f_back
         node.meta[_LINE] = (frame.f_code.co_filename, frame.f_lineno)
         return node
@@ -195,6 +212,22 @@ class _Tracer(fx.Tracer):
             return super().to_bool(proxy)  # raises
         proxy.node.meta[_DECIDES] = True
         return found[0]
+
+    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
+        """The parts of a tuple of values, such as what a split gives, one by one."""
+        count = self.count(obj)
+        if count is None:
+            return super().iter(obj)  # raises
+        return iter([cast(Any, obj)[place] for place in range(count)])
+
+    def count(self, proxy: fx.Proxy) -> int | None:
+        """How many values a tuple of them has; None for what is no tuple, or cannot be computed
+        without values of tensors."""
+        try:
+            found = self._evaluate(proxy.node, _BATCH)
+        except Exception:
+            return None
+        return len(found) if isinstance(found, (tuple, list)) else None
 
     def _evaluate(self, node: fx.Node, batch: int) -> Any:
         """The value of a node of the unfinished graph, computed without arithmetic."""
@@ -419,7 +452,8 @@ def _trace_once(model: nn.Module, example: Tensor) -> fx.Graph:
         raise TraceError(
             f"cannot trace {type(model).__name__}: module {module!r} at {where}{code}: {cause}; "
             "expected a forward whose control flow does not depend on the values of tensors; "
-            "replace the operation, or wrap it in a module of torch.nn, which is kept whole"
+            "replace the operation, or give it a function of its own under torch.fx.wrap, which is "
+            "kept whole"
         ) from error
 
 
@@ -456,7 +490,7 @@ def _follow_mode(
             raise TraceError(
                 f"the model computes different operations in training and evaluation mode, first "
                 f"at {_source(node)}; expected one forward for both; move the difference into a "
-                "module"
+                "function under torch.fx.wrap that is told self.training"
             )
         same.remove(twin)
         twins[node] = twin
@@ -471,7 +505,8 @@ def _follow_mode(
         if node in alone and shared and _works_in_place(node, in_place):
             raise TraceError(
                 f"{_source(node)} works in place while training alone; expected one forward for "
-                "both modes; move the difference into a module"
+                "both modes; move the difference into a function under torch.fx.wrap that is told "
+                "self.training"
             )
     return [str(n.target) for n in training.nodes if n in alone and n.op == "call_module"]
 
@@ -490,10 +525,11 @@ def _agree(node: fx.Node, other: fx.Node, twins: dict[fx.Node, fx.Node]) -> bool
     """Whether two nodes do the same to the same values, up to what the mode decides."""
     if node.op == "output":  # auxiliary outputs follow the logits
         theirs = other.args[0]
+        parts = theirs
         if isinstance(theirs, fx.Node) and isinstance(theirs.target, type):  # a named tuple
-            theirs = (*theirs.args, *theirs.kwargs.values())
-        first = theirs[0] if isinstance(theirs, (tuple, list)) and theirs else theirs
-        return any(_same(node.args[0], value, twins) for value in (theirs, first))
+            parts = (*theirs.args, *theirs.kwargs.values())
+        first = parts[0] if isinstance(parts, (tuple, list)) and parts else parts
+        return any(_same(node.args[0], value, twins) for value in (theirs, parts, first))
     return _same(node.args, other.args, twins) and _same(node.kwargs, other.kwargs, twins)
 
 
@@ -540,7 +576,7 @@ def _following(graph: fx.Graph, node: fx.Node, ours: Any, theirs: Any) -> Any:
 
 def _is_ours(filename: str) -> bool:
     """Whether a line belongs to torch or to the tracer, and not to the user's model."""
-    return filename.startswith((os.path.dirname(torch.__file__) + os.sep, __file__))
+    return filename.startswith(_OURS)
 
 
 def _source(node: fx.Node) -> str:
@@ -597,10 +633,6 @@ def _shapes(
     graph: fx.GraphModule, example: Tensor
 ) -> tuple[dict[fx.Node, ops.Shape], dict[fx.Node, int], int]:
     """Shapes and MACs of the nodes, and the number of samples that they are for."""
-    if example.dim() != 4:
-        raise TraceError(
-            f"the example input has shape {list(example.shape)}; expected images [B, C, H, W]"
-        )
     sizes = {*example.shape[1:], *(n for p in graph.parameters() for n in p.shape)}
     batch = _batch_beside(sizes)
     run = _shape_pass(graph, example, batch)
@@ -851,7 +883,7 @@ class _Analysis:
             if taken[name] > 1:
                 name = f"{name}#{taken[name]}"
             step_size = 1 if variable.unit == "heads" else divisor // gcd(divisor, factor)
-            floor = max(step_size, ceil(variable.size * min_ratio / step_size) * step_size)
+            floor = max(step_size, ceil(variable.size * min_ratio / step_size - 1e-9) * step_size)
             choices = tuple(dict.fromkeys([*range(floor, variable.size, step_size), variable.size]))
             if len(choices) < 2:
                 self.dims.frozen += [

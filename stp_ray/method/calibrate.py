@@ -25,15 +25,29 @@ def calibrate(net: Supernet, subnet: Subnet, batches: Iterable[Tensor]) -> Stats
         empty if the subnet has no BatchNorm.
 
     Raises:
-        ValueError: there is no batch.
+        ValueError: there is no batch, or one that is no tensor of several images.
     """
     recorder = StatsRecorder()
     device = device_of(net)
     count = 0
     with inspecting(net):
         for count, images in enumerate(batches, start=1):
+            _check(images, count)
             net(images.to(device), subnet, stats=recorder)
             if count == 1 and not recorder.stats():
                 return {}
     require(count > 0, "the number of calibration batches", count, "at least 1", "add images")
     return recorder.stats()
+
+
+def _check(images: object, place: int) -> None:
+    """Refuse what a loader of images with labels, or a tensor that is taken apart, would give."""
+    if not isinstance(images, Tensor):
+        found, change = type(images).__name__, "leave labels out: (images for images, _ in loader)"
+    elif images.dim() != 4:
+        found, change = f"a tensor of shape {list(images.shape)}", "give a list of batches"
+    else:
+        return
+    raise ValueError(
+        f"calibration batch {place} is {found}; expected a tensor of images [B, C, H, W]; {change}"
+    )

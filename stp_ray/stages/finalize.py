@@ -116,8 +116,8 @@ def _side_by_side(
 
 
 def _jobs(config: RunConfig, run: Store, label: str, target: str) -> list[Job]:
-    """The ladder, and the control where it is wanted: the same shape from scratch for as many
-    epochs as supernet and ladder have together."""
+    """The ladder, and the control where it is wanted: the same shape from scratch for all epochs
+    that the pruned network's weights see."""
     ladder = Job(
         stage=f"finalize/{label}", kind="finalize", folder=folder(label), run_uri=run.uri,
         config=config, options=config.finalize.optimisation, target=target,

@@ -120,13 +120,22 @@ def _logits(net: Supernet, example: torch.Tensor) -> int:
 
 
 def check_images(config: RunConfig, net: Supernet, size: int) -> None:
-    """That the network can be trained on what a step will hold: the smaller images that subnets
-    get, and batches of one image, where a worker's share is no larger.
+    """That the network can be trained on what a step will hold: its subnets, the smaller images
+    that they get, and batches of one image, where a worker's share is no larger.
 
     Raises:
         ConfigError: it cannot.
     """
     example = torch.zeros(1, 3, size, size)
+    try:
+        with inspecting(net):
+            net(example.expand(2, -1, -1, -1), net.space.smallest)
+    except Exception as error:
+        raise ConfigError(
+            f"the smallest subnet of {config.model.name!r} does not run ({_short(error)}); "
+            "expected one that does: tracing has missed something; name what must stay whole in "
+            "space.ignore, and report the model"
+        ) from error
     sizes = [scaled(example, scale) for scale in config.supernet.stimulation.resolutions]
     for images in sizes:
         try:

@@ -298,8 +298,9 @@ class _Pipeline:
         for label in summary["budgets"]:
             home = self.store.child(folder(label))
             pruned, description = home.read_json(PRUNED), home.read_json(export.DESCRIPTION)
+            notes = [*pruned["notes"], *self._unequal_epochs()]
             card = export.model_card(
-                summary, label, description, pruned["notes"], list(pruned.get("programs", ()))
+                summary, label, description, notes, list(pruned.get("programs", ()))
             )
             home.write_bytes("README.md", card.encode())
         write_report(self.store)
@@ -326,6 +327,18 @@ class _Pipeline:
             tracker.picture("accuracy", lambda: accuracy_against_macs(summary, "png"))
             tracker.artifact(self._artifact("report"))
         self.tracking.complete(list(budgets))
+
+    def _unequal_epochs(self) -> list[str]:
+        """What has to be said of a retention that is not against a network of as many epochs."""
+        config = self.config
+        seen = config.epochs_before("finalize") + config.finalize.optimisation.epochs
+        if config.baseline is None or config.baseline.epochs == seen:
+            return []
+        started = ", from which this one started" if config.supernet.from_baseline else ""
+        return [
+            f"The dense network that retention is against was trained for {config.baseline.epochs} "
+            f"epochs{started}; the weights of this one have seen {seen}."
+        ]
 
     # -- figures --------------------------------------------------------------------
 

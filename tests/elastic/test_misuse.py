@@ -1,6 +1,8 @@
 """Ways to write a model that are easy to get wrong: the answer is exact, frozen, or refused, and
 never silently another network."""
 
+from typing import NamedTuple
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -105,7 +107,37 @@ def rank_that_decides(s: Base, x: Tensor) -> Tensor:
     return s.out(s.c(y)) if y.dim() == 4 and y.dtype == x.dtype else s.h(y)
 
 
+def slice_of_a_shape(s: Base, x: Tensor) -> Tensor:
+    y = s.b(x).relu()
+    batch, channels = y.shape[:2]
+    gate = s.c(y).view(batch, channels, -1).mean(2)
+    return s.out(y * gate.view(batch, channels, 1, 1).expand(batch, *y.shape[1:]))
+
+
+def view_as_a_slice_of_a_shape(s: Base, x: Tensor) -> Tensor:
+    y = s.b(x).relu()
+    return s.h(s.c(y).mean((2, 3), keepdim=True).view(y.size()[:2]))
+
+
+def slice_of_a_slice(s: Base, x: Tensor) -> Tensor:
+    y = s.b(x).relu()
+    return s.out(s.c(y).view(y.shape[:1][0], y.shape[:-2][1], *y.shape[-2:]) + y)
+
+
+def parts_one_by_one(s: Base, x: Tensor) -> Tensor:
+    q, k, v = (part.relu() for part in s.a(x)[:, :15].chunk(3, 1))
+    one, other = (part * 2 for part in s.a(x).split(8, 1))
+    return s.h((q * k + v).mean((2, 3)) @ s.w[:5]) + s.out(s.c(one) + s.c(other))
+
+
+def size_of_another_for_pooling(s: Base, x: Tensor) -> Tensor:
+    y = F.max_pool2d(s.b(x).relu(), 2)
+    return s.out(F.interpolate(s.c(y), size=x.shape[-2:])) + s.out(F.avg_pool2d(y, y.size()[2:]))
+
+
 WRITTEN = [
+    slice_of_a_shape, view_as_a_slice_of_a_shape, slice_of_a_slice, parts_one_by_one,
+    size_of_another_for_pooling,
     index_by_the_size_of_another, pad_by_the_size_of_another, slice_of_a_list, parts_as_they_come,
     axis_for_dim, input_by_name, by_a_mask, times_a_matrix, three_operands,
     sum_that_may_be_over_one, attention_with_weights, attention_by_place, squeeze_of_all,
@@ -129,8 +161,36 @@ def test_exact_or_frozen(way):
     assert_exact(net, model=dense)
 
 
-def test_a_rank_does_not_freeze():
-    assert supernet(model(rank_that_decides)).frozen == ()
+@pytest.mark.parametrize(
+    "way",
+    [rank_that_decides, slice_of_a_shape, slice_of_a_slice, size_of_another_for_pooling],
+    ids=lambda way: way.__name__,
+)
+def test_neither_a_rank_nor_a_part_of_a_shape_freezes(way):
+    assert supernet(model(way)).frozen == ()
+
+
+class Named(NamedTuple):
+    logits: Tensor
+    more: Tensor
+
+
+def test_a_named_tuple_in_both_modes_is_no_difference_between_them():
+    def way(s: Base, x: Tensor) -> Named:
+        y = s.b(x)
+        return Named(s.out(s.c(y)), s.out(y))
+
+    dense = model(way)
+    logits, more = Supernet.trace(dense, pixels(2).float())(pixels(2).float())
+    torch.testing.assert_close(logits, dense(pixels(2).float()).logits)
+    torch.testing.assert_close(more, dense(pixels(2).float()).more)
+
+
+def test_a_layer_without_a_rule_that_nothing_elastic_reaches_is_listed():
+    layers = [nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 8, 1)), nn.ReLU(), nn.Flatten()]
+    net = Supernet.trace(nn.Sequential(*layers, nn.Linear(512, 4)), torch.zeros(1, 3, 8, 8))
+    assert [(f.name, f.size) for f in net.frozen] == [("0", 8)]
+    assert "no rule for ParametrizedConv2d" in net.frozen[0].reason
 
 
 def written_in_training(s: Base, x: Tensor) -> Tensor:

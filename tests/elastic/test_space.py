@@ -108,6 +108,14 @@ def test_expansion_contains_its_subnet_and_stays_within_the_full_network(space, 
     assert not space.expand(subnet, rng, 1.0).dropped
 
 
+def test_expansion_contains_widths_inside_a_dropped_block_too():
+    space = small_space()
+    subnet = Subnet({"stem": 16, "hidden": 8}, [block.name for block in space.blocks])
+    assert space.canonical(subnet) != subnet  # its block has no widths
+    for p in (0.0, 0.5, 1.0):
+        assert subnet.within(space.expand(subnet, random.Random(0), p))
+
+
 @given(spaces, seeds)
 def test_canonical_is_the_same_network_once(space, seed):
     rng = random.Random(seed)
@@ -257,8 +265,31 @@ def test_crossover_takes_every_part_from_a_parent(space, seed):
     ],
 )
 def test_a_subnet_of_another_space_is_refused(subnet, message):
-    with pytest.raises(ValueError, match=message):
-        small_space().validate(subnet)
+    space, rng = small_space(), random.Random(0)
+    refusing = (
+        lambda: space.validate(subnet),
+        lambda: space.expand(subnet, rng, 0.5),
+        lambda: space.mutate(subnet, rng, 0.5),
+        lambda: space.crossover(space.full, subnet, rng),
+    )
+    for attempt in refusing:
+        with pytest.raises(ValueError, match=message):
+            attempt()
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.5, float("nan")])
+def test_a_ratio_or_a_probability_out_of_range_is_refused(share):
+    space, rng = small_space(), random.Random(0)
+    with pytest.raises(ValueError, match=r"ratio is .*; expected a number in \[0, 1\]"):
+        space.uniform(share)
+    for draw in (space.expand, space.mutate):
+        with pytest.raises(ValueError, match=r"p is .*; expected a number in \[0, 1\]"):
+            draw(space.full, rng, share)
+
+
+def test_a_number_is_no_budget():
+    with pytest.raises(ValueError, match=r"budget is 0\.5; expected a Budget, such as"):
+        small_space().sample(random.Random(0), 0.5)
 
 
 def test_a_latency_that_cannot_be_counted_is_refused():

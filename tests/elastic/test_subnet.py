@@ -2,6 +2,7 @@ import copy
 import json
 import pickle
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -96,6 +97,20 @@ def test_other_json_is_refused_in_one_line(value):
 def test_what_is_not_a_subnet_says_what_is_expected(text):
     with pytest.raises(ValueError, match=r"not a subnet: .*; expected .*widths"):
         Subnet.from_json(text)
+
+
+@pytest.mark.parametrize("value", [None, 3, {"widths": {}, "dropped": []}])
+def test_what_is_no_text_is_no_json(value):
+    with pytest.raises(ValueError, match=r"not a subnet: .*; expected .*widths"):
+        Subnet.from_json(value)
+
+
+def test_widths_are_integers_and_dropped_blocks_a_list():
+    with pytest.raises(ValueError, match=r"widths are \{'a': 3\.7\}; expected .* integers"):
+        Subnet({"a": 3.7})
+    with pytest.raises(ValueError, match="dropped is 'layer1'; expected a list or a set"):
+        Subnet({"a": 3}, "layer1")
+    assert Subnet({"a": np.int64(3)}) == Subnet({"a": 3})
 
 
 def test_a_subnet_cannot_be_changed():

@@ -377,9 +377,36 @@ def test_models_that_cannot_be_traced_say_why_in_one_line(model, words):
     assert "\n" not in str(caught.value)
 
 
+@torch.fx.wrap
+def told_the_mode(x, training):
+    return x * 2 if training and x.sum() != 0 else x
+
+
+def test_what_such_an_error_advises_is_traced_and_kept_whole():
+    model = Written(lambda m, x: told_the_mode(x, m.training))
+    net = Supernet.trace(model, torch.zeros(1, 3, 8, 8))
+    assert "no rule for told_the_mode" in net.frozen[0].reason
+    images = torch.randn(2, 3, 8, 8)
+    for training in (True, False):
+        torch.testing.assert_close(net.train(training)(images), model.train(training)(images))
+
+
+def test_a_frozen_layer_of_a_sequential_names_no_line_of_whoever_traces_it():
+    layers = [nn.Conv2d(3, 8, 1), nn.LocalResponseNorm(3), nn.Flatten(), nn.Linear(512, 4)]
+    (frozen,) = Supernet.trace(nn.Sequential(*layers), torch.zeros(1, 3, 8, 8)).frozen
+    assert frozen.reason.endswith("no rule for LocalResponseNorm: 1")
+
+
 def test_an_example_that_is_no_image_is_refused():
     with pytest.raises(TraceError, match=r"shape \[3, 8, 8\]; expected images \[B, C, H, W\]"):
         Supernet.trace(Own(), torch.zeros(3, 8, 8))
+    with pytest.raises(TraceError, match=r"example input is None; expected images"):
+        Supernet.trace(Own(), None)
+
+
+def test_what_is_no_module_is_refused():
+    with pytest.raises(TraceError, match=r"the model is a type; expected a torch\.nn\.Module"):
+        Supernet.trace(Own, torch.zeros(1, 3, 8, 8))
 
 
 def test_an_image_size_that_the_model_does_not_take_is_refused():
@@ -411,6 +438,9 @@ def test_a_model_that_cannot_be_copied_is_refused():
         ({"divisor": 0}, "divisor is 0; expected a positive integer"),
         ({"min_ratio": 0.0}, "min_ratio is 0.0; expected a share"),
         ({"min_ratio": 1.5}, "min_ratio is 1.5"),
+        ({"divisor": 2.5}, "divisor is 2.5; expected a positive integer"),
+        ({"min_ratio": "1"}, "min_ratio is '1'; expected a share"),
+        ({"ignore": "stem"}, "ignore is 'stem'; expected a list: ['stem']"),
     ],
 )
 def test_options_out_of_range_are_refused(options, words):

@@ -53,6 +53,32 @@ def test_a_failing_batch_does_not_leave_the_network_in_eval_mode():
     assert torch.is_grad_enabled()
 
 
+@pytest.mark.parametrize(
+    ("batches", "words"),
+    [
+        ([[torch.zeros(2, 3, 8, 8), torch.zeros(2)]], "1 is list; .*images for images, _ in"),
+        (torch.zeros(2, 3, 8, 8), r"1 is a tensor of shape \[3, 8, 8\]; .*a list of batches"),
+    ],
+)
+def test_batches_with_labels_or_a_batch_alone_are_refused(batches, words):
+    net = supernet()
+    with pytest.raises(ValueError, match=f"calibration batch {words}"):
+        calibrate(net, net.space.full, batches)
+
+
+def test_statistics_of_another_subnet_are_refused():
+    net = supernet().eval()
+    images, _ = images_and_labels(4)
+    half, full = net.space.uniform(0.5), net.space.full
+    stats = calibrate(net, half, [images])
+    name = next(iter(stats))
+    for given in (stats, {}, {**calibrate(net, full, [images]), name: stats[name]}):
+        with pytest.raises(ValueError, match=r"statistics of \S+ are .*calibrate this subnet"):
+            net(images, full, stats=given)
+        with pytest.raises(ValueError, match=r"statistics of \S+ are .*calibrate this subnet"):
+            net.extract(full, given)
+
+
 def test_nothing_to_calibrate():
     net = supernet(norm=False)
     assert calibrate(net, net.space.full, images_and_labels(4)[0].split(2)) == {}

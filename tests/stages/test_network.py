@@ -83,6 +83,20 @@ def test_only_what_gets_smaller_images_has_to_do_with_one_of_them(summary):
         )
 
 
+def test_a_model_whose_subnets_do_not_run_is_refused_before_anything_is_trained(
+    summary, monkeypatch
+):
+    config = load_config({"model": {"name": f"{__name__}:of_any_size"}})
+    net = build_supernet(config, summary)
+
+    def fails(*args):
+        raise RuntimeError("shape '[11, 16]'\nis invalid")
+
+    monkeypatch.setattr(Supernet, "_run", fails)
+    with pytest.raises(ConfigError, match=r"smallest subnet of .* does not run .*space\.ignore"):
+        check_images(config, net, summary.image_size)
+
+
 def frozen(num_classes):
     return of_8_px(num_classes).requires_grad_(False)
 
