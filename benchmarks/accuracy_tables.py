@@ -55,7 +55,7 @@ ABOUT = {
         "compared by their top-1 on the test images, with seeds 0 to 2; what won there is trained "
         "here once more, beside those of the others that came nearest to it. No epoch is seen "
         "twice, and searches start from filled uniform widths. What starts as the teacher came "
-        "last, because of what these seeds had shown, and was run on them in one form."
+        "last, because of what these seeds had shown; its parts were left out one by one later."
     ),
     "cifar10_resnet20_few": (
         "**Few images, for two CPU cores**: ResNet-20, 2,000 CIFAR-10 (JPEG) images at 12 px, 96 "
@@ -195,6 +195,9 @@ not filled.
   it was pruned.
 - *Dense + distillation*: the dense network once more, taught by a finished one. STP's main network
   is taught so too, wherever STP is.
+- *Twice the epochs*: what starts as the teacher has weights that have seen the teacher's epochs
+  and as many of their own; here a dense network, and its shape from scratch with the same finished
+  teacher, get as many in one schedule.
 - *Slimmable*: universally slimmable training, four widths a step, without a search or a second
   phase.
 - 0.5 and 0.3: the supernet that was trained towards the other two budgets, pruned to these after
