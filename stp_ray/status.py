@@ -64,13 +64,17 @@ def status(run: Store) -> Status:
     names = [
         *(["latency"] if any(budget.timed for budget in config.budgets) else []),
         *(["baseline"] if config.baseline else []), "supernet", "explore",
-        *(f"finalize/{budget.label}" for budget in config.budgets), "report",
+        *(f"{kind}/{each.label}" for each in config.budgets for kind in ("finalize", "control")),
+        "report",
     ]  # fmt: skip
     logs = set(run.child("logs").names())
     stages = []
     for name in names:
         step = total = None
         log = f"{file_name(name)}.jsonl"
+        kind, _, label = name.partition("/")
+        if kind == "control" and (log not in logs or f"finalize/{label}" in done):
+            continue  # a training of that stage, shown beside it while it lasts
         if name not in done and log in logs:
             step, total = _progress(run.child("logs").read_bytes(log).decode())
         stages.append(Stage(name, done.get(name), step, total))

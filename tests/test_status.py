@@ -53,6 +53,19 @@ def test_the_stage_under_way_tells_its_step(run):
     assert all(stage.total_steps is None for stage in others)
 
 
+def test_a_control_that_trains_is_shown_until_its_budget_is_done(run):
+    finish(run, "supernet", "explore")
+    lines = [{"event": "start", "config": {"total_steps": 80}}, {"event": "log", "step": 30}]
+    text = "\n".join(map(json.dumps, lines)).encode()
+    run.write_bytes("logs/control-0.15.jsonl", text)
+    *_, smaller, control, report = status(run).stages
+    assert [smaller.name, control.name, report.name] == ["finalize/0.15", "control/0.15", "report"]
+    assert (control.record, control.step, control.total_steps) == (None, 30, 80)
+    finish(run, "finalize/0.5", "finalize/0.15", "report")
+    assert status(run).finished
+    assert "control/0.15" not in [stage.name for stage in status(run).stages]
+
+
 def test_it_tells_who_drives(run):
     with held(run):
         assert status(run).state.startswith("driven by process ")

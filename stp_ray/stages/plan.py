@@ -119,7 +119,9 @@ def _work(
     draw = sampler(config.supernet.stimulation, space, list(budgets.values()))
     options = config.supernet.optimisation
     yield "supernet", workers, training("supernet", options, full + _drawn(draw, net))
-    targets = {label: space.uniform_within(budget) for label, budget in budgets.items()}
+    targets = {
+        label: space.fill(space.uniform_within(budget), budget) for label, budget in budgets.items()
+    }
     search = config.explore
     looked_at: float = search.calibration_images + search.scoring_images
     mean = sum(net.cost(target).macs for target in targets.values()) / len(targets)
