@@ -71,9 +71,9 @@ class Subnet:
         return cls(widths, dropped)
 
     def within(self, other: "Subnet") -> bool:
-        """Whether `other` keeps everything that this subnet keeps."""
+        """Whether `other` keeps everything that this subnet keeps; one of another space does not."""
         return other.dropped <= self.dropped and all(
-            width <= other.widths[name] for name, width in self.widths.items()
+            width <= other.widths.get(name, 0) for name, width in self.widths.items()
         )
 
     def __eq__(self, other: object) -> bool:

@@ -63,6 +63,7 @@ def test_within_is_an_order(subnet):
     assert subnet.within(wider)
     assert not subnet.widths or not wider.within(subnet)
     assert subnet.within(Subnet(subnet.widths))
+    assert not Subnet({**subnet.widths, "an axis of another space": 1}).within(subnet)
 
 
 @given(json_values)
