@@ -71,7 +71,7 @@ class Subnet:
         return cls(widths, dropped)
 
     def within(self, other: "Subnet") -> bool:
-        """Whether `other` keeps everything that this subnet keeps; one of another space does not."""
+        """Whether `other` keeps all that this subnet keeps; one of another space does not."""
         return other.dropped <= self.dropped and all(
             width <= other.widths.get(name, 0) for name, width in self.widths.items()
         )
