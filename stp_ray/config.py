@@ -344,6 +344,25 @@ class RunConfig(_Section):
         )
 
 
+def placed(config: RunConfig) -> RunConfig:
+    """The same with local paths that are absolute, for other processes: Ray's workers stand in
+    folders of their own. The run id is that of the configuration as it was given."""
+    data, model = config.data, config.model
+    return config.model_copy(
+        update={
+            "data": dataclasses.replace(data, uri=_absolute(data.uri)),
+            "model": model.model_copy(update={"weights": _absolute(model.weights)}),
+        }
+    )
+
+
+def _absolute(uri: str | None) -> str | None:
+    """A path from the root of the file system; a URI stays as it is."""
+    if uri is None or "://" in uri or "::" in uri:
+        return uri
+    return os.path.abspath(os.path.expanduser(uri))
+
+
 def dump_config(config: RunConfig) -> dict[str, Any]:
     """The resolved tree as JSON-able content; `load_config` reads it back unchanged."""
     return config.model_dump(mode="json")
@@ -404,8 +423,11 @@ def load_config(
         raise ConfigError(f"overrides are {overrides!r}; expected a list: [{overrides!r}]")
     for override in overrides:
         _override(content, override)
-    for path, value in _leaves(content):
-        _check_leaf(path, value)
+    try:
+        for path, value in _leaves(content):
+            _check_leaf(path, value)
+    except RecursionError:
+        raise ConfigError("the recipe holds itself; expected values without anchors") from None
     try:
         return RunConfig.model_validate_json(json.dumps(content), strict=True)
     except ValidationError as error:
@@ -505,7 +527,7 @@ def _parse(text: str, source: str) -> Any:
         mark = error.problem_mark
         where = f" line {mark.line + 1}" if mark else ""
         raise ConfigError(f"{source}{where} is not valid YAML: {error.problem}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, AttributeError) as error:  # the last two: a tag's own
         raise ConfigError(f"{source} is not valid YAML: {' '.join(str(error).split())}") from None
 
 

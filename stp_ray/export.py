@@ -579,10 +579,12 @@ def model_card(
         f"`{WEIGHTS}` holds the weights, `{DESCRIPTION}` the architecture; neither is unpickled.",
     ]
     for kind in programs:
-        lines += ["", f"Without stp_ray, {_LOADING[kind][0]}:", "", *_code(*_LOADING[kind][1])]
+        where, code = _LOADING[kind]
+        code = tuple(line.replace("SIZE", str(size)) for line in code)
+        lines += ["", f"Without stp_ray, {where}:", "", *_code(*code)]
     if notes:
         lines += ["", "## Notes", "", *(f"- {note}" for note in notes)]
-    return "\n".join(lines).replace("SIZE", str(size)) + "\n"
+    return "\n".join(lines) + "\n"
 
 
 def _loading(name: str, uri: str) -> list[str]:

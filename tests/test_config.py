@@ -11,6 +11,7 @@ from stp_ray.config import (
     RunConfig,
     dump_config,
     load_config,
+    placed,
     recipe_folder,
     recipe_names,
     run_id,
@@ -120,6 +121,28 @@ def test_what_is_no_recipe_is_told(recipe):
 def test_one_override_alone_is_no_list():
     with pytest.raises(ConfigError, match=r"overrides are 'seed=1'; expected .*\['seed=1'\]"):
         load_config({}, "seed=1")
+
+
+@pytest.mark.parametrize("text", ["seed: !!int abc", "name: !!timestamp foo", "a: &a [*a]"])
+def test_yaml_that_cannot_be_is_told_in_one_line(tmp_path, text):
+    (tmp_path / "odd.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=r"is not valid YAML|holds itself") as caught:
+        load_config(tmp_path / "odd.yaml")
+    assert "\n" not in str(caught.value)
+
+
+def test_other_processes_get_absolute_paths_and_uris_as_they_are(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = load_config(
+        {"data": {"name": "parquet", "uri": "set"}, "model": {"weights": "first/w.pt"}}
+    )
+    there = placed(config)
+    assert there.data.uri == f"{tmp_path}/set"
+    assert there.model.weights == f"{tmp_path}/first/w.pt"
+    assert (config.data.uri, config.model.weights) == ("set", "first/w.pt")
+    remote = load_config({"data": {"name": "parquet", "uri": "s3://bucket/set"}})
+    assert placed(remote) == remote
+    assert placed(load_config({})) == load_config({})
 
 
 def test_a_recipe_given_as_a_mapping_is_left_alone():

@@ -447,6 +447,15 @@ def test_model_card_states_the_figures_and_how_to_load():
     assert "no ONNX file: reason" in card
 
 
+def test_model_card_fills_in_the_size_where_code_has_it_alone():
+    entry = {**SUMMARY["budgets"]["0.15"], "uri": "s3://bucket/RESIZED"}
+    card = export.model_card(
+        {**SUMMARY, "budgets": {"0.15": entry}}, "0.15", DESCRIPTION, programs=["onnx"]
+    )
+    assert 'stp_ray.load("s3://bucket/RESIZED")' in card
+    assert "numpy.zeros((1, 3, 12, 12), numpy.float32)" in card
+
+
 def test_model_card_loads_a_model_of_ones_own_by_its_factory():
     own = {**DESCRIPTION, "model": {"name": "nets.mine:build", "kwargs": {}}}
     card = export.model_card(SUMMARY, "0.15", own)

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from ..errors import DataError
 from .folders import IMAGE_SUFFIXES, TEST_FOLDERS
+from .parquet import ROWS
 from .source import Stored
 from .storage import open_filesystem, reading, writing
 
@@ -178,6 +179,12 @@ class _Dataset:
         }
         self.rows: Mapping[Stored, int] = {s: len(rows) for s, rows in self._splits.items()}
         names = getattr(features[label], "names", None)
+        others = getattr(dataset[test].features[label], "names", None)
+        if others != names:
+            raise DataError(
+                f"the classes of train are {str(names)[:80]} and those of {test} "
+                f"{str(others)[:80]}; expected the same in the same order; cast one to the other's"
+            )
         if names is None:
             known = (n for n in self._splits["train"].unique(label) if n is not None)
             names = [str(i) for i in range(1 + max(known, default=-1))]
@@ -199,7 +206,10 @@ def _write(images: _Images, uri: str, on_progress: OnProgress) -> dict[str, int]
     filesystem, root = open_filesystem(uri)
     schema = pa.schema(
         [("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])), ("label", "int64")],
-        metadata={"class_names": json.dumps(list(images.class_names))},
+        metadata={
+            "class_names": json.dumps(list(images.class_names)),
+            ROWS: json.dumps(dict(images.rows)),
+        },
     )
     done, total = 0, sum(images.rows.values())
     with writing(uri):

@@ -31,6 +31,7 @@ _SIXTEEN_BITS = frozenset({"PNG", "PPM"})
 _AT_A_TIME = 32
 _PILLOW_ERRORS = (
     OSError,
+    RuntimeError,  # of AVIF, and NotImplementedError of DDS
     SyntaxError,
     ValueError,
     EOFError,

@@ -92,6 +92,11 @@ def load(options: DataOptions) -> ImageData:
         is_held = np.isin(chunk_rows, held, assume_unique=True)
         holdout.append(images[is_held], labels[is_held])
         train.append(images[~is_held], labels[~is_held])
+    if not holdout.count:
+        raise DataError(
+            f"none of the {len(held)} held-out images can be decoded; expected some to score "
+            "subnets with; mend the data or raise data.holdout"
+        )
     corrupt += check_corrupt(
         options, "training", len(everything) - train.count - holdout.count, len(everything)
     )
@@ -117,13 +122,20 @@ def load_split(options: DataOptions, split: SplitName, count: int | None = None)
     layout = source.layout()
     summary = summarise(options, layout)
     rows = selection(options, layout)[split]
-    if count is not None and count < len(rows):
-        rows = rows[spread_rows(len(rows), count)]
+    sampled = count is not None and count < len(rows)
+    if sampled:
+        rows = rows[spread_rows(len(rows), count or 0)]
     stored: Stored = "test" if split == "test" else "train"
     filling = _Filling(len(rows), summary)
     for _, images, labels in _decoded(source, options, summary, stored, rows):
         filling.append(images, labels)
-    check_corrupt(options, split, len(rows) - filling.count, len(rows))
+    if not filling.count:
+        raise DataError(
+            f"none of {len(rows)} images of the {split} split can be decoded; expected encoded "
+            "images such as JPEG or PNG; mend the data, or raise data.holdout for a few"
+        )
+    if not sampled:  # of a few, chance may have picked more than the share that all may hold
+        check_corrupt(options, split, len(rows) - filling.count, len(rows))
     return filling.split()
 
 
@@ -163,6 +175,11 @@ def summarise(options: DataOptions, layout: Layout) -> DataSummary:
         raise DataError(
             f"data.holdout is {options.holdout} of {stored} training images; expected fewer, so "
             "that some remain to train on; change data.holdout or data.limit"
+        )
+    if len(layout.class_names) < 2:
+        raise DataError(
+            f"the data has one class, {layout.class_names[0]!r}; expected two or more to tell "
+            "apart; change the data"
         )
     height, width = layout.size
     if options.image_size is None and height != width:
@@ -209,13 +226,22 @@ def prepare(
     return chunk.rows[mask], images, chunk.labels[mask]
 
 
-def check_corrupt(options: DataOptions, split: str, corrupt: int, rows: int) -> int:
+def check_corrupt(
+    options: DataOptions, split: str, corrupt: int, rows: int, of: int | None = None
+) -> int:
     """Warn of unreadable images of a split, or stop if they are too many; returns their number.
+
+    Args:
+        options: how many may be unreadable.
+        split: as it is called in messages.
+        corrupt, rows: how many of how many.
+        of: images of the whole split, where the rows are a worker's part of it: what may be
+            unreadable may all lie in one part.
 
     Raises:
         DataError: they are more than the share `max_corrupt`.
     """
-    if corrupt > options.max_corrupt * rows:
+    if corrupt > options.max_corrupt * (of or rows):
         raise DataError(
             f"{corrupt} of {rows} images of the {split} split cannot be decoded "
             f"({corrupt / rows:.2%}); expected at most {options.max_corrupt:.2%}; mend the data "

@@ -6,7 +6,7 @@ under the schema's metadata key `class_names`, or come from the `huggingface` ke
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +27,8 @@ CHUNK_ROWS = 256
 _IMAGE_COLUMNS = ("image", "img")
 _LABEL_COLUMNS = ("label", "fine_label")
 _SPLITS: tuple[Stored, ...] = ("train", "test")
+#: Where a conversion says in the schema's metadata how many images each split has.
+ROWS = "rows"
 _SPLIT_PREFIXES: dict[Stored, tuple[str, ...]] = {"train": ("train",), "test": ("test", "val")}
 _SPLIT_WORDS: dict[Stored, str] = {"train": "training", "test": "test"}
 _FIRST_IMAGES = 16
@@ -116,10 +118,11 @@ class ParquetSource:
                     "least one image; change data.uri"
                 )
         with reading(self.uri):
+            self._check_whole(rows)
             names = self._class_names()
             ranges = {split: self._label_range(split) for split in _SPLITS}
             if names is None:
-                names = tuple(str(label) for label in range(max(ranges["train"][1] + 1, 1)))
+                names = _numbered(ranges["train"][1], rows["train"], self.uri)
             shape = self._first_shape()
         for split in _SPLITS:
             low, high = ranges[split]
@@ -215,8 +218,33 @@ class ParquetSource:
     def _rows(self, split: Stored) -> int:
         return sum(file.footer.num_rows for file in self._files[split])
 
-    def _class_names(self) -> tuple[str, ...] | None:
+    def _check_whole(self, rows: Mapping[Stored, int]) -> None:
+        """Refuse what a conversion that was cut off has left."""
         metadata = self._files["train"][0].footer.metadata or {}
+        wanted = json.loads(metadata.get(ROWS.encode(), b"null"))
+        if wanted is not None and wanted != dict(rows):
+            raise DataError(
+                f"{self.uri} holds {rows['train']} training and {rows['test']} test images; "
+                f"expected {wanted['train']} and {wanted['test']}: its conversion was cut off; "
+                "empty the folder and convert again"
+            )
+
+    def _class_names(self) -> tuple[str, ...] | None:
+        """The names that the files tell, all of them the same."""
+        found: dict[tuple[str, ...], str] = {}
+        for file in (file for split in _SPLITS for file in self._files[split]):
+            if (names := self._names_in(file)) is not None:
+                found.setdefault(names, file.path)
+        if len(found) > 1:
+            (one, first), (other, second) = list(found.items())[:2]
+            raise DataError(
+                f"{first} has the classes {str(one)[:80]} and {second} {str(other)[:80]}; expected "
+                "the same in every file; write the files again"
+            )
+        return next(iter(found), None)
+
+    def _names_in(self, file: _File) -> tuple[str, ...] | None:
+        metadata = file.footer.metadata or {}
         try:
             if b"class_names" in metadata:
                 names = json.loads(metadata[b"class_names"])
@@ -270,6 +298,17 @@ class ParquetSource:
         )
 
 
+def _numbered(last: int, rows: int, uri: str) -> tuple[str, ...]:
+    """Names for classes that have none but their numbers."""
+    if last >= rows:
+        raise DataError(
+            f"the labels of {uri} go up to {last} for {rows} training images; expected the numbers "
+            'of classes, from 0 on; change the labels, or name all classes under "class_names" in '
+            "the schema metadata"
+        )
+    return tuple(str(label) for label in range(max(last + 1, 1)))
+
+
 def read_part(filesystem: Any, part: ParquetPart, columns: Columns) -> Iterator[Chunk]:
     """Read the wanted rows of one row group: the work of one thread."""
     for rows, files, labels in read_encoded(filesystem, part, columns):
@@ -312,7 +351,7 @@ def _columns(schema: pa.Schema, uri: str) -> Columns:
         kind = schema.field(image).type
         if _is_binary(kind):
             encoded = image
-        elif pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+        elif _has_bytes(kind):
             encoded = f"{image}.bytes"
         else:
             continue
@@ -323,6 +362,11 @@ def _columns(schema: pa.Schema, uri: str) -> Columns:
         f"{uri} has the columns {found[:300]}; expected image: struct<bytes, path> or binary, and "
         "label: an integer; rename or convert the columns"
     )
+
+
+def _has_bytes(kind: pa.DataType) -> bool:
+    place = kind.get_field_index("bytes") if pa.types.is_struct(kind) else -1
+    return place >= 0 and _is_binary(kind.field(place).type)
 
 
 def _is_binary(kind: pa.DataType) -> bool:

@@ -344,6 +344,8 @@ class _Decoding:
     ) -> None:  # fmt: skip
         self._options, self._size = options, summary.held_size
         self._split, self._rows = split, rows
+        whole = summary.train_rows if split == "training" else summary.test_rows
+        self._whole = max(rows, whole)
         self._threads = threads or torch.get_num_threads()
         self._seen = self._skipped = 0
         self._free: list[NDArray[np.uint8]] = []
@@ -376,7 +378,7 @@ class _Decoding:
                     self._count(batch.readable)
                     ask()
                     if not waiting:
-                        check_corrupt(self._options, self._split, self._skipped, self._rows)
+                        self._check()
                     yield batch.images, batch.labels
                     if batch.memory is not None:
                         self._free.append(batch.memory)
@@ -396,11 +398,14 @@ class _Decoding:
         kept, readable = decode(images.tolist(), self._size, resize=resize, out=memory)
         return _Decoded(kept, labels[readable], readable, memory)
 
+    def _check(self) -> None:
+        check_corrupt(self._options, self._split, self._skipped, self._rows, of=self._whole)
+
     def _count(self, readable: NDArray[np.bool_]) -> None:
         self._skipped += int((~readable[: max(0, self._rows - self._seen)]).sum())
         self._seen += len(readable)
-        if self._skipped > self._options.max_corrupt * self._rows:
-            check_corrupt(self._options, self._split, self._skipped, self._rows)
+        if self._skipped > self._options.max_corrupt * self._whole:
+            self._check()
         if self._skipped == self._rows:
             raise DataError(
                 f"none of {self._rows} images of the {self._split} split can be decoded; expected "

@@ -14,7 +14,7 @@ import torch
 
 from .. import export
 from ..artifacts import Manifest, Record, Store
-from ..config import RunConfig, Training, dump_config, load_config, run_id
+from ..config import RunConfig, Training, dump_config, load_config, placed, run_id
 from ..data import DataSummary, describe, steps_per_epoch
 from ..elastic import Supernet
 from ..errors import ConfigError
@@ -152,6 +152,7 @@ class _Pipeline:
         tracking: Tracking,
     ) -> None:
         self.config, self.store, self.images_summary, self.net = config, store, summary, net
+        self.placed = placed(config)
         self.manifest, self.tracking = manifest, tracking
         self._images: Images | SharedImages | None = None
 
@@ -178,7 +179,7 @@ class _Pipeline:
         """Loaded when the first stage that needs them starts."""
         if self._images is None:
             self._images = share(
-                self.config.data, self.images_summary, in_process=self.config.cluster.in_process
+                self.placed.data, self.images_summary, in_process=self.config.cluster.in_process
             )
         return self._images
 
@@ -186,7 +187,7 @@ class _Pipeline:
 
     def _training(self, kind: Training, options: Optimisation) -> None:
         job = Job(
-            stage=kind, kind=kind, folder=kind, run_uri=self.store.uri, config=self.config,
+            stage=kind, kind=kind, folder=kind, run_uri=self.store.uri, config=self.placed,
             options=options,
         )  # fmt: skip
         workers = self.config.cluster.num_workers
@@ -206,7 +207,7 @@ class _Pipeline:
         """First of all, so that a budget that cannot be met is known before anything is trained."""
 
         def work(tracker: Tracker) -> tuple[dict[str, str], dict[str, Any]]:
-            table = latency.measure(self.config, self.store, self.images_summary)
+            table = latency.measure(self.placed, self.store, self.images_summary)
             name = f"{LATENCY}/{TABLE}"
             metrics = {"dense_ms": table["dense_ms"], "error": table["error"]}
             return {name: self.store.checksum(name)}, metrics
@@ -216,7 +217,7 @@ class _Pipeline:
 
     def _explore(self) -> None:
         def work(tracker: Tracker) -> tuple[dict[str, str], dict[str, Any]]:
-            front = explore(self.config, self.store, self.net, self.images, tracker)
+            front = explore(self.placed, self.store, self.net, self.images, tracker)
             candidates = self.store.read_table(f"explore/{CANDIDATES}")
             modules = [name for name, _ in self.net.model.named_modules()]
             described = with_space(candidates, self.net.space, modules)
@@ -261,7 +262,7 @@ class _Pipeline:
                 for label in missing
                 for kind, options in kinds.items()
             }
-            outcomes = finalize(self.config, self.store, missing, self.images, trackers)
+            outcomes = finalize(self.placed, self.store, missing, self.images, trackers)
             for label, pruned, held_s in outcomes:
                 home = folder(label)
                 tracker = trackers[f"finalize/{label}"]

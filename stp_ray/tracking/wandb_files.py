@@ -88,7 +88,7 @@ class WandbTracker:
             job_type=self._kind,
             name=stage,
             # Never that of an earlier attempt at the stage, whose rows it would overwrite.
-            id=f"{file_name(f'{self._run_id}-{stage}')[:100]}-{time.strftime('%y%m%d%H%M%S')}",
+            id=f"{file_name(self._run_id[-60:])}-{file_name(stage)[:40]}-{time.strftime('%y%m%d%H%M%S')}",
             config=dict(config),
             dir=self._folder,
             mode="offline",

@@ -3,6 +3,7 @@ from hashlib import md5
 
 import fsspec
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from fsspec.implementations.local import LocalFileSystem
 from PIL import Image
@@ -259,6 +260,31 @@ def test_labels_that_are_no_classes_are_refused_before_anything_is_written(tmp_p
     with pytest.raises(DataError, match=f"label holds .*{kind}.*; expected a ClassLabel"):
         dataset_to_parquet(whole, str(tmp_path / "set"))
     assert not (tmp_path / "set").exists()
+
+
+def test_classes_that_differ_between_splits_are_refused(tmp_path):
+    hugging = pytest.importorskip("datasets")
+    images = [Image.fromarray(each.transpose(1, 2, 0)) for each in pixels(4, 8, 0)]
+
+    def split(*names):
+        kinds = {"image": hugging.Image(), "label": hugging.ClassLabel(names=list(names))}
+        rows = {"image": images, "label": [0, 1, 0, 1]}
+        return hugging.Dataset.from_dict(rows, features=hugging.Features(kinds))
+
+    whole = hugging.DatasetDict(train=split("cat", "dog"), test=split("dog", "cat"))
+    with pytest.raises(DataError, match=r"classes of train .*cat.*those of test .*the same"):
+        dataset_to_parquet(whole, str(tmp_path / "set"))
+
+
+def test_a_conversion_that_was_cut_off_is_told(tmp_path):
+    images = tmp_path / "images"
+    folder_of_images(images, "train")
+    folder_of_images(images, "test", each=2, seed=9)
+    folder_to_parquet(str(images), str(tmp_path / "set"))
+    (part,) = (tmp_path / "set" / "test").iterdir()
+    pq.write_table(pq.read_table(part).slice(0, 3), part)
+    with pytest.raises(DataError, match=r"3 test images; expected .* 4: its conversion was cut"):
+        load(options(tmp_path / "set", name="parquet"))
 
 
 def test_an_image_that_is_not_there_counts_as_corrupt(tmp_path):

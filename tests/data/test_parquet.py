@@ -8,7 +8,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from stp_ray.data import DataOptions, describe, load, load_split
+from stp_ray.data.load import selection
 from stp_ray.data.parquet import ParquetSource
+from stp_ray.data.split import spread_rows
 from stp_ray.errors import DataError, StorageError
 from tests.data.samples import encode, pixels, real_data, table, write_parquet
 
@@ -206,6 +208,31 @@ def names_that_are_no_list(folder):
     write(folder, "train", small().replace_schema_metadata({"class_names": "3"}))
 
 
+def other_names(folder):
+    write(folder, "test", small(names=("b", "a")))
+
+
+def one_class(folder):
+    for split in ("train", "test"):
+        write(folder, split, small((0, 0, 0, 0), names=("a",)))
+
+
+def labels_that_are_ids(folder):
+    for split in ("train", "test"):
+        write(folder, split, small((0, 1, 0, 2**62)).replace_schema_metadata(None))
+
+
+def bytes_that_are_text(folder):
+    images = pa.array([{"bytes": "iVBOR"}] * 4, pa.struct([("bytes", pa.string())]))
+    write(folder, "train", small().set_column(0, "image", images))
+
+
+def cut_off(folder):
+    rows = {"class_names": '["a", "b"]', "rows": '{"train": 4, "test": 9}'}
+    for split in ("train", "test"):
+        write(folder, split, small().replace_schema_metadata(rows))
+
+
 def not_parquet(folder):
     (folder / "test.parquet").write_bytes(b"PAR1 and then nothing of use")
 
@@ -235,6 +262,14 @@ def gone(folder):
         (negative_label, "labels of the test split of .* go from -1 to 1; expected 0 to 1"),
         (broken_names, "class names in the schema metadata of .* cannot be read"),
         (names_that_are_no_list, "are not a list of names"),
+        (other_names, r"the classes \('a', 'b'\) and .*\('b', 'a'\); expected the same in every"),
+        (one_class, "has one class, 'a'; expected two or more"),
+        (
+            labels_that_are_ids,
+            "go up to 4611686018427387904 for 4 training images; expected",
+        ),
+        (bytes_that_are_text, "image: struct<bytes: string>.*; expected image"),
+        (cut_off, "holds 4 training and 4 test images; expected 4 and 9: its conversion was cut"),
         (not_parquet, r"test\.parquet cannot be read"),
         (not_images, "none of the first 16 images of the training split"),
     ],
@@ -249,6 +284,27 @@ def test_a_mistake_is_named_in_one_line(tmp_path, spoil, message):
         describe(options(folder, holdout=1))
     assert "\n" not in str(caught.value)
     assert "; expected" in str(caught.value)
+
+
+def test_a_sample_may_hold_more_unreadable_images_than_the_split_may(tmp_path):
+    """Those of a few images are chance, and the same command would draw the same ones again."""
+    write_parquet(tmp_path)
+    strict = options(tmp_path, max_corrupt=0.05)
+    rows = selection(strict, ParquetSource(str(tmp_path)).layout())["train"]
+    write_parquet(tmp_path, corrupt=(int(rows[spread_rows(len(rows), 4)[1]]),))
+    assert load(strict).corrupt == 1
+    assert len(load_split(strict, "train", 4)) == 3
+
+
+def test_no_readable_held_out_image_is_told(tmp_path):
+    write_parquet(tmp_path)
+    one = options(tmp_path, holdout=1, max_corrupt=0.5)
+    (held,) = selection(one, ParquetSource(str(tmp_path)).layout())["holdout"].tolist()
+    write_parquet(tmp_path, corrupt=(held,))
+    with pytest.raises(DataError, match=r"none of the 1 held-out images .*raise data\.holdout"):
+        load(one)
+    with pytest.raises(DataError, match=r"none of 1 images of the holdout split"):
+        load_split(one, "holdout")
 
 
 @pytest.mark.parametrize(

@@ -194,6 +194,21 @@ def test_nothing_that_can_be_decoded_is_a_mistake_whatever_is_tolerated(tmp_path
         list(decoding.run(ingest._rebatched(mixed, 4), wanted=8))
 
 
+def test_unreadable_images_may_all_lie_in_one_workers_part(tmp_path):
+    write_parquet(tmp_path, train=100)
+    lenient = options(tmp_path, max_corrupt=0.05)  # 4 of the 95 that are trained on
+    for bad, count in ((4, 6), (5, 0)):
+        contents = [b"text"] * bad + [encode(image) for image in pixels(10 - bad)]
+        files = np.array(contents, dtype=object), np.zeros(10, dtype=np.int64)
+        decoding = ingest._Decoding(lenient, describe(lenient), "training", 10, 1)
+        decoded = decoding.run(iter([files]))
+        if count:
+            assert sum(len(labels) for _, labels in decoded) == count
+        else:
+            with pytest.raises(DataError, match="5 of 10 images of the training split cannot"):
+                list(decoded)
+
+
 def test_no_more_is_decoded_than_is_wanted(tmp_path, monkeypatch):
     write_parquet(tmp_path, train=40)
     plain = options(tmp_path)
@@ -215,7 +230,9 @@ def test_a_mistake_found_on_the_way_is_one_line(cluster, tmp_path, where):
     import pyarrow.parquet as pq
 
     files = [encode(image) for image in pixels(30)] + [encode(pixels(1, 9)[0])] * 10
-    pq.write_table(table(files, [0] * 40, ["a"] * 4), tmp_path / "train.parquet")
+    pq.write_table(
+        table(files, [0] * 40, [f"class {i}" for i in range(4)]), tmp_path / "train.parquet"
+    )
     with pytest.raises(DataError, match=r"^images differ in size .*set data\.image_size"):
         epoch_of(options(tmp_path, decode=where))
 
