@@ -196,7 +196,8 @@ def main() -> None:
     parser.add_argument(
         "--work",
         type=Path,
-        help="where weights are kept that several methods need; default: a temporary folder",
+        help="where weights are kept that several methods need, a folder for this protocol alone; "
+        "default: a temporary one",
     )
     parser.add_argument("--out", type=Path, help="the file of results")
     parser.add_argument(
