@@ -68,8 +68,8 @@ ABOUT = {
         "**A second family, reduced for two CPU cores**: a ViT of torchvision with six blocks of "
         "width 96, six heads, MLPs of width 192 and patches of 8 px; 16,000 CIFAR-10 (JPEG) images "
         "of 32 px, 12 epochs of 250 steps with AdamW; 10,000 test images. Torch-Pruning takes "
-        "widths of heads, MLPs and embedding, ours whole heads and blocks too; its steps leave a fifth "
-        "of the larger budget unused (the table of MACs that are left). All networks, the "
+        "widths of heads, MLPs and embedding, in steps that leave a fifth of the larger budget "
+        "unused, ours whole heads and blocks too. All networks, the "
         "dense one included, start from weights drawn by the defaults of their layers: from "
         "torchvision's own the dense network ends lower (50.61 ± 1.00, recorded in commit b2a2285)."
     ),
