@@ -29,8 +29,9 @@ Epochs = Callable[[int, int], Iterator[tuple[Tensor, Tensor]]]
 EVALUATION_BATCH = 512
 #: Images in a batch that BatchNorm statistics are measured on.
 CALIBRATION_BATCH = 128
-#: What a task that reads a stream asks for: they fit beside workers that hold the other CPUs.
-_READER_CPUS = 0.25
+#: What a task that reads a stream asks for: workers may hold all CPUs, and would wait for it
+#: for ever.
+_READER_CPUS = 0.0
 
 
 @dataclass(frozen=True)

@@ -100,9 +100,10 @@ def stream(
         summary=summarise(options, layout),
         units=units,
     )
-    dataset = ray.data.range(len(units), override_num_blocks=max(len(units), 1)).map_batches(
-        partial(_read_units, plan), batch_size=None, num_cpus=num_cpus
-    )
+    # not `range`, which is read by a task that asks for a CPU, where training may hold all of them
+    places = [{"id": place} for place in range(len(units))]
+    numbered = ray.data.from_items(places, override_num_blocks=max(len(units), 1))
+    dataset = numbered.map_batches(partial(_read_units, plan), batch_size=None, num_cpus=num_cpus)
     dataset.context.execution_options.preserve_order = True
     if options.decode == "tasks":
         # A chunk of large images is a block as it is; Ray would copy several into one of 128 MiB.
