@@ -15,6 +15,11 @@ pytestmark = pytest.mark.timeout(1800)
 PATIENCE_S = 400
 
 
+def _interruptible() -> None:
+    """What runs in the background hands on that it ignores interruptions."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Disturbed:
     """The recipe of an undisturbed run, started again and again in a storage of its own."""
 
@@ -25,7 +30,8 @@ class Disturbed:
 
     def start(self) -> Process:
         self._times += 1
-        return self._start(self._command, self._home / f"log-{self._times}", cwd=self._home)
+        log = self._home / f"log-{self._times}"
+        return self._start(self._command, log, cwd=self._home, preexec_fn=_interruptible)
 
     def found(self, pattern: str) -> set[str]:
         return {str(path.relative_to(self.folder)) for path in self.folder.glob(pattern)}
