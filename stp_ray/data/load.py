@@ -121,10 +121,9 @@ def load_split(options: DataOptions, split: SplitName, count: int | None = None)
     source = open_source(options)
     layout = source.layout()
     summary = summarise(options, layout)
-    rows = selection(options, layout)[split]
-    sampled = count is not None and count < len(rows)
-    if sampled:
-        rows = rows[spread_rows(len(rows), count or 0)]
+    rows = whole = selection(options, layout)[split]
+    if count is not None and count < len(whole):
+        rows = whole[spread_rows(len(whole), count)]
     stored: Stored = "test" if split == "test" else "train"
     filling = _Filling(len(rows), summary)
     for _, images, labels in _decoded(source, options, summary, stored, rows):
@@ -134,7 +133,7 @@ def load_split(options: DataOptions, split: SplitName, count: int | None = None)
             f"none of {len(rows)} images of the {split} split can be decoded; expected encoded "
             "images such as JPEG or PNG; mend the data, or raise data.holdout for a few"
         )
-    if not sampled:  # of a few, chance may have picked more than the share that all may hold
+    if rows is whole:  # of a few, chance may have picked more than the share that all may hold
         check_corrupt(options, split, len(rows) - filling.count, len(rows))
     return filling.split()
 

@@ -28,7 +28,7 @@ _IMAGE_COLUMNS = ("image", "img")
 _LABEL_COLUMNS = ("label", "fine_label")
 _SPLITS: tuple[Stored, ...] = ("train", "test")
 #: Where a conversion says in the schema's metadata how many images each split has.
-ROWS = "rows"
+ROWS = "stp_ray.rows"
 _SPLIT_PREFIXES: dict[Stored, tuple[str, ...]] = {"train": ("train",), "test": ("test", "val")}
 _SPLIT_WORDS: dict[Stored, str] = {"train": "training", "test": "test"}
 _FIRST_IMAGES = 16

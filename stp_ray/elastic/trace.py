@@ -225,7 +225,7 @@ class _Tracer(fx.Tracer):
         without values of tensors."""
         try:
             found = self._evaluate(proxy.node, _BATCH)
-        except Exception:
+        except Exception:  # whatever the model's own code raises without values
             return None
         return len(found) if isinstance(found, (tuple, list)) else None
 

@@ -29,9 +29,9 @@ Epochs = Callable[[int, int], Iterator[tuple[Tensor, Tensor]]]
 EVALUATION_BATCH = 512
 #: Images in a batch that BatchNorm statistics are measured on.
 CALIBRATION_BATCH = 128
-#: What a task that reads a stream asks for: workers may hold all CPUs, and would wait for it
-#: for ever.
-_READER_CPUS = 0.0
+#: CPUs that a task asks for, by who decodes. One that reads alone asks for none: workers may hold
+#: them all, and would wait for it for ever. One that decodes has a cluster start more machines.
+_READER_CPUS = {"trainer": 0.0, "tasks": 0.25}
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,8 @@ class Images:
                     self.data.train, self.options, first_step=first_step, device=device,
                     **place, **sizes,
                 )  # fmt: skip
-            shard = stream(self.options, "train", num_cpus=_READER_CPUS, **place)
+            cpus = _READER_CPUS[self.options.decode]
+            shard = stream(self.options, "train", num_cpus=cpus, **place)
             return stream_batches(
                 shard, self.options, device=device, summary=self.summary, **place, **sizes
             )
@@ -86,7 +87,7 @@ class Images:
             split = whole if count is None else whole.sample(count)
         elif count is None and name == "test":
             yield from stream_eval_batches(
-                stream(self.options, "test", num_cpus=_READER_CPUS),
+                stream(self.options, "test", num_cpus=_READER_CPUS[self.options.decode]),
                 self.options,
                 batch_size=EVALUATION_BATCH,
                 rows=self.summary.test_rows,

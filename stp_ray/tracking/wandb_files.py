@@ -82,13 +82,15 @@ class WandbTracker:
         self._folder.mkdir(parents=True, exist_ok=True)
         self._kind = stage.partition("/")[0]
         self._step = f"{self._kind}/{config.get('counts', 'step')}"
+        # Each part is cut by itself, so that a long name does not cost the stage's.
+        place = f"{file_name(self._run_id[-60:])}-{file_name(stage)[:40]}"
         self._run = wandb.init(
             project=self._project,
             group=self._run_id,
             job_type=self._kind,
             name=stage,
             # Never that of an earlier attempt at the stage, whose rows it would overwrite.
-            id=f"{file_name(self._run_id[-60:])}-{file_name(stage)[:40]}-{time.strftime('%y%m%d%H%M%S')}",
+            id=f"{place}-{time.strftime('%y%m%d%H%M%S')}",
             config=dict(config),
             dir=self._folder,
             mode="offline",

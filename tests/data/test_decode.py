@@ -3,7 +3,7 @@ import io
 import numpy as np
 import pytest
 import torch
-from PIL import Image, PngImagePlugin
+from PIL import Image, PngImagePlugin, features
 
 from stp_ray.data.decode import decode, fit, image_shape
 from stp_ray.errors import DataError
@@ -87,6 +87,16 @@ def test_what_cannot_be_decoded_is_left_out_and_marked(kind):
     decoded, mask = decode(files, 32, resize=False)
     assert mask.tolist() == [True, False, False, False, True, False, True]
     np.testing.assert_array_equal(decoded, decode([good[0], good[1], good[3]], 32, resize=False)[0])
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="a Pillow without AVIF")
+def test_a_damaged_avif_is_left_out():
+    """Its decoder raises RuntimeError."""
+    good = encode(pixels(1, 16)[0], "AVIF")
+    start = good.index(b"mdat") + 8
+    damaged = good[:start] + bytes(byte ^ 0xFF for byte in good[start : start + 30])
+    _, mask = decode([damaged + good[start + 30 :], good], 16, resize=False)
+    assert mask.tolist() == [False, True]
 
 
 def test_many_images_are_decoded_as_each_of_them_is():

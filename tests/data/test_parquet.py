@@ -9,7 +9,7 @@ import pytest
 
 from stp_ray.data import DataOptions, describe, load, load_split
 from stp_ray.data.load import selection
-from stp_ray.data.parquet import ParquetSource
+from stp_ray.data.parquet import ROWS, ParquetSource
 from stp_ray.data.split import spread_rows
 from stp_ray.errors import DataError, StorageError
 from tests.data.samples import encode, pixels, real_data, table, write_parquet
@@ -228,7 +228,7 @@ def bytes_that_are_text(folder):
 
 
 def cut_off(folder):
-    rows = {"class_names": '["a", "b"]', "rows": '{"train": 4, "test": 9}'}
+    rows = {"class_names": '["a", "b"]', ROWS: '{"train": 4, "test": 9}'}
     for split in ("train", "test"):
         write(folder, split, small().replace_schema_metadata(rows))
 

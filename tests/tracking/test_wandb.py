@@ -8,12 +8,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 
 from stp_ray import tracking
 from stp_ray.artifacts import Store
 from stp_ray.tracking import wandb_folder
+from stp_ray.tracking.wandb_files import WandbTracker
 from stp_ray.tracking.wandb_report import build
 from stp_ray.tracking.wandb_upload import probe
 from tests.tracking.records import Kept
@@ -263,6 +266,22 @@ def test_the_report_holds_front_curves_and_tables_of_the_group():
     assert {str(p.x) for p in curves} >= {"supernet/step", "finalize/step", "explore/generation"}
     (media,) = [p for p in panels if isinstance(p, wr.MediaBrowser)]
     assert "report/architecture" in media.media_keys
+
+
+def test_budgets_of_a_run_with_a_long_name_keep_ids_of_their_own(tmp_path, monkeypatch):
+    ids = []
+    monkeypatch.setattr(
+        "stp_ray.tracking.wandb_files.client",
+        lambda: SimpleNamespace(
+            init=lambda id, **more: ids.append(id) or MagicMock(), Settings=dict
+        ),
+    )
+    monkeypatch.setattr("time.strftime", lambda form: "261128131500")  # they start together
+    for label in ("0.5", "0.15"):
+        tracker = WandbTracker("project", f"{'n' * 80}-0123456789", tmp_path)
+        tracker.start(f"finalize/{label}", {})
+    assert len(set(ids)) == 2
+    assert all("0123456789" in each and len(each) < 128 for each in ids)
 
 
 def test_wandb_files_lie_with_the_run_or_in_a_cache_and_never_in_the_current_folder(
