@@ -41,8 +41,9 @@ ABOUT = {
         "under CUDA's multi-process service). "
         "**So few steps leave every network far from where it levels off**, and not all "
         "methods were trained: what is not in the tables was not measured. "
-        "Networks without exploration or expansion come from other supernets (same seeds, trained "
-        "in a first run) than the rest. `a quarter, restart` came later and was not tried here."
+        "Networks without exploration or expansion were trained in a first run, those without "
+        "expansion from the same supernets and shapes as the rest. `a quarter, restart` came later "
+        "and was not tried here."
     ),
     "cifar10_resnet20_cpu": (
         "**A reduced protocol for two CPU cores**: ResNet-20, 16,000 CIFAR-10 (JPEG) images at "
@@ -159,14 +160,14 @@ EXPLANATION = """\
 `python benchmarks/accuracy.py PROTOCOL --data FOLDER`. Mean ± standard deviation over seeds,
 their number in brackets: where numbers differ, read the differences within a seed, not those of
 the means. Which options of STP are good was judged by these same test images and seeds, but for
-the section of fresh seeds. All but that section was recorded before two changes: second phases saw
-the order and crops of the first epochs again, and searches started from uniform widths that were
-not filled.
+the section of fresh seeds. All but that section, and what starts as the teacher in that of
+MobileNetV2, was recorded before two changes: second phases saw the order and crops of the first
+epochs again, and searches started from uniform widths that were not filled.
 
 - *Equal epochs*: every method passes over the images equally often; one that trains, prunes and
   tunes splits them. Teachers are a gift: distillation from the finished dense network does not
-  count its training, which the last table does, as 1.00. So is that network itself, where it is
-  what training starts from (*of the teacher*): its epochs come on top of the others'.
+  count its training, which the table of training costs does, as 1.00. So is that network itself,
+  where it is what training starts from (*of the teacher*): its epochs come on top of the others'.
 - *Equal MACs*: every multiplication of training counts, forward and backward (a backward pass as
   two forward ones), teachers and exploration too; the others train until they have spent what
   STP spent.
@@ -176,10 +177,13 @@ not filled.
   them costs a pass, but no image more.
 - *A quarter, restart*: a quarter of the epochs is stimulative, after which the learning rate
   warms up to its full height again instead of falling once over both phases. What follows its
-  name is one option of it changed.
+  name are options of it changed or parts of it taken out.
 - *Tuned scores*: the search scores what it promotes again after 50 steps of distillation.
 - *Target without labels*: what is pruned to learns from the network above it alone, as the paper
-  has it.
+  has it; that one was trained for itself, from supernets and with shapes that are not those of
+  `stp`.
+- *A sixth stimulative*: two of twelve epochs. *Main let go*: the second phase goes without the main
+  network, and the expanded ones learn the labels in its place.
 - *Target alone*: one epoch of the supernet, the search, then the found slice alone on the
   labels; *shapes tried*: four of 32 candidates, and four more of their offspring, are trained by
   themselves for two epochs each before one is chosen, which equal MACs count and equal epochs do
@@ -194,13 +198,16 @@ not filled.
   the same share; *sparse learning*: the last half of its dense training is under group sparsity;
   *labels alone* (not trained yet): one dense epoch and no teacher, so that equal MACs buy the
   most epochs; *of the teacher*: the finished dense network is pruned, and tuning has all epochs,
-  so that it is not among the best of all others. At equal MACs its teacher is its own past before
+  so that among the best of all others it counts only against what starts as the teacher too, as
+  does what has twice the epochs. At equal MACs its teacher is its own past before
   it was pruned.
 - *Dense + distillation*: the dense network once more, taught by a finished one. STP's main network
   is taught so too, wherever STP is.
 - *Twice the epochs*: what starts as the teacher has weights that have seen the teacher's epochs
   and as many of their own; here a dense network, and its shape from scratch with the same finished
   teacher, get as many in one schedule.
+- *Group lasso*: half of the epochs dense, under a group lasso on the axes of our space; then pruned
+  by the norms of its units, and tuned with a teacher.
 - *Slimmable*: universally slimmable training, four widths a step, without a search or a second
   phase.
 - 0.5 and 0.3: the supernet that was trained towards the other two budgets, pruned to these after

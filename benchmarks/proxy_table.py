@@ -42,9 +42,11 @@ EXPLANATION = (
     "that it promotes once more after some steps in which a copy of the slice learns from the main "
     "network on the calibration images. Here shapes within a budget, the one that the method's "
     "search found, the uniform one and random ones, get the whole distillation that the found one "
-    "gets. Kendall's tau is that of the score (lower is better) with top-1 after it: 1 where "
-    "both rank alike, 0 where the score says nothing; a star: p < 0.05. In brackets that of the "
-    "random ones alone, among which is none that a score has chosen."
+    "gets. Supernets were trained for this table, before the two changes that the comparison "
+    "tells of: a search may have found another shape than there. Kendall's tau is that of the "
+    "score (lower is better) with top-1 after it: 1 where both rank alike, 0 where the score says "
+    "nothing; a star: p < 0.05. In brackets that of the random ones alone, among which is none "
+    "that a score has chosen."
 )
 
 
