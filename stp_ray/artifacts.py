@@ -5,6 +5,7 @@ of which stages are done. Weights are safetensors, tables Parquet, everything el
 """
 
 import contextlib
+import errno
 import hashlib
 import io
 import json
@@ -29,7 +30,7 @@ from torch import Tensor
 
 from .backends import EXTRAS, backend_errors
 from .errors import StorageError
-from .uris import refuse_credentials, refuse_detours
+from .uris import absolute, refuse_credentials, refuse_detours
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +68,7 @@ class Store:
         if isinstance(self._fs, LocalFileSystem):
             path = os.path.abspath(path)  # without the ".." of "../runs"
         self._path = path.rstrip("/")
+        self._uri = absolute(self._fs, self._path, text).rstrip("/")
         self._pauses = () if isinstance(self._fs, LocalFileSystem) else PAUSES
 
     def __repr__(self) -> str:
@@ -84,7 +86,7 @@ class Store:
     @property
     def uri(self) -> str:
         """The absolute URI, "file:///..." for local folders."""
-        return str(self._fs.unstrip_protocol(self._path))
+        return self._uri
 
     @property
     def local_path(self) -> Path | None:
@@ -93,7 +95,7 @@ class Store:
 
     def child(self, *names: str) -> "Store":
         """A folder within this one. Nothing is created until something is written."""
-        return Store(self._fs.unstrip_protocol("/".join([self._path, *map(_checked, names)])))
+        return Store("/".join([self._uri, *map(_checked, names)]))
 
     # -- bytes ----------------------------------------------------------------------
 
@@ -220,8 +222,9 @@ class Store:
     # -- checks ---------------------------------------------------------------------
 
     def probe(self) -> None:
-        """Write, read and delete a marker; leaves nothing behind, folders included. Storage that
+        """Write, read and delete markers; leaves nothing behind, folders included. Storage that
         does not answer is not waited for: before a run begins it is most often a wrong address.
+        Warns of storage in which two drivers could not keep out of each other's way.
 
         Raises:
             StorageError: the storage cannot be used; one line saying why.
@@ -239,6 +242,12 @@ class Store:
                     f"storage {self.uri} gives back something else than was written; expected a "
                     "consistent file system; choose another storage"
                 )
+            if self.create_bytes(name, b"another"):
+                log.warning(
+                    "storage %s replaces files that were to be created (it knows no "
+                    "If-None-Match); nothing keeps two drivers from one run: start one alone",
+                    self.uri,
+                )  # fmt: skip
             self.delete(name)
         finally:
             self._pauses = patience
@@ -326,9 +335,21 @@ def _replace_file(path: Path, data: bytes) -> None:
         os.replace(temporary, path)
 
 
+#: What a file system without hard links says of one.
+_NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
+
+
 def _create_file(path: Path, data: bytes) -> None:
     with _written_beside(path, data) as temporary:
-        os.link(temporary, path)  # fails where a rename would replace
+        try:
+            os.link(temporary, path)  # fails where a rename would replace
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            with path.open("xb") as file:  # as exclusive; others may see a part of it
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
 
 
 @contextlib.contextmanager

@@ -164,9 +164,23 @@ def report(
     uri: Annotated[str, typer.Argument(help="A run's folder or URI.")],
 ) -> None:
     """Write a run's report.html again from its artifacts."""
+    from .artifacts import Manifest
+    from .lease import held
     from .report import write_report
 
-    print(write_report(_run_store(uri)))
+    run = _run_store(uri)
+    with held(run) as lease:
+        print(write_report(run))
+        manifest = Manifest(run, guard=lease.require)
+        if record := manifest.stages().get("report"):  # or the page would pass for damaged
+            manifest.finish(
+                "report",
+                inputs=record["inputs"],
+                outputs={**record["outputs"], "report.html": run.checksum("report.html")},
+                seconds=record["seconds"],
+                device_seconds=record["device_seconds"],
+                metrics=record["metrics"],
+            )
 
 
 @app.command("wandb-sync")
@@ -174,21 +188,21 @@ def wandb_sync(
     uri: Annotated[str, typer.Argument(help="A run's folder or URI.")],
 ) -> None:
     """Say how to upload what a run kept for Weights & Biases and no server has yet."""
-    from .tracking import wandb_folder
+    from .tracking import wandb_folder, wandb_id
 
-    store = _folder(uri)
+    store = _run_store(uri, "config.json")
     run_id = store.uri.rstrip("/").rpartition("/")[2]
-    folder = wandb_folder(store, run_id) / "wandb"
+    folder, place = wandb_folder(store, run_id) / "wandb", wandb_id(run_id)
     kept = [
         path
-        for path in folder.glob("offline-run-*")
-        if run_id in path.name and not list(path.glob("*.wandb.synced"))
+        for path in folder.glob(f"offline-run-*-{place}-*")
+        if not list(path.glob("*.wandb.synced"))
     ]
     if not kept:
         print(f"nothing to upload: no offline run of {run_id} in {folder}")
         return
     print(f"{len(kept)} stages of {run_id} were kept offline; after `wandb login` upload them:")
-    print(f"  wandb sync {folder}/offline-run-*-{run_id}-*")
+    print(f"  wandb sync {folder}/offline-run-*-{place}-*")
 
 
 @app.command()
@@ -510,13 +524,15 @@ def _folder(uri: str) -> Any:
     return store if store.local_path is None else Store(store.local_path.resolve())
 
 
-def _run_store(uri: str) -> Any:
+def _run_store(uri: str, wanted: str = "summary.json") -> Any:
+    """A run's folder, which holds a file that every run leaves, or every finished one."""
     from .errors import StorageError
 
     store = _folder(uri)
-    if not store.exists("summary.json"):
+    if not store.exists(wanted):
+        finished = "finished " if wanted == "summary.json" else ""
         raise StorageError(
-            f"{store.uri} has no summary.json; expected the folder of a finished run, "
+            f"{store.uri} has no {wanted}; expected the folder of a {finished}run, "
             "<storage>/<run id>"
         )
     return store

@@ -43,6 +43,7 @@ from .uris import HOW_TO_MEND, credentials_in
 _NOT_IN_ID = (
     "storage",
     "tracking",
+    "explore.batch_of_candidates",
     "cluster.address",
     "cluster.device_price",
     "cluster.explore_workers",

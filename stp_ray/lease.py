@@ -51,14 +51,17 @@ class Holder:
 
 def holder(run: Store) -> Holder | None:
     """Who has the run, or had it last; None if nobody ever did."""
-    store = run.child("lease")
+    store, tries = run.child("lease"), 0
     while names := store.names(_PREFIX):
         try:
             content = store.read_json(names[-1])
         except StorageError:
+            tries += 1
             if store.exists(names[-1]):
-                raise
-            continue  # the holder has moved on and deleted it
+                if tries > 20:
+                    raise
+                time.sleep(0.05)  # without hard links a file is seen while it is written
+            continue  # or the holder has moved on and deleted it
         return Holder(number=int(names[-1].removeprefix(_PREFIX).partition(".")[0]), **content)
     return None
 

@@ -1,6 +1,7 @@
 """Where a run stands, from its folder alone: what is done, what is under way, who drives it."""
 
 import json
+import os
 import shlex
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -93,8 +94,14 @@ def configuration(run: Store) -> RunConfig:
             f"{run.uri} has no config.json; expected the folder of a run, <storage>/<run id>"
         )
     storage, _, name = run.uri.rpartition("/")
+    content = run.read_json("config.json")
+    if not isinstance(content, dict):
+        raise StorageError(
+            f"{run.uri}/config.json holds no settings; it is damaged: start the run anew from its "
+            "recipe"
+        )
     try:
-        config = load_config({**run.read_json("config.json"), "storage": storage})
+        config = load_config({**content, "storage": storage})
     except ConfigError as error:
         raise StorageError(
             f"{run.uri}/config.json cannot be used ({error}); it is damaged or of another version "
@@ -119,7 +126,8 @@ def resumable(run: Store, factory: str | None = None) -> RunConfig:
 
     Raises:
         StorageError: as `configuration`.
-        ConfigError: the model is somebody's own, and is not the one that was named.
+        ConfigError: the model is somebody's own, and is not the one that was named, or local data
+            or weights are not there.
     """
     config = configuration(run)
     named = config.model.name
@@ -129,6 +137,12 @@ def resumable(run: Store, factory: str | None = None) -> RunConfig:
             f"from you{f', found {factory!r}' if factory else ''}; if you trust that code, add "
             f"--factory {shlex.quote(named)}"
         )
+    for name, path in (("data.uri", config.data.uri), ("model.weights", config.model.weights)):
+        if path is not None and "://" not in path and not os.path.exists(os.path.expanduser(path)):
+            raise ConfigError(
+                f"{name} of {run.uri} is {path}, which is not there; expected it where the run was "
+                "started; go to the folder that it is relative to, and resume from there"
+            )
     return config
 
 

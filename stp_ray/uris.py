@@ -1,6 +1,7 @@
 """What a URI may contain. Standard library only, so that every layer can ask."""
 
 import re
+from typing import Any
 from urllib.parse import parse_qsl
 
 from .errors import StorageError
@@ -44,6 +45,22 @@ def refuse_credentials(uri: str) -> None:
     if found:
         scheme = uri.partition("://")[0]
         raise StorageError(f"a {scheme}:// URI contains {found}; {HOW_TO_MEND}")
+
+
+def absolute(filesystem: Any, path: str, uri: str) -> str:
+    """The URI of a path, by which other processes find the same place.
+
+    Args:
+        filesystem: fsspec's, of `uri`.
+        path: in it.
+        uri: what the path was taken from.
+    """
+    scheme, _, rest = uri.partition("://")
+    if "@" in rest.partition("/")[0]:  # container@account: back-ends forget the account
+        host, _, _ = rest.partition("/")
+        container = host.partition("@")[0]
+        return f"{scheme}://{host}/{path.strip('/').removeprefix(container).strip('/')}"
+    return str(filesystem.unstrip_protocol(path))
 
 
 def refuse_detours(uri: str) -> None:

@@ -1,3 +1,4 @@
+import errno
 import hashlib
 import json
 import logging
@@ -12,6 +13,7 @@ import pyarrow as pa
 import pytest
 import torch
 
+from stp_ray import artifacts, uris
 from stp_ray.artifacts import Checkpoints, Manifest, Store
 from stp_ray.errors import StorageError
 
@@ -33,6 +35,28 @@ def test_of_many_that_create_a_file_one_succeeds(store):
         won = list(pool.map(create, range(8)))
     assert won.count(True) == 1
     assert store.read_bytes("lease.json") == f"owner {won.index(True)}".encode()
+
+
+def test_a_file_is_created_once_without_hard_links(tmp_path, monkeypatch):
+    def link(*_):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", link)
+    store = Store(tmp_path)
+    store.probe()
+    assert store.create_bytes("a.json", b"first")
+    assert not store.create_bytes("a.json", b"second")
+    assert store.names() == ["a.json"] and store.read_bytes("a.json") == b"first"
+
+
+def test_storage_that_replaces_what_is_to_be_created_is_warned_of(tmp_path, monkeypatch, caplog):
+    store = Store(tmp_path)
+    store.probe()
+    assert caplog.text == ""
+    monkeypatch.setattr(artifacts, "_create_file", artifacts._replace_file)
+    store.probe()
+    assert "nothing keeps two drivers from one run" in caplog.text
+    assert store.names() == []
 
 
 def test_bytes_come_back(store):
@@ -175,6 +199,15 @@ def test_names_that_leave_the_folder_are_refused(tmp_path, name):
     for use in (store.read_bytes, store.exists, store.delete, store.child):
         with pytest.raises(StorageError, match="cannot be used in a store"):
             use(name)
+
+
+def test_a_uri_keeps_the_account_that_a_back_end_forgets():
+    """As adlfs does, which gives back abfs://container/path and asks the environment."""
+    filesystem = SimpleNamespace(unstrip_protocol=lambda path: f"abfs://{path}")
+    host = "abfss://runs@other.dfs.core.windows.net"
+    assert uris.absolute(filesystem, "runs/x", f"{host}/x/") == f"{host}/x"
+    assert uris.absolute(filesystem, "runs", host).rstrip("/") == host
+    assert uris.absolute(filesystem, "runs/x", "az://runs/x") == "abfs://runs/x"
 
 
 def test_local_stores_are_absolute_and_lazy(tmp_path, monkeypatch):

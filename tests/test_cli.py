@@ -289,6 +289,10 @@ def test_report_is_written_from_the_artifacts(tmp_path, monkeypatch):
     )
     assert stp("report", str(tmp_path)).stdout == "the page\n"
     assert seen == [Store(tmp_path)]
+    monkeypatch.undo()
+    for content in ([], {}):
+        Store(tmp_path).write_json("summary.json", content)
+        assert "holds no summary" in refused(stp("report", str(tmp_path)))
 
 
 @pytest.mark.parametrize("own", [False, True])
@@ -351,6 +355,8 @@ def test_wandb_sync_says_what_to_upload(tmp_path, monkeypatch):
     run = tmp_path / "demo-1"
     run.mkdir()
     (tmp_path / "latest").symlink_to("demo-1")
+    assert "no config.json" in refused(stp("wandb-sync", str(run)))
+    (run / "config.json").write_text("{}")
     assert stp("wandb-sync", str(run)).stdout.startswith("nothing to upload")
     for stage in ("supernet", "explore"):
         (run / "wandb" / f"offline-run-20260101_000000-demo-1-{stage}").mkdir(parents=True)
@@ -361,6 +367,21 @@ def test_wandb_sync_says_what_to_upload(tmp_path, monkeypatch):
     first, second = stp("wandb-sync", str(tmp_path / "latest")).stdout.splitlines()
     assert first.startswith("2 stages of demo-1")
     assert second.split()[:2] == ["wandb", "sync"] and second.endswith("offline-run-*-demo-1-*")
+
+
+def test_wandb_sync_finds_the_runs_of_a_long_name(tmp_path, monkeypatch):
+    from stp_ray.artifacts import Store
+    from stp_ray.tracking.wandb_files import WandbTracker
+
+    monkeypatch.delenv("WANDB_DIR", raising=False)
+    run = Store(tmp_path / ("narrowing-" * 8 + "0123456789"))
+    run.write_json("config.json", {})
+    tracker = WandbTracker("trial", run.local_path.name, run.local_path)
+    tracker.start("supernet", {})
+    tracker.finish()
+    first, second = stp("wandb-sync", str(run.local_path)).stdout.splitlines()
+    assert first.startswith("1 stages of narrowing-")
+    assert list(tmp_path.glob(second.split()[-1].removeprefix(f"{tmp_path}/")))
 
 
 def test_a_terminal_shows_progress_and_a_log_does_not(capsys, monkeypatch):
@@ -530,3 +551,16 @@ def test_resume_goes_on_with_the_settings_of_the_folder(begun, pipeline):
     (config,) = pipeline.configs
     assert run_id(config) == begun.name
     assert Store(config.storage).uri == Store(begun.parent).uri
+
+
+def test_resume_elsewhere_than_where_relative_data_lies_says_so(tmp_path, pipeline, monkeypatch):
+    data = {"name": "ImageFolder", "uri": "images"}
+    config = load_config({"name": "trial", "storage": str(tmp_path), "data": data})
+    run = Store(tmp_path / run_id(config))
+    run.write_json("config.json", dump_config(config))
+    (tmp_path / "there" / "images").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    told = refused(CliRunner().invoke(app, ["resume", run.uri]))
+    assert "data.uri" in told and "go to the folder that it is relative to" in told
+    monkeypatch.chdir(tmp_path / "there")
+    assert CliRunner().invoke(app, ["resume", run.uri]).exit_code == 0

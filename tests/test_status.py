@@ -95,6 +95,9 @@ def test_a_folder_that_is_no_run_is_told(store, run):
     run.write_json("config.json", {**dump_config(CONFIG), "seed": 7})
     with pytest.raises(StorageError, match="was renamed, or begun by another version"):
         configuration(run)
+    run.write_json("config.json", [])
+    with pytest.raises(StorageError, match="holds no settings"):
+        configuration(run)
     run.write_json("config.json", {"nonsense": 1})
     with pytest.raises(StorageError, match="cannot be used"):
         configuration(run)

@@ -56,7 +56,7 @@ def planned(config: "RunConfig", gpus: int) -> Line:
     summary = DataSummary(
         class_names=[str(label) for label in range(1000)], train_rows=TRAIN - held,
         holdout_rows=held, test_rows=TEST, image_size=size, held_size=size * 8 // 7, bytes=0,
-        streams=True,
+        streams=True, fingerprint="",
     )  # fmt: skip
     with torch.device("meta"):
         model = build_model(config.model.name, num_classes=1000, image_size=size)

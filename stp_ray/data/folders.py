@@ -1,5 +1,6 @@
 """torchvision's own data sets: CIFAR-10 and CIFAR-100 as downloaded, and folders of images."""
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from torchvision import datasets
 
 from ..errors import DataError
 from .decode import image_shape
-from .source import ArraySource, Chunk, Layout, Stored
+from .source import ArraySource, Chunk, Layout, Stored, fingerprint
 
 #: The folder beside "train", by the first of these names that is there.
 TEST_FOLDERS = ("test", "val")
@@ -120,7 +121,11 @@ class FolderSource:
             shape = image_shape(_file(path))
             if shape is not None:
                 train, test = len(self._samples["train"]), len(self._samples["test"])
-                return Layout(self._classes, train, test, shape)
+                names = {
+                    split: [os.path.relpath(path, self._folder) for path, _ in samples]
+                    for split, samples in self._samples.items()
+                }
+                return Layout(self._classes, train, test, shape, fingerprint(names))
         raise DataError(
             f"16 images of {self._folder / 'train'} cannot be decoded; expected image files such "
             "as JPEG or PNG; change data.uri"

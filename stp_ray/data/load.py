@@ -54,6 +54,9 @@ class DataSummary:
     streams: bool
     """Whether training images are streamed instead of kept in memory."""
 
+    fingerprint: str
+    """Tells this data from other data, by what can be seen without reading the images."""
+
     @property
     def num_classes(self) -> int:
         """Number of classes."""
@@ -199,6 +202,7 @@ def summarise(options: DataOptions, layout: Layout) -> DataSummary:
         held_size=held,
         bytes=size,
         streams=_streams(options, size),
+        fingerprint=layout.fingerprint,
     )
 
 

@@ -17,8 +17,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from ..errors import DataError
+from ..uris import absolute
 from .decode import image_shape
-from .source import Chunk, Layout, Stored
+from .source import Chunk, Layout, Stored, fingerprint
 from .storage import open_filesystem, reading
 
 #: Rows that are read and decoded at a time.
@@ -106,7 +107,7 @@ class ParquetSource:
     @property
     def full_uri(self) -> str:
         """The URI with its protocol, absolute, so that other processes find the same folder."""
-        return str(self._filesystem.unstrip_protocol(self._root))
+        return absolute(self._filesystem, self._root, self.uri)
 
     def layout(self) -> Layout:
         """Sizes and names from the footers, and the first image."""
@@ -132,7 +133,7 @@ class ParquetSource:
                     f"to {high}; expected 0 to {len(names) - 1} for {len(names)} classes; change "
                     'the labels or the "class_names" in the schema metadata'
                 )
-        return Layout(names, rows["train"], rows["test"], shape)
+        return Layout(names, rows["train"], rows["test"], shape, self._fingerprint(names))
 
     def parts(self, split: Stored, rows: NDArray[np.int64]) -> list[ParquetPart]:
         """One piece for each row group that holds wanted rows."""
@@ -214,6 +215,17 @@ class ParquetSource:
             _File(path, int(first), footer)
             for path, first, footer in zip(paths, firsts, footers, strict=False)
         ]
+
+    def _fingerprint(self, names: tuple[str, ...]) -> str:
+        """Of the names of the classes, and of each row group the rows and the sizes of columns."""
+        groups = [
+            (split, group.num_rows, [group.column(i).total_compressed_size for i in range(columns)])
+            for split in _SPLITS
+            for file in self._files[split]
+            for group in map(file.footer.row_group, range(file.footer.num_row_groups))
+            if (columns := group.num_columns)
+        ]
+        return fingerprint(names, groups)
 
     def _rows(self, split: Stored) -> int:
         return sum(file.footer.num_rows for file in self._files[split])

@@ -1,5 +1,7 @@
 """What a data set has to offer, and the two sets that fit in memory as arrays."""
 
+import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
@@ -22,6 +24,14 @@ class Layout:
     test_rows: int
     size: tuple[int, int]
     """Height and width of the first training image, in pixels."""
+    fingerprint: str
+    """Tells this content from another, by what can be seen without reading the images; the same
+    wherever it lies."""
+
+
+def fingerprint(*parts: Any) -> str:
+    """16 hexadecimal digits of what JSON can hold."""
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
 class Chunk(NamedTuple):
@@ -77,11 +87,13 @@ class ArraySource:
     def layout(self) -> Layout:
         """Sizes and names."""
         images = self._splits["train"][0]
+        labels = [split[1].tolist() for split in self._splits.values()]
         return Layout(
             self._class_names,
             len(images),
             len(self._splits["test"][0]),
             (images.shape[2], images.shape[3]),
+            fingerprint(self._class_names, images.shape, labels),
         )
 
     def parts(self, split: Stored, rows: NDArray[np.int64]) -> list[ArrayPart]:

@@ -5,6 +5,7 @@ from typing import Any
 import pyarrow as pa
 
 from ..artifacts import Manifest, Store
+from ..errors import StorageError
 from . import plots
 from .architecture import drawing
 from .page import chosen_candidates, render
@@ -24,6 +25,11 @@ def write_report(store: Store) -> str:
         StorageError: an artifact is missing or damaged.
     """
     summary = store.read_json("summary.json")
+    if not isinstance(summary, dict) or "budgets" not in summary:
+        raise StorageError(
+            f"{store.uri}/summary.json holds no summary; it is damaged: delete it, and the run's "
+            "command writes it again"
+        )
     homes = {budget: f"budget-{budget}" for budget in summary["budgets"]}
     places = [*store.names(), *(f"{home}/control" for home in homes.values())]
     folders = [name for name in places if store.exists(f"{name}/metrics.parquet")]
@@ -43,7 +49,8 @@ def write_report(store: Store) -> str:
         environment=(
             store.read_json("environment.json") if store.exists("environment.json") else None
         ),
-        stages=Manifest(store).stages(),
+        # its own stage is not done yet when the page is written first
+        stages={name: s for name, s in Manifest(store).stages().items() if name != "report"},
         pruned=pruned,
         predictions=predictions,
     )

@@ -5,6 +5,7 @@ The extracted network is final: there is no fine-tuning after it.
 """
 
 import contextlib
+import logging
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -29,6 +30,9 @@ from .predictions import PREDICTIONS, compare, top1
 from .relay import relayed
 from .supernet import fit, fit_group
 
+log = logging.getLogger(__name__)
+
+#: The shape that a budget's folder is about.
 SUBNET = "subnet.json"
 #: What the stage leaves when it is done, beside the files that it names.
 PRUNED = "pruned.json"
@@ -39,6 +43,28 @@ Trackers = Mapping[str, Tracker]
 def folder(label: str) -> str:
     """Where a budget's artifacts lie in the run's folder."""
     return f"budget-{label}"
+
+
+def claim(run: Store, label: str, target: str) -> None:
+    """Have a budget's folder be about a target. What was made there for another one, which a search
+    that had to be made again did not find, is deleted.
+
+    Args:
+        run: the run's folder.
+        label: of the budget.
+        target: the subnet (JSON).
+    """
+    home, content = run.child(folder(label)), _line(target)
+    if home.exists(SUBNET):
+        if home.read_bytes(SUBNET) == content:
+            return
+        log.warning("budget %s has another shape than before, and is pruned anew", label)
+        run.delete(folder(label))
+    home.write_bytes(SUBNET, content)
+
+
+def _line(target: str) -> bytes:
+    return f"{target}\n".encode()
 
 
 def finalize(
@@ -217,7 +243,7 @@ def prune(job: Job, images: Images, device: torch.device) -> dict[str, Any]:
         "data": config.data.name,
     }  # fmt: skip
     outputs = export.save_model(store, small, description)
-    outputs[SUBNET] = store.write_bytes(SUBNET, (target.to_json() + "\n").encode())
+    outputs[SUBNET] = store.write_bytes(SUBNET, _line(job.target))
     outputs[PREDICTIONS] = store.write_table(PREDICTIONS, said)
     wanted = [name for name, on in config.export.model_dump().items() if on]
     written, programs, notes = export.write_programs(

@@ -5,7 +5,7 @@ exports. A run without a latency budget does nothing of this.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import ray
 import torch
@@ -23,6 +23,8 @@ from . import cluster
 from .network import LATENCY, TABLE, build_supernet, latency_table
 
 Result = TypeVar("Result")
+
+CHOSEN = "chosen.json"
 
 #: Best candidates of a budget that may be measured.
 _CANDIDATES = 64
@@ -43,14 +45,18 @@ def measure(config: RunConfig, run: Store, summary: DataSummary) -> dict[str, An
         BudgetError: no subnet keeps a latency budget.
     """
     content = _on_a_worker(config, _table, config, summary)
-    run.child(LATENCY).write_json(TABLE, content)
+    home = run.child(LATENCY)
+    home.delete(CHOSEN)
+    home.write_json(TABLE, content)
     return content
 
 
 def choose(
     config: RunConfig, run: Store, summary: DataSummary, explorer: Explorer
 ) -> dict[str, dict[str, Any]]:
-    """For each latency budget the best candidate whose measured latency keeps it.
+    """For each latency budget the best candidate whose measured latency keeps it. A second
+    measurement would choose otherwise, so what was chosen is kept in `latency/chosen.json`, for as
+    long as the search ends alike.
 
     Args:
         config: the run's configuration.
@@ -71,7 +77,13 @@ def choose(
         for place, budget in enumerate(config.budgets)
         if budget.timed
     }
-    return _on_a_worker(config, _met, config, summary, latency_table(run), ranked)
+    home, table = run.child(LATENCY), latency_table(run)
+    among = {str(place): [s.subnet.id for s in found] for place, found in ranked.items()}
+    if home.exists(CHOSEN) and (kept := home.read_json(CHOSEN))["among"] == among:
+        return cast(dict[str, dict[str, Any]], kept["chosen"])
+    chosen = _on_a_worker(config, _met, config, summary, table, ranked)
+    home.write_json(CHOSEN, {"among": among, "chosen": chosen})
+    return chosen
 
 
 def _table(config: RunConfig, summary: DataSummary) -> dict[str, Any]:

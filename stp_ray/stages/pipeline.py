@@ -31,8 +31,9 @@ from ..report import (
 from ..tracking import Artifact, Tracker, Tracking
 from . import cluster, latency
 from .explore import CANDIDATES, FRONT, explore, seconds_searched
-from .finalize import PRUNED, finalize, folder
+from .finalize import PRUNED, claim, finalize, folder
 from .images import Images, SharedImages, share
+from .inputs import INPUTS, inputs, require_same
 from .jobs import RESULT, Job, seconds_spent
 from .network import LATENCY, TABLE, build_supernet, check_images, price, timed
 from .supernet import fit
@@ -80,11 +81,14 @@ def run(
     images_summary, net = preflight(config)
     store = Store(config.storage).child(run_id(config))
     store.probe()
+    made_from = inputs(config, images_summary)
+    require_same(store, made_from)
     done = Manifest(store)
     if finished(done):
         return Summary(store.read_json(SUMMARY))
     with _session(config, _workers(config, done.stages())), held(store) as lease:
         manifest = Manifest(store, guard=lease.require)
+        store.write_json(INPUTS, made_from)
         tracking = Tracking(config.tracking, run_id(config), store)
         with contextlib.closing(tracking):
             return _Pipeline(config, store, images_summary, net, manifest, tracking).walk(until)
@@ -240,6 +244,8 @@ class _Pipeline:
 
     def _finalize(self) -> None:
         targets = self.store.read_json(f"explore/{FRONT}")["budgets"]
+        for label, target in targets.items():
+            claim(self.store, label, target)
         missing = {
             label: target
             for label, target in targets.items()

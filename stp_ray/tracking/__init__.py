@@ -2,6 +2,8 @@
 
 from .base import Artifact, MultiTracker, Tracker, file_name
 from .run import Tracking
-from .wandb_files import wandb_folder
+from .wandb_files import wandb_folder, wandb_id
 
-__all__ = ["Artifact", "MultiTracker", "Tracker", "Tracking", "file_name", "wandb_folder"]
+__all__ = [
+    "Artifact", "MultiTracker", "Tracker", "Tracking", "file_name", "wandb_folder", "wandb_id",
+]  # fmt: skip

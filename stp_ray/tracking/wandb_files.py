@@ -41,6 +41,11 @@ def wandb_folder(store: Store, run_id: str) -> Path:
     return _cache_folder() / "wandb" / run_id
 
 
+def wandb_id(run_id: str) -> str:
+    """What the ids of a run's stages begin with; wandb takes no long ones."""
+    return file_name(run_id[-60:])
+
+
 def _cache_folder() -> Path:
     """This project's folder among the user's caches, or a temporary one if that is read-only."""
     if sys.platform == "darwin":
@@ -83,7 +88,7 @@ class WandbTracker:
         self._kind = stage.partition("/")[0]
         self._step = f"{self._kind}/{config.get('counts', 'step')}"
         # Each part is cut by itself, so that a long name does not cost the stage's.
-        place = f"{file_name(self._run_id[-60:])}-{file_name(stage)[:40]}"
+        place = f"{wandb_id(self._run_id)}-{file_name(stage)[:40]}"
         self._run = wandb.init(
             project=self._project,
             group=self._run_id,

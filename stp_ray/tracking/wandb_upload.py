@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from .wandb_files import client
+from .wandb_files import client, wandb_id
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +88,7 @@ class Uploads:
         log.warning(
             "%s; going on offline, upload later with: wandb sync %s",
             what,
-            self._folder / "wandb" / f"offline-run-*-{self._run_id}-*",
+            self._folder / "wandb" / f"offline-run-*-{wandb_id(self._run_id)}-*",
         )
 
     def _report(self, budgets: Sequence[str], end: float) -> str | None:

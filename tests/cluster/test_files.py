@@ -327,6 +327,18 @@ def test_kuberay_head_takes_no_work_and_is_not_spot(cluster):
         assert operator == "DoesNotExist" or (operator, values) == ("NotIn", [SPOT_LABELS[label]])
 
 
+def test_kuberay_pods_have_the_shared_memory_that_ray_takes(cluster):
+    """Of a pod's memory Ray takes 0.3 for objects, but no more than 0.95 of the shared memory or
+    ten gigabytes, whichever is more; what that memory cannot hold goes to the disk."""
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        pod = group["template"]["spec"]
+        (shared,) = [v["emptyDir"] for v in pod["volumes"] if v["name"] == "shared-memory"]
+        shared = 2**30 * int(shared["sizeLimit"].removesuffix("Gi"))
+        memory = pod["containers"][0]["resources"]["limits"]["memory"]
+        wanted = 0.3 * 2**30 * int(memory.removesuffix("Gi"))
+        assert min(wanted, max(1e10, 0.95 * shared)) <= shared
+
+
 def test_kuberay_stops_paying(cluster):
     assert 0 < cluster["autoscalerOptions"]["idleTimeoutSeconds"] <= 60 * IDLE_MINUTES
     job = read("kuberay", "rayjob.yaml")["spec"]

@@ -61,6 +61,20 @@ def test_folders_of_images(tmp_path, test):
         assert (image.tobytes() in cat) == (label == 0)
 
 
+def test_a_fingerprint_tells_content_from_content_and_not_place_from_place(tmp_path):
+    found = []
+    for place in ("here", "there"):
+        folder_of_images(tmp_path / place, "train")
+        folder_of_images(tmp_path / place, "test")
+        found.append(describe(options(tmp_path / place)).fingerprint)
+    one = tmp_path / "there" / "train"
+    (one / "cat" / "0.png").rename(one / "dog" / "00.png")
+    found.append(describe(options(tmp_path / "there")).fingerprint)
+    assert found[0] == found[1] != found[2]
+    digits = [describe(DataOptions(holdout=count)).fingerprint for count in (64, 128)]
+    assert digits[0] == digits[1] not in found
+
+
 def test_a_broken_file_in_a_folder_is_skipped(tmp_path):
     folder_of_images(tmp_path, "train")
     folder_of_images(tmp_path, "test")

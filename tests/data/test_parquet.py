@@ -355,6 +355,15 @@ def test_any_fsspec_filesystem_will_do(tmp_path):
     assert ParquetSource(str(tmp_path)).full_uri == f"file://{tmp_path}"
 
 
+def test_a_fingerprint_tells_content_from_content_and_not_place_from_place(tmp_path):
+    for place in ("here", "there"):
+        write_parquet(tmp_path / place)
+    here, there = (describe(options(tmp_path / place)) for place in ("here", "there"))
+    assert here.fingerprint == there.fingerprint
+    write_parquet(tmp_path / "there", train=41)
+    assert describe(options(tmp_path / "there")).fingerprint != here.fingerprint
+
+
 def test_s3_by_the_endpoint_of_the_environment(s3, tmp_path):
     boto3 = pytest.importorskip("boto3")
     write_parquet(tmp_path)

@@ -43,6 +43,7 @@ TINY: dict[str, Any] = {
 ARTIFACTS = {
     "config.json",
     "environment.json",
+    "inputs.json",
     "manifest.json",
     "supernet/model.safetensors",
     "supernet/metrics.parquet",

@@ -25,7 +25,7 @@ def of_any_size(num_classes):
 
 @pytest.fixture
 def summary():
-    return DataSummary([str(i) for i in range(10)], 90, 10, 20, 8, 8, 1000, False)
+    return DataSummary([str(i) for i in range(10)], 90, 10, 20, 8, 8, 1000, False, "0")
 
 
 def test_a_pattern_that_matches_nothing_names_its_settings(summary):

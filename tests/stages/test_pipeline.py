@@ -15,10 +15,12 @@ import safetensors.torch
 import torch
 import torchvision
 from PIL import Image
+from typer.testing import CliRunner
 
 import stp_ray as stp
 from stp_ray import export
 from stp_ray.artifacts import Checkpoints, Manifest, Store
+from stp_ray.cli import app
 from stp_ray.config import load_config, run_id
 from stp_ray.data import describe, eval_batches, load
 from stp_ray.data.split import derive_seed
@@ -194,7 +196,7 @@ def test_the_manifest_names_what_each_stage_made_and_from_what(finished):
             f"{stage.replace('finalize/', 'budget-')}/pruned.json"
         }
     made = {name for record in stages.values() for name in record["outputs"]}
-    documents = {"config.json", "environment.json", "manifest.json"}
+    documents = {"config.json", "environment.json", "inputs.json", "manifest.json"}
     assert ARTIFACTS - documents - made == {f"budget-{label}/README.md" for label in BUDGETS}
 
 
@@ -318,7 +320,7 @@ def test_only_the_report_is_missing(finished, tmp_path, monkeypatch):
     assert (run.folder / "report.html").exists()
     changed = {name for name, time in before.items() if times(run.folder, [name])[name] != time}
     cards = {f"budget-{label}/README.md" for label in BUDGETS}
-    documents = {"config.json", "environment.json", "manifest.json", "summary.json"}
+    documents = {"config.json", "environment.json", "inputs.json", "manifest.json", "summary.json"}
     documents.add("logs/report.jsonl")
     assert changed <= cards | documents
     assert "manifest.json" in changed
@@ -351,6 +353,41 @@ def test_a_lost_output_is_made_again_to_the_bit(finished, tmp_path, lost):
     run()
     assert path.read_bytes() == wanted
     assert times(run.folder, others) == before
+
+
+def test_a_budget_whose_shape_is_another_is_pruned_anew(finished, tmp_path, caplog):
+    """As a search that had to be made again on another machine may have it."""
+    run = finished.copied(tmp_path)
+    store = Store(run.folder)
+    front = store.read_json("explore/front.json")
+    other = build_supernet(run.config, describe(run.config.data)).space.smallest
+    front["budgets"]["0.5"] = other.to_json()
+    store.write_json("explore/front.json", front)
+    manifest = store.read_json("manifest.json")
+    found = manifest["stages"]["explore"]["outputs"]
+    found["explore/front.json"] = store.checksum("explore/front.json")
+    store.write_json("manifest.json", manifest)
+    store.delete("report.html")
+    rest = [name for name in WEIGHTS if "0.5" not in name]
+    before = times(run.folder, rest)
+    summary = run()
+    assert summary["budgets"]["0.5"]["subnet_id"] == other.id
+    assert "budget 0.5 has another shape than before" in caplog.text
+    assert stp.load(str(run.folder / "budget-0.5")) is not None
+    assert times(run.folder, rest) == before
+
+
+def test_a_report_that_is_written_again_leaves_its_run_finished(finished, tmp_path):
+    run = finished.copied(tmp_path)
+    page = (run.folder / "report.html").read_bytes()
+    done = CliRunner().invoke(app, ["report", str(run.folder)])
+    assert done.exit_code == 0, done.output
+    assert (run.folder / "report.html").read_bytes() == page
+    (run.folder / "report.html").write_bytes(b"of an earlier version")
+    assert CliRunner().invoke(app, ["report", str(run.folder)]).exit_code == 0
+    before = times(run.folder)
+    run()
+    assert times(run.folder) == before
 
 
 def test_a_run_can_stop_after_a_stage_and_go_on(tmp_path):
