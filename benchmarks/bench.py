@@ -19,8 +19,9 @@ from stp_ray.data.load import load
 from stp_ray.data.options import DataOptions
 from stp_ray.data.split import derive_seed
 from stp_ray.elastic import Subnet, Supernet
+from stp_ray.elastic.attention import unfused_attention
 from stp_ray.method import Exploration, Optimisation, Trainer, evaluate
-from stp_ray.method.modes import device_of, inspecting, unfused_attention
+from stp_ray.method.modes import device_of, inspecting
 from stp_ray.method.training import Label
 from stp_ray.models import build_model, redraw
 

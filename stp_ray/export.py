@@ -27,10 +27,10 @@ from torch import Tensor, nn
 
 from . import models
 from .artifacts import Store
+from .elastic.attention import unfused_attention
 from .elastic.subnet import Subnet
 from .elastic.supernet import Supernet
 from .errors import ConfigError, StorageError, StpError
-from .method.modes import unfused_attention
 
 Result = TypeVar("Result")
 

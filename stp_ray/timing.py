@@ -13,8 +13,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from .elastic.attention import unfused_attention
 from .export import ExportError, onnx_program, onnx_session
-from .method.modes import unfused_attention
 
 #: Pairs of runs that a ratio is the median of: at least so many, more within the seconds below.
 PAIRS = 11

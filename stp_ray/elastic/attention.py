@@ -6,10 +6,24 @@ attributes of the stock layer that it came from, and with them its parameter nam
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+@contextmanager
+def unfused_attention() -> Iterator[None]:
+    """Inside, torch runs multi-head attention of evaluation as the operations that it is made of,
+    which can be exported and whose MACs torch counts, and not as its one fused operation."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 class MultiheadSelfAttention(nn.Module):

@@ -13,7 +13,10 @@ from itertools import takewhile
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
+
+from .flag import TRAINING
+from .ops import tensors_in
 
 _ADDITIONS = (operator.add, operator.iadd, torch.add)
 
@@ -42,8 +45,8 @@ def find_branches(graph: fx.GraphModule, shapes: Mapping[fx.Node, Any]) -> dict[
         if one is other or not shapes[one] == shapes[other] == shapes[node]:
             continue
         for shortcut, end in ((other, one), (one, other)):
-            inner = _between(shortcut, end, order)
-            if inner is None or not any(n.op == "call_module" for n in inner):
+            inner = _between(shortcut, end, order, shapes)
+            if inner is None or not any(map(calls_layer, inner)):
                 continue
             leaves = any(user not in inner and user is not node for n in inner for user in n.users)
             if not leaves and not any(n.target in shared for n in inner):
@@ -52,8 +55,16 @@ def find_branches(graph: fx.GraphModule, shapes: Mapping[fx.Node, Any]) -> dict[
     return _named(found)
 
 
-def _between(shortcut: fx.Node, end: fx.Node, order: dict[fx.Node, int]) -> set[fx.Node] | None:
-    """Everything that `end` needs beyond `shortcut`; None if anything else enters."""
+def calls_layer(node: fx.Node) -> bool:
+    """Whether a node is a layer of the model."""
+    return node.op == "call_module" and node.target != TRAINING
+
+
+def _between(
+    shortcut: fx.Node, end: fx.Node, order: dict[fx.Node, int], shapes: Mapping[fx.Node, Any]
+) -> set[fx.Node] | None:
+    """Everything that `end` needs beyond `shortcut`; None if anything else enters but numbers,
+    such as the height and width of the images."""
     inner: set[fx.Node] = set()
     stack = [end]
     while stack:
@@ -61,7 +72,10 @@ def _between(shortcut: fx.Node, end: fx.Node, order: dict[fx.Node, int]) -> set[
         if node is shortcut or node in inner:
             continue
         source = not node.all_input_nodes
-        if node.op == "placeholder" or (order[node] < order[shortcut] and not source):
+        before = order[node] < order[shortcut] and not source
+        if before and not tensors_in(shapes[node]):
+            continue
+        if node.op == "placeholder" or before:
             return None
         if source and any(order[user] < order[shortcut] for user in node.users):
             continue  # a parameter that others use too stays outside
@@ -82,8 +96,10 @@ def _shared_targets(graph: fx.GraphModule) -> set[Any]:
             uses.update(weights[str(node.target)])
         elif node.op == "get_attr":
             owner, _, leaf = str(node.target).rpartition(".")
-            weights[str(node.target)] = {id(getattr(graph.get_submodule(owner), leaf))}
-            uses.update(weights[str(node.target)])
+            value = getattr(graph.get_submodule(owner), leaf)
+            if isinstance(value, nn.Parameter):  # a buffer is read, whoever else reads it
+                weights[str(node.target)] = {id(value)}
+                uses.update(weights[str(node.target)])
     return {target for target, own in weights.items() if any(uses[weight] > 1 for weight in own)}
 
 
@@ -102,7 +118,7 @@ def _named(branches: list[Branch]) -> dict[str, Branch]:
 
 
 def _layers(branch: Branch) -> list[str]:
-    return sorted(str(node.target) for node in branch.nodes if node.op == "call_module")
+    return sorted(str(node.target) for node in branch.nodes if calls_layer(node))
 
 
 def _home(branch: Branch) -> str:
@@ -118,7 +134,7 @@ def _child(home: str, branch: Branch) -> str:
     children = [
         str(node.target)[skip:].split(".")[0]
         for node in sorted(branch.nodes, key=lambda n: n.name)
-        if node.op == "call_module"
+        if calls_layer(node)
     ]
     counts = Counter(children)
     weighed = {child: (_weight(branch, home, child), counts[child]) for child in counts}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .cost import Extent
-from .slicing import Layout, Merge, measured, narrowed
+from .slicing import Layout, Merge, completed, measured, narrowed
 from .subnet import Subnet
 
 if TYPE_CHECKING:
@@ -41,11 +41,12 @@ def extract(
             continue
         env[node.name] = copied = graph.node_copy(node, lambda n: env[n.name])
         for key, value in layout.arguments.items():
-            value = _rewritten(value, env, subnet)
             if isinstance(key, int):
-                copied.update_arg(key, value)
+                written = node.args[key]
+                copied.update_arg(key, _rewritten(completed(value, written), env, subnet))
             else:
-                copied.update_kwarg(key, value)
+                written = node.kwargs.get(key)
+                copied.update_kwarg(key, _rewritten(completed(value, written), env, subnet))
         target = str(node.target)
         if node.op == "call_module" and target not in root:
             module = model.get_submodule(target)

@@ -19,6 +19,7 @@ from torch import fx, nn
 
 from .attention import MultiheadSelfAttention, WindowSelfAttention, WindowSelfAttentionV2
 from .dims import Atom, Dim, Dims, Frozen, constant, length, merge
+from .flag import TrainingFlag
 
 #: What a node yields: the dimensions of a tensor, a tuple of such, or None for anything else.
 Value = Any
@@ -834,11 +835,13 @@ def _rewrite_sizes(
     them from one that is elastic. Which ones are elastic is known only at the end, so every size
     that could be is listed."""
     new = [
-        Size(dim) if not visit.dims.is_constant(dim) or visit.origins(given) else given
+        Size(dim) if not visit.dims.is_constant(dim) or visit.origins(given) else None
         for given, dim in zip(sizes, out, strict=True)
     ]
     if key is None:
-        visit.step.arguments.update(dict(enumerate(new, start=1)))
+        for place, size in enumerate(new, start=1):
+            if size is not None:
+                visit.step.arguments[place] = size
     else:
         visit.step.arguments[key] = new
 
@@ -955,6 +958,7 @@ _ELEMENTWISE_NAMES = [
 ]  # fmt: skip
 
 MODULES: dict[type[nn.Module], Rule] = {
+    TrainingFlag: passive,
     nn.Linear: linear,
     nn.Conv1d: convolution,
     nn.Conv2d: convolution,
@@ -1082,20 +1086,34 @@ METHODS: dict[str, Rule] = {
 def module_rule(module: nn.Module) -> Rule | None:
     """The rule of a layer: of its class, or of a base class whose forward it inherits. There is
     none for a layer whose weights are computed anew in every forward (weight norm and the like):
-    its tensors cannot be cut."""
+    its tensors cannot be cut; nor for one that does something else than its class."""
     if any(
         hasattr(part, "parametrizations")
         or any(isinstance(value, torch.Tensor) for value in vars(part).values())
         for part in module.modules()
     ):
         return None
+    if "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks:
+        return None
     named = NAMED_MODULES.get(_qualified(type(module)))
     if named is not None:
         return named
     for base in type(module).__mro__:
         if base in MODULES and base.forward is type(module).forward:
-            return MODULES[base]
+            return None if _computes_otherwise(module) else MODULES[base]
     return None
+
+
+def _computes_otherwise(module: nn.Module) -> bool:
+    """Whether a convolution has tensors of its own for what it does to its weights."""
+    if not isinstance(module, nn.modules.conv._ConvNd):
+        return False
+    inherited = any(
+        vars(base).get("_conv_forward") is type(module)._conv_forward
+        for base in (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    )
+    own = {name for name, _ in (*module.named_parameters(), *module.named_buffers())}
+    return not inherited and not own <= {"weight", "bias"}
 
 
 def rule_for(node: fx.Node, module: nn.Module | None) -> Rule | None:

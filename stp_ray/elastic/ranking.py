@@ -67,10 +67,10 @@ def rank(net: "Supernet", scores: Mapping[str, Tensor]) -> None:
     """
     sizes = {axis.name: axis.size for axis in net.space.axes}
     for name, score in scores.items():
-        if sizes.get(name) != len(score):
+        if score.dim() != 1 or sizes.get(name) != len(score):
             raise ValueError(
-                f"scores of axis {name!r} have length {len(score)}; expected "
-                f"{sizes.get(name, 'the name of an axis of this space')}"
+                f"scores of axis {name!r} have the shape {list(score.shape)}; expected "
+                f"{[sizes[name]] if name in sizes else 'the name of an axis of this space'}"
             )
     orders = {name: score.argsort(descending=True, stable=True) for name, score in scores.items()}
     for name, tensor in _tensors(net):

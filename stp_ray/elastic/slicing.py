@@ -28,7 +28,8 @@ class Layout:
     Args:
         tensors: parameter or buffer -> segments per dimension, None for one that is never cut.
         attributes: attribute of the module (dotted) -> value, with `Extent` for sizes.
-        arguments: position or keyword of the call -> value, with `Extent` for sizes.
+        arguments: position or keyword of the call -> value, with `Extent` for sizes; in a list of
+            sizes None stands for what the model wrote.
         narrow_class: the class of the narrowed module where it differs.
         norm: whether the module keeps running statistics.
         scratch: buffers that the module may write while it trains; a subnet gets copies.
@@ -94,6 +95,13 @@ class Merge:
 
     block: str
     shortcut: int
+
+
+def completed(value: Any, written: Any) -> Any:
+    """The value of a layout's argument, with what the model wrote where a list leaves that."""
+    if not isinstance(value, list):
+        return value
+    return [old if new is None else new for new, old in zip(value, written, strict=True)]
 
 
 def _kept(tensor: Tensor, cuts: Mapping[int, Ranges]) -> Tensor:

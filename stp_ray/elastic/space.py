@@ -171,8 +171,12 @@ class SearchSpace:
         return 1 - self._fixed_macs / full if full else 0.0
 
     def cost(self, subnet: Subnet | None = None) -> Cost:
-        """The price of one subnet (of the main network without one). Touches no tensor."""
-        return self._full_cost if subnet is None else self.costs([subnet])[0]
+        """The price of one subnet (of the main network without one). Touches no tensor. Raises
+        ValueError for a subnet of another space."""
+        if subnet is None:
+            return self._full_cost
+        self.validate(subnet)
+        return self.costs([subnet])[0]
 
     @cached_property
     def _full_cost(self) -> Cost:
@@ -205,8 +209,7 @@ class SearchSpace:
     def require(self, budget: Budget) -> None:
         """Raise BudgetError if not even the smallest subnet keeps the budget; ValueError if it
         bounds latency and this space has no terms of it, or is no `Budget`."""
-        if not isinstance(budget, Budget):
-            raise ValueError(f"budget is {budget!r}; expected a Budget, such as Budget(macs=0.15)")
+        _require_budget(budget)
         least, full = self._least_cost, self._full_cost
         if not budget.admits(least, of=full):
             seconds = ""
@@ -224,7 +227,9 @@ class SearchSpace:
             )
 
     def validate(self, subnet: Subnet) -> None:
-        """Raise ValueError if the subnet does not belong to this space."""
+        """Raise ValueError if the subnet does not belong to this space, or is none."""
+        if not isinstance(subnet, Subnet):
+            raise ValueError(f"subnet is {subnet!r:.60}; expected a Subnet, such as space.smallest")
         if set(subnet.widths) != set(self._axis):
             odd = sorted(set(subnet.widths) ^ set(self._axis))
             raise ValueError(f"subnet {subnet.id} names other axes than this space: {odd[:3]}")
@@ -267,7 +272,10 @@ class SearchSpace:
     def fill(self, subnet: Subnet, budget: Budget) -> Subnet:
         """A subnet with what it leaves of a budget used: one axis after another becomes a step
         wider, always the one with the smallest share of its full width that still can, until none
-        can [ours]. No block comes back. What does not keep the budget is returned as it is."""
+        can [ours]. No block comes back. What does not keep the budget is returned as it is. Raises
+        ValueError for a subnet of another space, or what is no `Budget`."""
+        self.validate(subnet)
+        _require_budget(budget)
         limits = budget.limits(self._full_cost)
         full, flags = self._ends[1][0], self._flags(subnet.dropped)
         alive = [not self._homes[axis.name] & subnet.dropped for axis in self.axes]
@@ -293,6 +301,8 @@ class SearchSpace:
 
         Raises BudgetError if no subnet keeps the budget.
         """
+        if not isinstance(rng, random.Random):
+            raise ValueError(f"rng is {rng!r:.60}; expected a random.Random(seed)")
         rate = rng.uniform(0, self.MAX_DROP_RATE)
         dropped = [block.name for block in self.blocks if rng.random() < rate]
         places = np.array([rng.random() for _ in self.axes])
@@ -483,6 +493,11 @@ class SearchSpace:
         return choices[choices.index(width) + step]
 
 
+def _require_budget(budget: Budget) -> None:
+    if not isinstance(budget, Budget):
+        raise ValueError(f"budget is {budget!r}; expected a Budget, such as Budget(macs=0.15)")
+
+
 def _require_share(name: str, value: float) -> None:
-    if not 0 <= value <= 1:
+    if not isinstance(value, (int, float, np.number)) or not 0 <= value <= 1:
         raise ValueError(f"{name} is {value!r}; expected a number in [0, 1]")

@@ -1,5 +1,6 @@
 """A dense classifier and, in the same weights, every subnet of its search space."""
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, cast
@@ -11,7 +12,7 @@ from .dims import Frozen
 from .extract import extract
 from .ranking import rank
 from .show import folded, table
-from .slicing import Layout, Merge, Ranges, Segments, measured, narrowed
+from .slicing import Layout, Merge, Ranges, Segments, completed, measured, narrowed
 from .space import SearchSpace
 from .subnet import Subnet
 from .trace import Traced, trace
@@ -137,8 +138,6 @@ class Supernet(nn.Module):
         """MACs for one sample of the example input's shape, and parameters, of a subnet or, without
         one, of the main network. Touches no tensor. Raises ValueError for a subnet of another
         space."""
-        if subnet is not None:
-            self.space.validate(subnet)
         return self.space.cost(subnet)
 
     def extract(self, subnet: Subnet, stats: Stats | None = None) -> nn.Module:
@@ -212,6 +211,21 @@ class Supernet(nn.Module):
         frozen = table(("frozen", "size", "why"), [(f.name, f.size, f.reason) for f in self.frozen])
         shown = folded(f"{len(self.frozen)} frozen layers", frozen) if self.frozen else ""
         return self.space._repr_html_() + shown
+
+    # -- copies ---------------------------------------------------------------------
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Supernet":
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__dict__.update({k: copy.deepcopy(v, memo) for k, v in self.__dict__.items()})
+        return copied
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # torch.fx would trace the model anew when it is read, under other names
+        raise TypeError(
+            "a Supernet cannot be pickled, so neither torch.save nor another process takes it; "
+            "save net.model.state_dict(), trace the dense model again and load it there"
+        )
 
     # -- the sliced run -------------------------------------------------------------
 
@@ -325,9 +339,9 @@ def arguments(node: fx.Node, layout: Layout) -> tuple[tuple[Any, ...], dict[str,
     args, kwargs = list(node.args), dict(node.kwargs)
     for key, value in layout.arguments.items():
         if isinstance(key, int):
-            args[key] = value
+            args[key] = completed(value, args[key])
         else:
-            kwargs[key] = value
+            kwargs[key] = completed(value, kwargs.get(key))
     return tuple(args), kwargs
 
 

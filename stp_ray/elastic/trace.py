@@ -5,6 +5,7 @@ import inspect
 import linecache
 import operator
 import os
+import random
 import sys
 import traceback
 from collections import Counter
@@ -15,6 +16,7 @@ from itertools import count
 from math import ceil, gcd
 from typing import Any, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
@@ -23,9 +25,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..errors import OptionError, TraceError
 from . import ops
-from .blocks import find_branches
+from .attention import unfused_attention
+from .blocks import calls_layer, find_branches
 from .cost import Extent, Term
 from .dims import Dim, Dims, Frozen, Variable, length
+from .flag import TRAINING, TrainingFlag
 from .ops import Size, Step, Value, Visit
 from .slicing import Layout, Merge
 from .space import ResidualBlock, SearchSpace, WidthAxis
@@ -108,6 +112,8 @@ def trace(
         TraceError: the model cannot be traced; the message names the operation and the line.
         OptionError: an option is out of range, or a pattern matches no layer.
     """
+    if isinstance(original := getattr(model, "_orig_mod", None), nn.Module):
+        model = original  # what torch.compile has wrapped
     if not isinstance(model, nn.Module):
         raise TraceError(f"the model is a {type(model).__name__}; expected a torch.nn.Module")
     if not isinstance(example_input, Tensor) or example_input.dim() != 4:
@@ -121,6 +127,8 @@ def trace(
     for name, patterns in (("ignore", ignore), ("only", only)):
         if isinstance(patterns, str):
             raise OptionError(f"{name} is {patterns!r}; expected a list: [{patterns!r}]")
+        if not isinstance(patterns, Sequence) or not all(isinstance(p, str) for p in patterns):
+            raise OptionError(f"{name} is {patterns!r:.60}; expected a list of patterns of names")
     graph = symbolic_graph(model, example_input)
     shapes, counted, batch = _shapes(graph, example_input)
     _write_nothing(graph, shapes)
@@ -140,6 +148,13 @@ class _Proxy(fx.Proxy):
     def __len__(self) -> int:
         count = cast("_Tracer", self.tracer).count(self)
         return super().__len__() if count is None else count
+
+    def __getattr__(self, k: str) -> "_Attribute":
+        return _Attribute(self, k)
+
+
+class _Attribute(fx.proxy.Attribute, _Proxy):
+    """Something of a tensor, such as its shape, or a method that is about to be called."""
 
 
 def _in_place(operation: Any) -> Any:
@@ -167,12 +182,15 @@ class _Tracer(fx.Tracer):
     of the user's model that each node comes from (fx's own record of stacks imports half of
     torch first)."""
 
-    def __init__(self, example: Tensor) -> None:
+    def __init__(self, example: Tensor, buffers: bool) -> None:
         super().__init__()
+        # Read in every run, as parameters are, not once in the trace.
+        self.proxy_buffer_attributes = buffers
         self.path: list[str] = []
         self._example = example
         self._abstract: nn.Module | None = None
         self._evaluating = False
+        self._surroundings = _surroundings()
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
@@ -187,10 +205,15 @@ class _Tracer(fx.Tracer):
         return root_fn, [self.root, images]
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        if _surroundings() != self._surroundings:
+            raise ValueError(
+                "a graph cannot hold torch.no_grad() or torch.autocast(): detach tensors, or have "
+                "parameters that do not require gradients"
+            )
         node = super().create_node(*args, **kwargs)
         frame = sys._getframe(1)
         while frame.f_back is not None and _is_ours(frame.f_code.co_filename):
-            if frame.f_code is _trace_once.__code__:  # no line of the model led here
+            if frame.f_code is _recorded.__code__:  # no line of the model led here
                 return node
             frame = frame.f_back
         node.meta[_LINE] = (frame.f_code.co_filename, frame.f_lineno)
@@ -265,6 +288,18 @@ class _Tracer(fx.Tracer):
         return out
 
 
+def _surroundings() -> tuple[bool, ...]:
+    """Whether gradients are recorded, and where arithmetic is of lower precision."""
+    return torch.is_grad_enabled(), *map(torch.is_autocast_enabled, ("cpu", "cuda"))
+
+
+def _luck() -> tuple[Any, ...]:
+    """The states of the generators that a model may ask while it decides what to compute."""
+    drawn = np.random.get_state(legacy=False)["state"]
+    numpy_state = drawn["key"].tolist(), drawn["pos"]
+    return torch.get_rng_state().tolist(), random.getstate(), numpy_state
+
+
 def _about_sizes(node: fx.Node) -> bool:
     """Whether a value is made of nothing but the shapes, ranks and types of tensors."""
     target: Any = node.target
@@ -295,20 +330,33 @@ def symbolic_graph(model: nn.Module, example: Tensor) -> fx.GraphModule:
     was_training = model.training
     writing = [module for module in model.modules() if getattr(module, "inplace", False)]
     for module in writing:
-        module.inplace = False  # type: ignore[assignment]
+        try:
+            module.inplace = False  # type: ignore[assignment]
+        except (AttributeError, RuntimeError) as error:  # a property, or TorchScript's
+            raise TraceError(
+                f"{type(module).__name__} does not let its `inplace` be set "
+                f"({str(error).splitlines()[0]}); expected a plain attribute, and a model that is "
+                "not compiled by torch.jit"
+            ) from error
     known = set(vars(model))
-    training = _trace_once(model.train(), example)
-    constants = {name: getattr(model, name) for name in set(vars(model)) - known}
-    for name in constants:  # so that the second trace gives the same names
-        delattr(model, name)
-    graph = _trace_once(model.eval(), example)
+    try:
+        training, graph, constants = _both_modes(model, example, buffers=True)
+    except TraceError as error:
+        _forget(model, known)
+        try:  # control flow may depend on a buffer, such as a flag
+            training, graph, constants = _both_modes(model, example, buffers=False)
+        except TraceError:
+            raise error from None
     differing = {
         name for name, value in constants.items() if not _equal(value, getattr(model, name, None))
     }
     in_place = {name for name, module in model.named_modules() if module in writing}
     training_only = _follow_mode(training, graph, differing, in_place)
-    graph.lint()
+    if any(node.target == TRAINING for node in graph.nodes):
+        model.add_module(TRAINING, TrainingFlag())
+    graph._tracer_cls = None  # a pickled network is read with fx's own
     traced = fx.GraphModule(model, graph, class_name=type(model).__name__)
+    traced.graph.lint()
     traced.meta[_TRAINING_ONLY] = training_only
     for node in traced.graph.nodes:
         if node.op == "call_module":
@@ -316,7 +364,7 @@ def symbolic_graph(model: nn.Module, example: Tensor) -> fx.GraphModule:
             node.meta[_WRITES] = any(module is other for other in writing)
             # An identity on a shortcut would hide a residual branch.
             if type(module) is nn.Identity:
-                node.replace_all_uses_with(node.args[0])
+                node.replace_all_uses_with(node.all_input_nodes[0])
     return traced.train(was_training)
 
 
@@ -438,8 +486,50 @@ def _aliases(node: fx.Node, graph: fx.GraphModule) -> set[fx.Node]:
     return found
 
 
-def _trace_once(model: nn.Module, example: Tensor) -> fx.Graph:
-    tracer = _Tracer(example)
+def _both_modes(
+    model: nn.Module, example: Tensor, *, buffers: bool
+) -> tuple[fx.Graph, fx.Graph, dict[str, Any]]:
+    """The graphs of training and of evaluation, and the constants of the former; those of the
+    latter are attributes of the model."""
+    known = set(vars(model))
+    training = _trace_once(model.train(), example, buffers)
+    constants = {name: getattr(model, name) for name in set(vars(model)) - known}
+    _forget(model, known)  # so that the second trace gives the same names
+    return training, _trace_once(model.eval(), example, buffers), constants
+
+
+def _forget(model: nn.Module, known: Collection[str]) -> None:
+    """Take off what a trace has left on a model."""
+    for name in set(vars(model)) - set(known):
+        delattr(model, name)
+
+
+def _trace_once(model: nn.Module, example: Tensor, buffers: bool) -> fx.Graph:
+    luck, known = _luck(), set(vars(model))
+    with torch.enable_grad():
+        tracer = _Tracer(example, buffers)
+        graph = _recorded(tracer, model)
+    learnt = [
+        name
+        for name in set(vars(model)) - known
+        if isinstance(value := getattr(model, name), Tensor) and value.requires_grad
+    ]
+    if learnt:
+        reader = next(node for node in graph.nodes if node.target in learnt)
+        raise TraceError(
+            f"{_source(next(iter(reader.users), reader))} computes with a parameter that is not an "
+            "attribute of its module; expected one that is; assign it to the module itself"
+        )
+    if _luck() != luck:
+        raise TraceError(
+            f"{type(model).__name__} draws random numbers while it decides what to compute, which "
+            "a graph would hold on to; expected them in tensors alone; move the draw into a "
+            "function under torch.fx.wrap that is told self.training"
+        )
+    return graph
+
+
+def _recorded(tracer: _Tracer, model: nn.Module) -> fx.Graph:
     try:
         return tracer.trace(model)
     except Exception as error:  # the user's forward ran on proxies and may raise anything
@@ -570,7 +660,7 @@ def _following(graph: fx.Graph, node: fx.Node, ours: Any, theirs: Any) -> Any:
     if isinstance(ours, (fx.Node, slice)) or not _is_flag(ours, theirs):
         return ours
     with graph.inserting_before(node):
-        flag = graph.get_attr("training")
+        flag = graph.call_module(TRAINING)
         return flag if theirs is True else graph.call_function(operator.mul, (flag, theirs))
 
 
@@ -661,6 +751,11 @@ def _flat(shape: ops.Shape) -> Iterator[torch.Size]:
 @torch.no_grad()
 def _shape_pass(graph: fx.GraphModule, example: Tensor, batch: int) -> _ShapePass:
     """A run on images of the example's size, without arithmetic where the model allows it."""
+    with unfused_attention():
+        return _shape_run(graph, example, batch)
+
+
+def _shape_run(graph: fx.GraphModule, example: Tensor, batch: int) -> _ShapePass:
     size = (batch, *example.shape[1:])
     try:  # shapes alone: no arithmetic
         run = _ShapePass(_without_data(graph))
@@ -779,10 +874,12 @@ class _Analysis:
         layers = sorted({layer for names in homes.values() for layer in names.values()})
         for pattern in (*ignore, *only):
             if not any(_matches(layer, pattern) for layer in layers):
-                raise OptionError(
-                    f"pattern {pattern!r} matches no layer; expected a module such as "
-                    f"{layers[-1]!r}, or one that holds layers"
+                such = (
+                    f"such as {layers[-1]!r}, or one that holds layers"
+                    if layers
+                    else "with weights"
                 )
+                raise OptionError(f"pattern {pattern!r} matches no layer; expected a module {such}")
         for layer in layers:
             inside = not only or any(_matches(layer, pattern) for pattern in only)
             if not inside or any(_matches(layer, pattern) for pattern in ignore):
@@ -851,7 +948,7 @@ class _Analysis:
                     dict.fromkeys(
                         str(node.target)
                         for node in self.steps
-                        if node in branch.nodes and node.op == "call_module"
+                        if node in branch.nodes and calls_layer(node)
                     )
                 ),
             )

@@ -33,7 +33,15 @@ def calibrate(net: Supernet, subnet: Subnet, batches: Iterable[Tensor]) -> Stats
     with inspecting(net):
         for count, images in enumerate(batches, start=1):
             _check(images, count)
-            net(images.to(device), subnet, stats=recorder)
+            try:
+                net(images.to(device), subnet, stats=recorder)
+            except ValueError as error:
+                if len(images) > 1:
+                    raise
+                raise ValueError(
+                    f"calibration batch {count} is one image, which has no variance ({error}); "
+                    "expected several in each; leave the last one out (drop_last=True)"
+                ) from error
             if count == 1 and not recorder.stats():
                 return {}
     require(count > 0, "the number of calibration batches", count, "at least 1", "add images")
@@ -44,7 +52,7 @@ def _check(images: object, place: int) -> None:
     """Refuse what a loader of images with labels, or a tensor that is taken apart, would give."""
     if not isinstance(images, Tensor):
         found, change = type(images).__name__, "leave labels out: (images for images, _ in loader)"
-    elif images.dim() != 4:
+    elif images.dim() != 4 or not len(images):
         found, change = f"a tensor of shape {list(images.shape)}", "give a list of batches"
     else:
         return

@@ -21,18 +21,6 @@ def inspecting(module: nn.Module) -> Iterator[None]:
             part.training = training
 
 
-@contextmanager
-def unfused_attention() -> Iterator[None]:
-    """Inside, torch runs multi-head attention of evaluation as the operations that it is made of,
-    which can be exported and whose MACs torch counts, and not as its one fused operation."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
-
-
 def device_of(module: nn.Module) -> torch.device:
     """The device of the module's first parameter or buffer, the CPU if it has neither."""
     tensor = next(chain(module.parameters(), module.buffers()), None)

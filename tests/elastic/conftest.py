@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from stp_ray.method.modes import unfused_attention
+from stp_ray.elastic.attention import unfused_attention
 
 # the first example of a test may import or compile; time is pytest's affair
 settings.register_profile("elastic", deadline=None)

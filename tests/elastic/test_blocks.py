@@ -47,6 +47,35 @@ def test_branches_between_a_shortcut_and_an_addition(between, blocks):
     assert_exact(net)
 
 
+def dropped_out(m, x):
+    for layer in (m.a, m.b):
+        x = x + F.dropout(layer(x), 0.2, m.training)
+    return x
+
+
+def masked(m, x):
+    for layer in (m.a, m.b):
+        x = x + m.mask * layer(x * m.mask)
+    return x
+
+
+def with_sizes_read_before(m, x):
+    sizes = batch, channels, height, width = x.shape
+    x = x.flatten(2)
+    for layer in (m.a, m.b):
+        x = x + layer(x.view(batch, channels, height, width)).flatten(2)
+    return x.view(*sizes)
+
+
+@pytest.mark.parametrize("between", [dropped_out, masked, with_sizes_read_before])
+def test_flags_buffers_and_sizes_tie_no_branches_together(between):
+    model = Written(between, **convolutions("a", "b"))
+    model.register_buffer("mask", torch.linspace(0.5, 1, 64).view(8, 8))
+    net = supernet(model)
+    assert blocks_of(net) == ["a", "b"]
+    assert_exact(net, model=model)
+
+
 def test_a_branch_that_something_else_reads_stays():
     def leaks(m, x):
         inside = m.a(x)

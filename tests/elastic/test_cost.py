@@ -2,12 +2,15 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 from stp_ray.elastic import Budget, Cost, SearchSpace, Subnet
 from stp_ray.elastic.cost import CostTable, Extent, Term
 
+from .networks import Written, supernet
 from .spaces import spaces, tables
 
 
@@ -155,3 +158,21 @@ def test_labels_tell_budgets_apart_and_are_file_names(kind, one, other):
     labels = [Budget(**{kind: bound}).label for bound in (one, other)]
     assert all(set(label) <= set("0123456789.-+eabcdefghijklmnopqrstuvwxyz") for label in labels)
     assert (labels[0] == labels[1]) == ((type(one), one) == (type(other), other))
+
+
+@torch.fx.wrap
+def by_value(x):
+    return x * (1 + x.sum().item() * 0)
+
+
+def test_attention_is_priced_where_shapes_need_arithmetic():
+    """Then torch would run it fused, where its counter sees nothing."""
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+
+    def tokens(m, x):
+        return m.encoder(x.flatten(2).transpose(1, 2)).transpose(1, 2).reshape(x.shape)
+
+    encoder = nn.TransformerEncoder(layer, 1)
+    plain = supernet(Written(tokens, encoder=encoder))
+    mixed = supernet(Written(lambda m, x: by_value(tokens(m, x)), encoder=encoder))
+    assert mixed.cost().macs == plain.cost().macs > 30_000

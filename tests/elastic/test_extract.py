@@ -1,11 +1,13 @@
 """An extracted subnet is an ordinary module."""
 
 import copy
+import io
 import random
 from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torchvision import models
 from torchvision.models.vision_transformer import VisionTransformer
@@ -227,3 +229,17 @@ def test_a_dropped_branch_leaves_its_shortcut():
                     for parameter in silenced.model.get_submodule(layer).parameters():
                         parameter.zero_()
             torch.testing.assert_close(silenced(pixels(2)), expected)
+
+
+def test_an_extraction_that_is_saved_follows_train_and_eval():
+    model = Written(lambda m, x: F.dropout(m.a(x), 0.5, m.training), a=nn.Conv2d(8, 8, 1))
+    net = supernet(model)
+    for training in (True, False):
+        stored = io.BytesIO()
+        torch.save(net.train(training).extract(net.space.smallest), stored)
+        stored.seek(0)
+        small = torch.load(stored, weights_only=False)
+        for now in (True, False):
+            one, other = (small.train(now)(pixels(2)) for _ in range(2))
+            assert torch.equal(one, other) != now
+        assert torch.equal(small(pixels(2)), net.eval()(pixels(2), net.space.smallest))

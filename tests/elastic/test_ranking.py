@@ -1,6 +1,7 @@
 """Ranking moves units, never the output; slices after it keep the units with the best scores."""
 
 import random
+import re
 
 import pytest
 import torch
@@ -100,8 +101,10 @@ def test_mistakes_are_named():
     with pytest.raises(ValueError, match="axis 'nowhere'"):
         net.rank({"nowhere": torch.ones(3)})
     axis = net.space.axes[0]
-    with pytest.raises(ValueError, match=f"have length 3; expected {axis.size}"):
-        net.rank({axis.name: torch.ones(3)})
+    for shape in ((3,), (axis.size, 1)):
+        told = rf"have the shape {re.escape(str(list(shape)))}; expected \[{axis.size}\]"
+        with pytest.raises(ValueError, match=told):
+            net.rank({axis.name: torch.ones(shape)})
     with pytest.raises(ValueError, match="expected l1, l2, norm or taylor"):
         importance(net, "magic")
     with pytest.raises(ValueError, match=r"no gradient.*backward"):

@@ -1,6 +1,7 @@
 """A subnet is an argument: what running one reads, writes and learns."""
 
 import copy
+import io
 import random
 from xml.etree import ElementTree
 
@@ -256,3 +257,49 @@ def test_a_notebook_shows_a_subnet_and_its_cost():
         ["parameters", "20"],
         ["latency, ms", "2.50"],
     ]
+
+
+def test_a_deep_network_is_copied():
+    """Its chain of layers is longer than Python's stack."""
+    layers = [layer for _ in range(300) for layer in (nn.Conv2d(8, 8, 1), nn.Tanh())]
+
+    def between(m, x):
+        batch, channels, height, width = x.shape
+        return m.chain(x).view(batch, channels, height * width).view(batch, channels, height, width)
+
+    net = supernet(Written(between, chain=nn.Sequential(*layers)))
+    other = copy.deepcopy(net)
+    half = net.space.uniform(0.5)
+    net.eval(), other.eval()
+    assert torch.equal(other(pixels(2), half), net(pixels(2), half))
+    assert torch.equal(other.extract(half)(pixels(2)), net(pixels(2), half))
+
+
+def test_a_supernet_that_is_saved_says_what_to_save():
+    net, stored = supernet(Own()).eval(), io.BytesIO()
+    with pytest.raises(TypeError, match=r"save net\.model\.state_dict\(\)"):
+        torch.save(net, io.BytesIO())
+    torch.save(net.model, stored)  # the main network alone is a module like others
+    stored.seek(0)
+    assert torch.equal(torch.load(stored, weights_only=False)(pixels(2)), net(pixels(2)))
+
+
+def test_misuse_is_told():
+    net = supernet(Own())
+    space, rng = net.space, random.Random(0)
+    for wrong in (
+        lambda: net(pixels(2), "subnet"),
+        lambda: net.extract(None),
+        lambda: net.cost(0.5),
+        lambda: space.crossover(space.smallest, "subnet", rng),
+    ):
+        with pytest.raises(ValueError, match="expected a Subnet"):
+            wrong()
+    with pytest.raises(ValueError, match="names other axes"):
+        space.cost(Subnet({"elsewhere": 1}))
+    with pytest.raises(ValueError, match=r"budget is 0\.5; expected a Budget"):
+        space.fill(space.smallest, 0.5)
+    with pytest.raises(ValueError, match=r"rng is 0; expected a random\.Random"):
+        space.sample(0)
+    with pytest.raises(ValueError, match="ratio is 'half'"):
+        space.uniform("half")

@@ -1,9 +1,11 @@
 """What tracing takes, what it freezes, and what it refuses."""
 
 import math
+import random
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -377,6 +379,117 @@ def test_models_that_cannot_be_traced_say_why_in_one_line(model, words):
     assert "\n" not in str(caught.value)
 
 
+def without_gradients(m, x):
+    with torch.no_grad():
+        return m.a(x)
+
+
+def in_half_precision(m, x):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return m.a(x)
+
+
+def by_a_coin(draw):
+    return lambda m, x: x if m.training and draw() < 0.5 else x + m.a(x)
+
+
+def counting(m, x):
+    m.count.add_(1)
+    return m.a(x) * m.count
+
+
+def with_a_hidden_parameter(m, x):
+    return m.a(x) * (m.hidden[0] * 2)
+
+
+@pytest.mark.parametrize(
+    ("between", "words"),
+    [
+        (without_gradients, r"test_trace.py.*cannot hold torch\.no_grad"),
+        (in_half_precision, r"test_trace.py.*torch\.autocast\(\): detach"),
+        (by_a_coin(lambda: torch.rand(1).item()), "draws random numbers while it decides"),
+        (by_a_coin(random.random), "draws random numbers while it decides"),
+        (by_a_coin(np.random.rand), "draws random numbers while it decides"),
+        (counting, "test_trace.py.*works in place"),
+        (with_a_hidden_parameter, "test_trace.py.*a parameter that is not an attribute"),
+    ],
+)
+@pytest.mark.parametrize("gradients", [True, False])
+def test_what_a_graph_cannot_hold_is_refused(between, words, gradients):
+    model = Written(between, a=nn.Conv2d(8, 8, 3, padding=1))
+    model.register_buffer("count", torch.ones(()))
+    model.hidden = [nn.Parameter(torch.ones(()))]
+    with torch.set_grad_enabled(gradients), pytest.raises(TraceError, match=words):
+        Supernet.trace(model, torch.zeros(1, 3, 8, 8))
+    assert model.count == 1
+
+
+def test_buffers_are_read_in_every_run():
+    model = Written(lambda m, x: x * (1 / m.scale) + m.places.expand(x.shape[0], -1, -1, -1))
+    model.register_buffer("scale", torch.linspace(1, 2, 8).view(-1, 1, 1))
+    model.register_buffer("places", torch.randn(1, 8, 8, 8))
+    net = supernet(model)
+    assert_exact(net, model=model)
+    assert not net.frozen
+    assert net.model.state_dict().keys() == model.state_dict().keys()
+    model.scale.mul_(2)
+    net.model.load_state_dict(model.state_dict())
+    assert torch.equal(net(pixels(2)), model(pixels(2)))
+
+
+def test_control_flow_may_depend_on_a_buffer():
+    model = Written(lambda m, x: m.a(x) if m.ready else x, a=nn.Conv2d(8, 8, 1))
+    model.register_buffer("ready", torch.tensor(True))
+    net = supernet(model)
+    assert_exact(net, model=model)
+    assert "a" in [layer for axis in net.space.axes for layer in axis.layers]
+
+
+class Gained(nn.Conv2d):
+    """Weights that its forward pass scales."""
+
+    def __init__(self):
+        super().__init__(8, 8, 1)
+        self.gain = nn.Parameter(torch.rand(8, 1, 1, 1))
+
+    def _conv_forward(self, images, weight, bias):
+        return super()._conv_forward(images, weight * self.gain, bias)
+
+
+def hooked():
+    layer, gate = nn.Conv2d(8, 8, 1), torch.rand(8, 1, 1)
+    layer.register_forward_hook(lambda module, given, out: out * gate)
+    return layer
+
+
+def rewritten():
+    layer, gate = nn.Conv2d(8, 8, 1), torch.rand(8, 1, 1)
+    layer.forward = lambda images: nn.Conv2d.forward(layer, images) * gate
+    return layer
+
+
+@pytest.mark.parametrize("layer", [Gained, hooked, rewritten])
+def test_a_layer_that_does_more_than_its_class_stays_whole(layer):
+    model = Written(lambda m, x: m.a(x).relu(), a=layer())
+    net = supernet(model)
+    assert not any("a" in axis.layers for axis in net.space.axes)
+    assert_exact(net, model=model)
+
+
+def test_a_compiled_model_is_taken_as_what_it_is():
+    model = randomised(build_model("resnet20", num_classes=4).double(), pixels(8))
+    net = Supernet.trace(torch.compile(model), pixels(2))
+    assert net.model.state_dict().keys() == model.state_dict().keys()
+    assert torch.equal(net.eval()(pixels(2)), model.eval()(pixels(2)))
+
+
+def test_a_model_whose_layers_cannot_be_set_is_refused():
+    with pytest.warns(FutureWarning):
+        model = torch.jit.script(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(inplace=True)))
+    with pytest.raises(TraceError, match=r"does not let its `inplace` be set .*jit"):
+        Supernet.trace(model, torch.zeros(1, 3, 8, 8))
+
+
 @torch.fx.wrap
 def told_the_mode(x, training):
     return x * 2 if training and x.sum() != 0 else x
@@ -441,6 +554,8 @@ def test_a_model_that_cannot_be_copied_is_refused():
         ({"divisor": 2.5}, "divisor is 2.5; expected a positive integer"),
         ({"min_ratio": "1"}, "min_ratio is '1'; expected a share"),
         ({"ignore": "stem"}, "ignore is 'stem'; expected a list: ['stem']"),
+        ({"ignore": [3]}, "ignore is [3]; expected a list of patterns"),
+        ({"only": None}, "only is None; expected a list of patterns"),
     ],
 )
 def test_options_out_of_range_are_refused(options, words):

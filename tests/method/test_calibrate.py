@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from stp_ray.elastic import Supernet
 from stp_ray.method import calibrate, relative_sparsity
 
 from .networks import images_and_labels, left_as_it_was, supernet
@@ -58,12 +59,20 @@ def test_a_failing_batch_does_not_leave_the_network_in_eval_mode():
     [
         ([[torch.zeros(2, 3, 8, 8), torch.zeros(2)]], "1 is list; .*images for images, _ in"),
         (torch.zeros(2, 3, 8, 8), r"1 is a tensor of shape \[3, 8, 8\]; .*a list of batches"),
+        ([torch.zeros(0, 3, 8, 8)], r"1 is a tensor of shape \[0, 3, 8, 8\]"),
     ],
 )
 def test_batches_with_labels_or_a_batch_alone_are_refused(batches, words):
     net = supernet()
     with pytest.raises(ValueError, match=f"calibration batch {words}"):
         calibrate(net, net.space.full, batches)
+
+
+def test_a_last_batch_of_one_image_is_named():
+    model = nn.Sequential(nn.Conv2d(3, 8, 8), nn.Flatten(), nn.BatchNorm1d(8), nn.Linear(8, 4))
+    net = Supernet.trace(model, torch.zeros(2, 3, 8, 8))
+    with pytest.raises(ValueError, match=r"batch 2 is one image, .*drop_last=True"):
+        calibrate(net, net.space.smallest, [torch.rand(2, 3, 8, 8), torch.rand(1, 3, 8, 8)])
 
 
 def test_statistics_of_another_subnet_are_refused():

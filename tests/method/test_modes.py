@@ -5,7 +5,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from stp_ray.method.modes import inspecting, unfused_attention
+from stp_ray.elastic.attention import unfused_attention
+from stp_ray.method.modes import inspecting
 
 mha = torch.backends.mha
 
