@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from ..errors import TraceError
 from .attention import MultiheadSelfAttention, WindowSelfAttention, WindowSelfAttentionV2
 from .dims import Atom, Dim, Dims, Frozen, constant, length, merge
 from .flag import TrainingFlag
@@ -282,6 +283,17 @@ def batch_norm(visit: Visit) -> Value:
     return x
 
 
+def prelu(visit: Visit) -> Value:
+    """A slope for all channels, or for each."""
+    x = visit.x
+    if visit.module.num_parameters == 1:
+        visit.tensor("weight", None)
+        return x
+    visit.tensor("weight", x[1])
+    visit.step.attributes["num_parameters"] = Size(x[1])
+    return x
+
+
 def batch_norm_and_more(visit: Visit) -> Value:
     """timm's BatchNorm with activation and dropout inside."""
     inner = (visit.module.drop, visit.module.act)
@@ -317,12 +329,18 @@ def multihead_attention(visit: Visit) -> Value:
         [visit.argument(i, n) for i, n in enumerate(("query", "key", "value"))],
     )
     x = visit.value(inputs[0])
+    batch, tokens = (0, 1) if module.batch_first else (1, 0)
+    if x is not None and len(x) == 3 and visit.shape_of(inputs[0])[tokens] % visit.batch == 0:
+        raise TraceError(
+            f"{visit.source} attends over the images of a batch; expected an operation that treats "
+            "every image alike; batch_first=True is for tensors [B, tokens, channels]"
+        )
     plain = (
         inputs[0] is inputs[1] is inputs[2]
         and module.in_proj_weight is not None
         and module.bias_k is None
         and not module.add_zero_attn
-        and visit.argument(4, "need_weights", True) is False
+        and (visit.argument(4, "need_weights", True) is False or _first_alone(visit.node))
         and all(
             visit.argument(position, name) is None
             for position, name in ((3, "key_padding_mask"), (5, "attn_mask"))
@@ -353,12 +371,16 @@ def multihead_attention(visit: Visit) -> Value:
             "out_proj.out_features": Size(out),
         }
     )
-    batch, tokens = (0, 1) if module.batch_first else (1, 0)
     rows, count = visit.shape_of(inputs[0])[batch], visit.shape_of(inputs[0])[tokens]
     visit.macs(3 * rows * count, x[-1], heads)
     visit.macs(2 * rows * count * count, heads)
     visit.macs(rows * count, heads, out)
-    return [(*x[:-1], out), None]
+    return [(*x[:-1], out), *visit.constants()[1:]]
+
+
+def _first_alone(node: fx.Node) -> bool:
+    """Whether of the values that a node yields the model reads only the first."""
+    return all(user.target is operator.getitem and user.args[1] == 0 for user in node.users)
 
 
 def window_attention(visit: Visit) -> Value:
@@ -623,6 +645,18 @@ def chunk(visit: Visit) -> Value:
     part = visit.dims.fresh(length(x[dim]) // count)
     visit.unify(x[dim], part * count)
     return [(*x[:dim], part, *x[dim + 1 :])] * count
+
+
+def gated(visit: Visit) -> Value:
+    """One half of a dimension gates the other; they shrink together."""
+    x = visit.x
+    given = visit.argument(1, "dim", -1) if visit.maybe_module is None else visit.module.dim
+    dim = given % len(x)
+    if visit.dims.is_constant(x[dim]):
+        return visit.constants()
+    half = visit.dims.fresh(length(x[dim]) // 2)
+    visit.unify(x[dim], half * 2)
+    return (*x[:dim], half, *x[dim + 1 :])
 
 
 def split(visit: Visit) -> Value:
@@ -970,6 +1004,8 @@ MODULES: dict[type[nn.Module], Rule] = {
     nn.RMSNorm: layer_norm,
     nn.GroupNorm: group_norm,
     nn.MultiheadAttention: multihead_attention,
+    nn.PReLU: prelu,
+    nn.GLU: gated,
     nn.Flatten: regroup,
     nn.Softmax: along,
     **{
@@ -1030,6 +1066,7 @@ FUNCTIONS: dict[Any, Rule] = {
     F.interpolate: spatial,
     F.pad: padding,
     F.normalize: normalised,
+    F.glu: gated,
     F.softmax: along,
     torch.softmax: along,
     torch.mean: reduction,

@@ -14,6 +14,7 @@ from torchvision.models.vision_transformer import VisionTransformer
 
 from stp_ray.elastic import Subnet
 from stp_ray.elastic.attention import MultiheadSelfAttention, WindowSelfAttention
+from stp_ray.errors import TraceError
 
 from .networks import Own, Tokens, Written, pixels, supernet
 from .same import assert_exact
@@ -188,6 +189,35 @@ def test_attention_keeps_the_stock_class_while_nothing_is_cut():
     assert isinstance(small, MultiheadSelfAttention)
     assert (small.num_heads, small.head_dim, small.embed_dim) == (2, 4, 8)
     assert "num_heads=2" in repr(small)
+
+
+@pytest.mark.parametrize(
+    ("call", "elastic"),
+    [
+        (lambda m, x: m.attention(x, x, x)[0], True),
+        (lambda m, x: m.attention(query=x, key=x, value=x, average_attn_weights=False)[0], True),
+        (lambda m, x: (both := m.attention(x, x, x))[0] + both[1].mean(), False),
+    ],
+)
+def test_attention_whose_weights_nobody_reads_is_elastic(call, elastic):
+    def between(m, x):
+        tokens = x.flatten(2).transpose(1, 2)
+        return call(m, tokens).transpose(1, 2).reshape(x.shape)
+
+    model = Written(between, attention=nn.MultiheadAttention(8, 4, batch_first=True))
+    net = supernet(model)
+    assert ("heads" in {axis.unit for axis in net.space.axes}) == elastic
+    assert_exact(net, model=model)
+
+
+def test_attention_over_the_batch_is_refused():
+    def between(m, x):
+        tokens = x.flatten(2).transpose(1, 2)
+        return m.attention(tokens, tokens, tokens)[0].transpose(1, 2).reshape(x.shape)
+
+    model = Written(between, attention=nn.MultiheadAttention(8, 4))
+    with pytest.raises(TraceError, match=r"attends over the images .*batch_first=True"):
+        supernet(model)
 
 
 @pytest.mark.parametrize("batch_first", [True, False])

@@ -163,9 +163,14 @@ def test_sizes_computed_from_elastic_ones_are_those_of_the_full_network():
         lambda m, x: (x.flatten(2).transpose(1, 2) @ m.weight).transpose(1, 2).view(-1, 8, 8, 8),
         lambda m, x: torch.matmul(x.mean((2, 3)), m.weight)[:, :, None, None] * x,
         lambda m, x: m.standardised(x),
+        lambda m, x: m.slope(m.slopes(x)),
+        lambda m, x: F.glu(m.twice(x), dim=1) + m.halves(m.twice(x)),
     ],
-    ids=["normalize", "repeat", "places", "one group", "weight", "a flat weight", "standardised"],
-)
+    ids=[
+        "normalize", "repeat", "places", "one group", "weight", "a flat weight", "standardised",
+        "PReLU", "GLU",
+    ],
+)  # fmt: skip
 def test_what_is_understood_is_elastic_and_exact(between):
     from timm.layers import ScaledStdConv2d
 
@@ -174,6 +179,10 @@ def test_what_is_understood_is_elastic_and_exact(between):
         "weight": nn.Parameter(torch.randn(8, 8)),
         "one_group": nn.GroupNorm(1, 8),
         "standardised": ScaledStdConv2d(8, 8, 3, padding=1),
+        "slope": nn.PReLU(),
+        "slopes": nn.PReLU(8),
+        "twice": nn.Conv2d(8, 16, 1),
+        "halves": nn.GLU(1),
         "after": nn.Conv2d(8, 12, 1),
     }
     model = Written(lambda m, x: m.after(between(m, x).relu()), 12, **layers)
