@@ -1,6 +1,5 @@
 """torchvision's own data sets: CIFAR-10 and CIFAR-100 as downloaded, and folders of images."""
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,7 +121,7 @@ class FolderSource:
             if shape is not None:
                 train, test = len(self._samples["train"]), len(self._samples["test"])
                 names = {
-                    split: [os.path.relpath(path, self._folder) for path, _ in samples]
+                    split: [path.removeprefix(str(self._folder)) for path, _ in samples]
                     for split, samples in self._samples.items()
                 }
                 return Layout(self._classes, train, test, shape, fingerprint(names))
