@@ -36,9 +36,10 @@ RECIPES = {
     "cifar10_resnet20_cpu": (
         "CIFAR-10 (JPEG) resized to 16 px, ResNet-20, 10,000 test images; a reduced protocol for "
         "two CPU cores. The control is the pruned shape trained from scratch for as many epochs "
-        "as supernet and ladder have together, on the same images, with the baseline's options and "
-        "the same teacher. Main is measured after the supernet, a quarter of the epochs into its "
-        "training and at half of the learning rate."
+        "as the weights of the pruned network have seen: those of the baseline, which the supernet "
+        "starts as, of the supernet and of the ladder; on the same images, with the baseline's "
+        "options and the same teacher. Main is measured after the supernet, a quarter of its own "
+        "epochs into its training and at half of the learning rate."
     ),
 }
 
