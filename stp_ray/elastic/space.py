@@ -299,7 +299,7 @@ class SearchSpace:
         block is dropped at a rate drawn once. With a budget, u becomes u ** g with the
         smallest g (the widest subnet) that keeps it.
 
-        Raises BudgetError if no subnet keeps the budget.
+        Raises BudgetError if no subnet keeps the budget; ValueError if `rng` is no `random.Random`.
         """
         if not isinstance(rng, random.Random):
             raise ValueError(f"rng is {rng!r:.60}; expected a random.Random(seed)")
