@@ -247,7 +247,7 @@ class Store:
                     "storage %s replaces files that were to be created (it knows no "
                     "If-None-Match); nothing keeps two drivers from one run: start one alone",
                     self.uri,
-                )  # fmt: skip
+                )
             self.delete(name)
         finally:
             self._pauses = patience
@@ -617,6 +617,22 @@ class Manifest:
             finished=datetime.now(UTC).isoformat(timespec="seconds"),
         )
         stages[stage] = record
+        self._write(stages)
+        return record
+
+    def rewritten(self, stage: str, name: str) -> None:
+        """Record that an output of a stage was written again after it, or it would pass for
+        damaged. Nothing happens where the stage is not done.
+
+        Args:
+            stage: as for `finish`.
+            name: of the output, relative to the run's folder.
+        """
+        stages = self.stages()
+        if stage in stages:
+            stages[stage]["outputs"][name] = self.store.checksum(name)
+            self._write(stages)
+
+    def _write(self, stages: Mapping[str, Record]) -> None:
         self._guard()
         self.store.write_json(self._NAME, {"stages": stages})
-        return record

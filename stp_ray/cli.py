@@ -171,16 +171,7 @@ def report(
     run = _run_store(uri)
     with held(run) as lease:
         print(write_report(run))
-        manifest = Manifest(run, guard=lease.require)
-        if record := manifest.stages().get("report"):  # or the page would pass for damaged
-            manifest.finish(
-                "report",
-                inputs=record["inputs"],
-                outputs={**record["outputs"], "report.html": run.checksum("report.html")},
-                seconds=record["seconds"],
-                device_seconds=record["device_seconds"],
-                metrics=record["metrics"],
-            )
+        Manifest(run, guard=lease.require).rewritten("report", "report.html")
 
 
 @app.command("wandb-sync")

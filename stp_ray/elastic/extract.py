@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .cost import Extent
-from .slicing import Layout, Merge, completed, measured, narrowed
+from .slicing import Layout, Merge, arguments, measured, narrowed
 from .subnet import Subnet
 
 if TYPE_CHECKING:
@@ -40,13 +40,12 @@ def extract(
             env[node.name] = env[cast(fx.Node, node.args[merge.shortcut]).name]
             continue
         env[node.name] = copied = graph.node_copy(node, lambda n: env[n.name])
-        for key, value in layout.arguments.items():
+        args, kwargs = arguments(node, layout)
+        for key in layout.arguments:
             if isinstance(key, int):
-                written = node.args[key]
-                copied.update_arg(key, _rewritten(completed(value, written), env, subnet))
+                copied.update_arg(key, _rewritten(args[key], env, subnet))
             else:
-                written = node.kwargs.get(key)
-                copied.update_kwarg(key, _rewritten(completed(value, written), env, subnet))
+                copied.update_kwarg(key, _rewritten(kwargs[key], env, subnet))
         target = str(node.target)
         if node.op == "call_module" and target not in root:
             module = model.get_submodule(target)

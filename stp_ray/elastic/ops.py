@@ -1120,6 +1120,10 @@ METHODS: dict[str, Rule] = {
 }
 
 
+#: What a layer computes with; a convolution's forward calls the second.
+_FORWARDS = ("forward", "_conv_forward")
+
+
 def module_rule(module: nn.Module) -> Rule | None:
     """The rule of a layer: of its class, or of a base class whose forward it inherits. There is
     none for a layer whose weights are computed anew in every forward (weight norm and the like):
@@ -1135,22 +1139,13 @@ def module_rule(module: nn.Module) -> Rule | None:
     named = NAMED_MODULES.get(_qualified(type(module)))
     if named is not None:
         return named
-    for base in type(module).__mro__:
-        if base in MODULES and base.forward is type(module).forward:
-            return None if _computes_otherwise(module) else MODULES[base]
+    kind = type(module)
+    for base in kind.__mro__:
+        if base in MODULES and all(
+            getattr(base, name, None) is getattr(kind, name, None) for name in _FORWARDS
+        ):
+            return MODULES[base]
     return None
-
-
-def _computes_otherwise(module: nn.Module) -> bool:
-    """Whether a convolution has tensors of its own for what it does to its weights."""
-    if not isinstance(module, nn.modules.conv._ConvNd):
-        return False
-    inherited = any(
-        vars(base).get("_conv_forward") is type(module)._conv_forward
-        for base in (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-    )
-    own = {name for name, _ in (*module.named_parameters(), *module.named_buffers())}
-    return not inherited and not own <= {"weight", "bias"}
 
 
 def rule_for(node: fx.Node, module: nn.Module | None) -> Rule | None:

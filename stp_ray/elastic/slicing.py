@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from .cost import Extent
 from .subnet import Subnet
@@ -97,7 +97,20 @@ class Merge:
     shortcut: int
 
 
-def completed(value: Any, written: Any) -> Any:
+def arguments(node: fx.Node, layout: Layout) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call with elastic sizes in place of those that the model wrote."""
+    if not layout.arguments:
+        return node.args, node.kwargs
+    args, kwargs = list(node.args), dict(node.kwargs)
+    for key, value in layout.arguments.items():
+        if isinstance(key, int):
+            args[key] = _completed(value, args[key])
+        else:
+            kwargs[key] = _completed(value, kwargs.get(key))
+    return tuple(args), kwargs
+
+
+def _completed(value: Any, written: Any) -> Any:
     """The value of a layout's argument, with what the model wrote where a list leaves that."""
     if not isinstance(value, list):
         return value

@@ -12,7 +12,7 @@ from .dims import Frozen
 from .extract import extract
 from .ranking import rank
 from .show import folded, table
-from .slicing import Layout, Merge, Ranges, Segments, completed, measured, narrowed
+from .slicing import Layout, Merge, Ranges, Segments, arguments, measured, narrowed
 from .space import SearchSpace
 from .subnet import Subnet
 from .trace import Traced, trace
@@ -330,19 +330,6 @@ def _normalise(
         attributes["track_running_stats"] = False
     elif stats is not None:
         tensors.update(measured(layer, stats, mean))
-
-
-def arguments(node: fx.Node, layout: Layout) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of a call with elastic sizes in place of those that the model wrote."""
-    if not layout.arguments:
-        return node.args, node.kwargs
-    args, kwargs = list(node.args), dict(node.kwargs)
-    for key, value in layout.arguments.items():
-        if isinstance(key, int):
-            args[key] = completed(value, args[key])
-        else:
-            kwargs[key] = completed(value, kwargs.get(key))
-    return tuple(args), kwargs
 
 
 def _load(value: Any, env: Mapping[str, Any], subnet: Subnet) -> Any:
