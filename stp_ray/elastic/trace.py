@@ -343,10 +343,15 @@ def symbolic_graph(model: nn.Module, example: Tensor) -> fx.GraphModule:
         training, graph, constants = _both_modes(model, example, buffers=True)
     except TraceError as error:
         _forget(model, known)
+        before = {name: (buffer, buffer._version) for name, buffer in model.named_buffers()}
         try:  # control flow may depend on a buffer, such as a flag
             training, graph, constants = _both_modes(model, example, buffers=False)
         except TraceError:
             raise error from None
+        for name, buffer in model.named_buffers():
+            read, version = before[name]
+            if buffer is not read or buffer._version != version:  # written by the trace
+                raise error from None
     differing = {
         name for name, value in constants.items() if not _equal(value, getattr(model, name, None))
     }

@@ -454,6 +454,22 @@ def test_control_flow_may_depend_on_a_buffer():
     assert "a" in [layer for axis in net.space.axes for layer in axis.layers]
 
 
+@pytest.mark.parametrize(
+    "write", [lambda m: m.count.add_(1), lambda m: setattr(m, "count", m.count + 1)]
+)
+def test_a_buffer_that_is_written_where_another_decides_is_refused(write):
+    def between(m, x):
+        if m.ready:
+            write(m)
+        return m.a(x)
+
+    model = Written(between, a=nn.Conv2d(8, 8, 1))
+    model.register_buffer("ready", torch.tensor(True))
+    model.register_buffer("count", torch.ones(()))
+    with pytest.raises(TraceError, match="control flow"):
+        Supernet.trace(model, torch.zeros(1, 3, 8, 8))
+
+
 class Gained(nn.Conv2d):
     """Weights that its forward pass scales."""
 
