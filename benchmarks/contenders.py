@@ -4,7 +4,7 @@ Each takes the bench, the budget and what it may spend, and returns a trained ne
 
 import copy
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any, Literal
@@ -381,6 +381,12 @@ class Stp:
     target: Literal["explored"] | Unfound | Subnet = "explored"
     tuning_steps: int = 0
     """Steps of distillation that a promoted candidate gets before it is scored again."""
+    tuning_images: int = 512
+    """Images that they learn from."""
+    tuning_lr: float = 0.5
+    """The learning rate that they start with, as a share of the protocol's."""
+    finalists: int = 0
+    """The best of each budget, that are scored once more after more steps."""
     tried_epochs: int = 0
     """Passes over the images that each of a few candidates has on the labels, by itself, before it
     is scored again, by its cross-entropy; the search is then for one budget alone."""
@@ -506,24 +512,23 @@ class Stp:
             budgets = [Budget(macs=each) for each in together]
             held = bench.images.count("holdout")
             explorer = Explorer(space, budgets, options, bench.seed, held_out=held)
-            judge = Judge(bench, net)
-            known = held + bool(self.tuning_steps) * options.calibration_images
+            judge = Judge(bench, net, options.tuning_images, self.tuning_lr)
+            known = held + bool(self.tuning_steps) * options.tuning_images
             spent = known * bench.full_macs
             while candidates := explorer.ask():
                 scores = {}
                 for candidate in candidates:
                     subnet, count = candidate.subnet, candidate.images or held
                     looks = count + options.calibration_images
-                    if candidate.tuned and self.tried_epochs:
+                    if candidate.steps and self.tried_epochs:
                         scores[candidate.key], paid = judge.tried(
                             subnet, self.tried_epochs,
                             after=self.before(bench) + self.first(bench.protocol.epochs),
                         )  # fmt: skip
                         spent += paid
                     else:
-                        steps = options.tuning_steps * candidate.tuned
-                        scores[candidate.key] = judge(subnet, count, steps)
-                        looks += STEP * TUNING_BATCH * steps
+                        scores[candidate.key] = judge(subnet, count, candidate.steps)
+                        looks += STEP * TUNING_BATCH * candidate.steps
                     spent += looks * space.cost(subnet).macs
                 explorer.tell(scores)
             found = {str(each): explorer.best(Budget(macs=each)) for each in together}
@@ -534,6 +539,8 @@ class Stp:
             }
 
         how = f"-tuned-{self.tuning_steps}" * bool(self.tuning_steps)
+        if self.finalists:
+            how += f"-{self.tuning_images}-{self.tuning_lr}-finalists-{self.finalists}"
         how += f"-tried-{self.tried_epochs}-{budget}" * bool(self.tried_epochs)
         how += "-also" * (not main)
         name = f"explored-{self._name(self.first(bench.protocol.epochs))}{how}"
@@ -541,27 +548,39 @@ class Stp:
         return Subnet.from_json(found["targets"][str(budget)]), found["spent"]
 
     def _exploration(self, bench: Bench) -> Exploration:
-        options = bench.protocol.exploration
+        options = replace(bench.protocol.exploration, finalists=self.finalists)
         if not self.tried_epochs:
-            return replace(options, tuning_steps=self.tuning_steps)
+            return replace(
+                options, tuning_steps=self.tuning_steps, tuning_images=self.tuning_images
+            )
         # Few, of two generations, for that is dear. They are tried instead of tuned: any number of
         # steps makes the explorer ask for them again.
         return replace(options, generations=2, promote=1 / 8, tuning_steps=1)
 
 
 class Judge:
-    """Scores slices of a supernet as the search does."""
+    """Scores slices of a supernet as the search does.
 
-    def __init__(self, bench: Bench, net: Supernet) -> None:
-        self._bench, self._net = bench, net
+    Args:
+        bench: the images and the optimiser.
+        net: the supernet.
+        learnt: images that tuning learns from.
+        lr: what it starts with, as a share of the protocol's.
+    """
+
+    def __init__(self, bench: Bench, net: Supernet, learnt: int, lr: float) -> None:
+        self._bench, self._net, self._count, self._lr = bench, net, learnt, lr
         count = bench.protocol.exploration.calibration_images
         self._calibration = list(bench.images.calibration(bench.seed, count))
         self._logits = reference_logits(net, (x for x, _ in bench.images.plain("holdout")))
 
+    def _learnt(self) -> Iterator[Tensor]:
+        return self._bench.images.calibration(self._bench.seed, self._count)
+
     @cached_property
     def _known(self) -> Tensor:
-        """What the main network says of the calibration images, which only tuning learns from."""
-        return reference_logits(self._net, self._calibration)
+        """What the main network says of the images that tuning learns from."""
+        return reference_logits(self._net, self._learnt())
 
     def __call__(self, subnet: Subnet, images: int, steps: int) -> float:
         """The score on so many held-out images, after so many steps of distillation."""
@@ -570,8 +589,9 @@ class Judge:
         if not steps:
             return score(net, subnet, self._calibration, held_out, logits)
         return tuned_score(
-            net, subnet, self._calibration, self._known, held_out, logits,
-            steps=steps, options=bench.optimisation(bench.protocol.epochs, lr=0.5), seed=bench.seed,
+            net, subnet, self._calibration, self._learnt, self._known, held_out, logits,
+            steps=steps, options=bench.optimisation(bench.protocol.epochs, lr=self._lr),
+            seed=bench.seed,
         )  # fmt: skip
 
     def tried(self, subnet: Subnet, epochs: int, after: int) -> tuple[float, int]:
@@ -617,6 +637,8 @@ QUARTER = f"{TAUGHT}, a quarter, restart"
 TRIED = f"{OURS}, target alone, shapes tried"
 TUNED = f"{QUARTER}, tuned scores"
 STARTED = f"{TUNED}, of the teacher"
+FINALS = f"{QUARTER}, finals"
+STARTED_FINALS = f"{FINALS}, of the teacher"
 #: What someone else makes of the same start.
 THEIRS = "torch-pruning, even, of the teacher"
 #: As many epochs as its weights have seen, for a dense network and for its own shape from scratch.
@@ -624,7 +646,7 @@ DENSE_TWICE = "dense, twice the epochs"
 SCRATCH_TWICE = "scratch + distillation, shape from the teacher, twice the epochs"
 TWICE = (DENSE_TWICE, SCRATCH_TWICE)
 #: Methods whose weights see more epochs than those of others.
-LONGER = (STARTED, THEIRS, *TWICE)
+LONGER = (STARTED, STARTED_FINALS, THEIRS, *TWICE)
 #: The ladder's loss as the paper has it: what is pruned to sees no label.
 PLAIN = f"{OURS}, target without labels"
 FORMS = {OURS: STP, TAUGHT: BEST, QUARTER: replace(BEST, share=1 / 4, restart=1.0)}
@@ -649,6 +671,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     # priced as if all images were of full size
     "smaller images too": {"stimulation": replace(FOUR, resolutions=(0.75, 1.0))},
     "tuned scores": {"tuning_steps": 50},
+    "finals": {"tuning_steps": 25, "tuning_images": 4096, "tuning_lr": 1.0, "finalists": 4},
     "two rungs": {"expansion": replace(STP.expansion, rungs=2)},
     "expansion to the end": {"expansion": replace(STP.expansion, p_end=0.5)},
     "target without labels": {"expansion": replace(STP.expansion, target_ce=0.0)},
@@ -681,6 +704,7 @@ OWN_SHAPE: dict[str, Any] = {
         FORMS[QUARTER], **OPTIONS["tuned scores"], **PARTS["no expansion"]
     ),
     STARTED: FROM_TEACHER,
+    STARTED_FINALS: replace(FORMS[QUARTER], **OPTIONS["finals"], started=True),
     **{f"{STARTED}, {part}": replace(FROM_TEACHER, **without) for part, without in PARTS.items()},
     PLAIN: replace(STP, **OPTIONS["target without labels"]),
     f"{PLAIN}, no expansion": replace(STP, expansion=replace(DIRECT, target_ce=0.0)),

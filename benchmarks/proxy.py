@@ -28,8 +28,15 @@ from surroundings import surroundings
 from stp_ray.elastic import Budget, Subnet, Supernet
 from stp_ray.method import Exploration
 
-#: Steps of distillation before a slice is scored; the search's own number among them.
-STEPS = (0, 10, 25, Exploration().tuning_steps, 100)
+SEARCH = Exploration()
+#: Steps of distillation before a slice is scored. On the 512 images of the reduced search it starts
+#: at half of the learning rate, on as many as the search has by default it is that of the second
+#: phase and the steps are those of what is promoted and of finalists.
+FEW = {str(steps): steps for steps in (0, 10, 25, 50, 100)}
+MANY = {
+    f"{steps} on {SEARCH.tuning_images}": steps
+    for steps in (SEARCH.tuning_steps, SEARCH.final_steps)
+}
 KEPT = Path(__file__).resolve().parent / "results" / "proxy"
 
 
@@ -75,7 +82,11 @@ def main() -> None:
         bench = Bench(protocol, images, chosen.seed, chosen.work or Path(scratch))
         stp: Stp = OWN_SHAPE[chosen.method]
         net, _, _ = stp.stimulated(bench)
-        judge, held_out = Judge(bench, net), images.count("holdout")
+        few = Judge(bench, net, 512, 0.5)
+        many = Judge(bench, net, SEARCH.tuning_images, stp.restart or stp.turn)
+        judges = {key: (few, steps) for key, steps in FEW.items()}
+        judges |= {key: (many, steps) for key, steps in MANY.items()}
+        held_out = images.count("holdout")
         for budget in chosen.budget or protocol.budgets:
             for how, subnet in shapes(bench, stp, net, budget, chosen.subnets):
                 cell = {
@@ -94,9 +105,11 @@ def main() -> None:
                         "seconds": round(time.perf_counter() - started, 1), **around,
                     }  # fmt: skip
                     lines.append(line)
-                for steps in STEPS:
-                    if str(steps) not in line["scores"]:
-                        line["scores"][str(steps)] = judge(subnet, held_out, steps)
+                known = line["scores"]
+                line["scores"] = {
+                    key: known[key] if key in known else judge(subnet, held_out, steps)
+                    for key, (judge, steps) in judges.items()
+                }
                 write(out, lines)
                 print(
                     f"seed {chosen.seed}  {budget:<5} {how:9} scores "

@@ -19,8 +19,11 @@ Group = tuple[str, int, float]
 
 #: How a shape was chosen, and its mark in the plot.
 MARKS = {"random": "o", "uniform": "s", "explored": "*"}
-#: After so many steps of distillation the search scores again what it promotes.
-TUNED = str(Exploration().tuning_steps)
+#: What the plot shows: scores of slices as they are, and those that decide in the end.
+SHOWN = {
+    "0": "as it is",
+    f"{Exploration().final_steps} on {Exploration().tuning_images}": "of finalists",
+}
 
 
 def section(kept: Path, docs: Path) -> list[str]:
@@ -68,7 +71,7 @@ def _protocol(name: str, groups: dict[Group, list[Line]]) -> list[str]:
     first = everything[0]
     steps = list(first["scores"])
     heading = [
-        "method", "seed", "budget", "shapes", *(f"tau, {count} steps" for count in steps),
+        "method", "seed", "budget", "shapes", *map(_heading, steps),
         "found", "uniform", "random, median", "random, best",
     ]  # fmt: skip
     out = [
@@ -93,14 +96,18 @@ def _protocol(name: str, groups: dict[Group, list[Line]]) -> list[str]:
     return [*out, ""]
 
 
+def _heading(key: str) -> str:
+    steps, _, images = key.partition(" on ")
+    return f"tau, {steps} steps" + (f", {int(images):,} images" if images else "")
+
+
 def _plot(groups: dict[Group, list[Line]], path: Path) -> None:
     budgets = sorted({budget for *_, budget in groups}, reverse=True)
-    kinds = {"0": "as it is", TUNED: f"after {TUNED} steps"}
     figure = Figure(figsize=(7.5, 3.2 * len(budgets)), layout="constrained")
-    panels = figure.subplots(len(budgets), len(kinds), squeeze=False, sharey="row")
+    panels = figure.subplots(len(budgets), len(SHOWN), squeeze=False, sharey="row")
     for budget, row_of in zip(budgets, panels, strict=True):
         lines = [line for (*_, b), found in groups.items() if b == budget for line in found]
-        for (steps, kind), axes in zip(kinds.items(), row_of, strict=True):
+        for (steps, kind), axes in zip(SHOWN.items(), row_of, strict=True):
             for how, mark in MARKS.items():
                 of = [line for line in lines if line["how"] == how]
                 axes.plot(

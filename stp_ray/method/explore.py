@@ -41,9 +41,16 @@ class Exploration:
     promote: float = 0.25
     """Share of a generation, for each budget, that is scored again on all held-out images
     (successive halving); 0 for none."""
-    tuning_steps: int = 50
-    """Steps of distillation that a copy of a promoted candidate gets on the calibration images
-    before it is scored again; 0 scores it as it is."""
+    tuning_steps: int = 25
+    """Steps of distillation that a copy of a promoted candidate gets before it is scored again; 0
+    scores it as it is."""
+    finalists: int = 4
+    """The best candidates of each budget that are scored once more when the generations are over; 0
+    for none."""
+    final_steps: int = 200
+    """Steps of distillation that a copy of a finalist gets before that."""
+    tuning_images: int = 4096
+    """Training images that all those steps learn from."""
     batch_of_candidates: int = 8
     """Most candidates that one worker is given at a time."""
 
@@ -54,11 +61,19 @@ class Exploration:
             "parents",
             "calibration_images",
             "scoring_images",
+            "tuning_images",
             "batch_of_candidates",
         ):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1", "raise it")
+        for name, usual in (("tuning_steps", 25), ("finalists", 4)):
+            value = getattr(self, name)
+            require(value >= 0, name, value, "0 or more", f"{usual} is usual")
         require(
-            self.tuning_steps >= 0, "tuning_steps", self.tuning_steps, "0 or more", "50 is usual"
+            self.finalists == 0 or self.final_steps > self.tuning_steps,
+            "final_steps",
+            self.final_steps,
+            f"more than tuning_steps ({self.tuning_steps})",
+            "raise it, or set finalists to 0",
         )
         require(0 < self.mutation <= 1, "mutation", self.mutation, "in (0, 1]", "0.1 is usual")
         for name in ("crossover", "promote"):
@@ -77,14 +92,15 @@ class Candidate:
     generation: int
     """The generation that it belongs to, counted from 0."""
     rung: int
-    """0 when it is scored first, 1 when it was promoted."""
-    tuned: bool = False
-    """Whether it is scored after a short distillation."""
+    """0 when it is scored first, 1 when it was promoted, 2 as a finalist."""
+    steps: int = 0
+    """Steps of distillation before it is scored."""
 
     @property
     def key(self) -> str:
         """Names the subnet and what it is scored on; no key is asked for twice."""
-        return f"{self.subnet.id}-{self.images or 'all'}{'-tuned' if self.tuned else ''}"
+        tuned = f"-tuned-{self.steps}" if self.steps else ""
+        return f"{self.subnet.id}-{self.images or 'all'}{tuned}"
 
 
 @dataclass(frozen=True)
@@ -101,14 +117,14 @@ class Scored:
     """The generation that it belongs to, counted from 0."""
     cost: Cost
     """What it costs."""
-    tuned: bool = False
-    """Whether it was scored after a short distillation."""
+    steps: int = 0
+    """Steps of distillation before it was scored."""
 
     @property
-    def fidelity(self) -> tuple[bool, bool]:
-        """Sorts what says more before what says less: tuned, then on all images. Scores of
-        different fidelity are not compared."""
-        return not self.tuned, self.images != 0
+    def fidelity(self) -> tuple[int, bool]:
+        """Sorts what says more before what says less: after more steps, then on all images.
+        Scores of different fidelity are not compared."""
+        return -self.steps, self.images != 0
 
 
 class Explorer:
@@ -117,8 +133,8 @@ class Explorer:
     Generation 0 holds the uniform-width subnet of each budget, filled up to it, and random
     subnets near the budgets; later ones hold offspring of the best candidates of each budget. Each
     generation is scored on a few images; the best of it, budget by budget, are scored again
-    on all, after a short distillation. A candidate made for one budget serves every other one
-    that it keeps.
+    on all, after a short distillation, and the best of all generations after a longer one. A
+    candidate made for one budget serves every other one that it keeps.
 
     Args:
         space: where to search.
@@ -200,7 +216,7 @@ class Explorer:
             score = float(scores[candidate.key])
             score = math.inf if math.isnan(score) else score
             images, generation = candidate.images, candidate.generation
-            new.append(Scored(candidate.subnet, score, images, generation, cost, candidate.tuned))
+            new.append(Scored(candidate.subnet, score, images, generation, cost, candidate.steps))
             self._scored[candidate.key] = new[-1]
         again = {scored.subnet for scored in new}  # at a higher fidelity: their first score is void
         # What diverges at a higher fidelity gives its place back to one that it had taken it from.
@@ -213,27 +229,33 @@ class Explorer:
             self._advance()
 
     def _advance(self) -> None:
-        """From a generation to its promoted part, and from there to the next generation."""
+        """From a generation to its promoted part, from there to the next generation, and from the
+        last one to the finalists."""
         options = self.options
         again = self._first_images > 0 or options.tuning_steps > 0
         if self._rung == 0 and options.promote > 0 and again:
             self._rung = 1
             promoted = [self._promoted(cohort) for cohort in self._cohorts]
-            self._open = self._candidates(promoted, 0, tuned=options.tuning_steps > 0)
+            self._open = self._candidates(promoted, 0, steps=options.tuning_steps)
+            return
+        if self._rung == 2:
+            return
+        self._generation += 1
+        if self._generation == options.generations:
+            self._rung = 2
+            finalists = [self._finalists(budget) for budget in self.budgets]
+            self._open = self._candidates(finalists, 0, steps=options.final_steps)
             return
         self._rung = 0
-        self._generation += 1
-        if self._generation >= self.options.generations:
-            return
         self._cohorts = self._breed()
         self._open = self._candidates(self._cohorts, self._first_images)
 
     def _candidates(
-        self, cohorts: Iterable[Iterable[Subnet]], images: int, *, tuned: bool = False
+        self, cohorts: Iterable[Iterable[Subnet]], images: int, *, steps: int = 0
     ) -> dict[str, Candidate]:
         """By key."""
         found = (
-            Candidate(subnet, images, self._generation, self._rung, tuned)
+            Candidate(subnet, images, self._generation, self._rung, steps)
             for cohort in cohorts
             for subnet in cohort
         )
@@ -244,6 +266,9 @@ class Explorer:
         ranked = sorted(first.values(), key=lambda c: (self._scored[c.key].score, c.subnet.id))
         count = math.ceil(self.options.promote * len(ranked))
         return [candidate.subnet for candidate in ranked[:count]]
+
+    def _finalists(self, budget: Budget) -> list[Subnet]:
+        return [scored.subnet for scored in self.ranked(budget)[: self.options.finalists]]
 
     # -- breeding -------------------------------------------------------------------
 
@@ -290,7 +315,7 @@ class Explorer:
     def scored(self) -> list[Scored]:
         """Everything scored so far, each fidelity apart, in an order that the seed decides."""
         return sorted(
-            self._scored.values(), key=lambda s: (s.generation, s.tuned, s.images == 0, s.subnet.id)
+            self._scored.values(), key=lambda s: (s.generation, s.steps, s.images == 0, s.subnet.id)
         )
 
     def _best_known(self) -> list[Scored]:

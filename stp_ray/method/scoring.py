@@ -2,9 +2,9 @@
 or after a short distillation."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from itertools import cycle, islice
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -68,8 +68,9 @@ def score(
 def tuned_score(
     net: Supernet,
     subnet: Subnet,
-    calibration: Sequence[Tensor],
-    calibration_logits: Tensor,
+    calibration: Iterable[Tensor],
+    learnt: Callable[[], Iterable[Tensor]],
+    learnt_logits: Tensor,
     images: Iterable[Tensor],
     main_logits: Tensor,
     *,
@@ -86,12 +87,13 @@ def tuned_score(
     Args:
         net: the supernet.
         subnet: the slice to score.
-        calibration: batches of training images [B, ...], M in all: for BatchNorm statistics and
-            then, 64 at a time and time and again, for the steps.
-        calibration_logits: of the main network for those images in that order, [M, C].
+        calibration: batches of training images [B, ...] to measure BatchNorm statistics on first.
+        learnt: called for each pass: batches of the training images [B, ...] that the steps take
+            their own from, M in all and always the same; none is larger than the first.
+        learnt_logits: of the main network for those in that order, [M, C].
         images: batches of held-out training images [B, ...], N in all.
         main_logits: of the main network for those, [N, C].
-        steps: steps of the optimiser, with 64 images each or as many as a batch has.
+        steps: steps of the optimiser, with 64 images each or as many as the first batch has.
         options: how the pruned network will be trained: optimiser, arithmetic, and the learning
             rate, which is scaled to the batch and falls to zero.
         seed: of dropout and its kin.
@@ -103,14 +105,20 @@ def tuned_score(
         ValueError: the images are not N, or there are none.
     """
     student = net.extract(subnet, calibrate(net, subnet, calibration))
-    size = min(TUNING_BATCH, max(len(batch) for batch in calibration))
-    labels = calibration_logits.float().softmax(dim=1).split([len(batch) for batch in calibration])
-    pieces = [
-        piece
-        for batch in zip(calibration, labels, strict=True)
-        for piece in zip(*(tensor.split(size) for tensor in batch), strict=True)
-        if len(piece[0]) == size
-    ]
+    size = min(TUNING_BATCH, len(next(iter(learnt()))))
+    labels = learnt_logits.float().softmax(dim=1)
+
+    def pieces() -> Iterator[tuple[Tensor, Tensor]]:
+        """Images and labels, time and again."""
+        while True:
+            count = 0
+            for batch in learnt():
+                said = labels[count : count + len(batch)]
+                count += len(batch)
+                for piece in zip(batch.split(size), said.split(size), strict=True):
+                    if len(piece[0]) == size:
+                        yield piece
+
     options = replace(
         options, epochs=1, batch_size=size, lr=options.lr * size / options.batch_size, min_lr=0.0,
         warmup_epochs=0.0, label_smoothing=0.0, ema=None, checkpoint_every=0,
@@ -121,7 +129,7 @@ def tuned_score(
     )
 
     def batches(epoch: int, first: int) -> Iterator[tuple[Tensor, Tensor]]:
-        yield from islice(cycle(pieces), first, steps)
+        yield from islice(pieces(), first, steps)
 
     try:
         for _ in trainer.run(batches, lambda rng, progress: ()):

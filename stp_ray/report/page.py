@@ -56,7 +56,7 @@ def render(
         config: the resolved configuration.
         candidates: every subnet scored, one row for each score: columns `macs` and `score`,
             and where present `subnet_id`, `subnet` (JSON), `images` (the number it was
-            scored on, 0 for all) and `tuned` (whether a short distillation went before).
+            scored on, 0 for all) and `steps` (of a distillation before it).
             `with_space` adds what the drawing of the network needs.
         curves: a folder -> a table of one row per step: `step` or `epoch`, and any metrics.
         environment: what environment.json holds.
@@ -166,15 +166,15 @@ def _runtimes(
 
 
 def _best_fidelity(candidates: pa.Table) -> list[dict[str, Any]]:
-    """One row for each subnet, its score of the highest fidelity: tuned, or else on the most
-    images; without scores that are not finite."""
+    """One row for each subnet, its score of the highest fidelity: after the most steps, or else on
+    the most images; without scores that are not finite."""
     for column in ("macs", "score"):
         if column not in candidates.column_names:
             raise StorageError(
                 f"the table of candidates has the columns {', '.join(candidates.column_names)}; "
                 f"expected {column} as well; run the exploration again"
             )
-    best: dict[Any, tuple[tuple[bool, float], dict[str, Any]]] = {}
+    best: dict[Any, tuple[tuple[int, float], dict[str, Any]]] = {}
     for number, row in enumerate(candidates.to_pylist()):
         if row["score"] is None or not math.isfinite(row["score"]):
             continue
@@ -182,7 +182,7 @@ def _best_fidelity(candidates: pa.Table) -> list[dict[str, Any]]:
         row.setdefault("subnet_id", Subnet.from_json(subnet).id if subnet else None)
         identity = row["subnet_id"] or number
         # 0 stands for all images
-        fidelity = (bool(row.get("tuned")), row.get("images", 0) or math.inf)
+        fidelity = (row.get("steps", 0), row.get("images", 0) or math.inf)
         if identity not in best or fidelity >= best[identity][0]:
             best[identity] = (fidelity, row)
     return [row for _, row in best.values()]
@@ -206,11 +206,12 @@ def _figures(
     stars = {budget: (row["macs"], row["score"]) for budget, row in chosen.items()}
     cost = [plots.accuracy_svg(summary)]
     if scored:
-        points, tuned = (
-            [(row["macs"], row["score"]) for row in scored if bool(row.get("tuned")) == wanted]
-            for wanted in (False, True)
-        )
-        cost.append(plots.front_svg(points, tuned, _front(tuned or points), stars))
+        points: dict[int, list[tuple[float, float]]] = {}
+        for row in sorted(scored, key=lambda row: row.get("steps", 0)):
+            points.setdefault(row.get("steps", 0), []).append((row["macs"], row["score"]))
+        # scores after different numbers of steps are not compared
+        front = _front(points[max(points)])
+        cost.append(plots.front_svg(points, front, stars))
     training, accuracy, sparsity = [], {}, {}
     for folder, table in curves.items():
         x_label, series = _series(table)

@@ -61,32 +61,29 @@ def accuracy_svg(summary: Mapping[str, Any]) -> str:
 
 
 def front_svg(
-    candidates: Points, tuned: Points, front: Points, chosen: Mapping[str, tuple[float, float]]
+    candidates: Mapping[int, Points], front: Points, chosen: Mapping[str, tuple[float, float]]
 ) -> str:
     """Every candidate's distillation loss against its MACs.
 
     Args:
-        candidates: (MACs, score) of every subnet that was scored as it is alone.
-        tuned: the same of those that were scored after a short distillation.
+        candidates: steps of distillation -> (MACs, score) of every subnet whose last score is one
+            after so many, the fewest steps first.
         front: those that no other one beats in both, ascending in MACs.
         chosen: budget -> (MACs, score) of the subnet that was pruned to.
     """
     with _style():
         figure, axes = _axes()
-        for points, color, name in (
-            (candidates, FAINT, "candidates"),
-            (tuned, PALETTE[0], "after a short distillation"),
-        ):
-            if points:
-                axes.scatter(
-                    *_columns(points),
-                    s=9,
-                    color=color,
-                    alpha=0.6,
-                    linewidths=0,
-                    label=f"{len(points):,} {name}",
-                    rasterized=len(points) > 3000,
-                )
+        shades = (FAINT, PALETTE[0], PALETTE[2])
+        for shade, (steps, points) in zip(shades, candidates.items(), strict=False):
+            axes.scatter(
+                *_columns(points),
+                s=9,
+                color=shade,
+                alpha=0.6,
+                linewidths=0,
+                label=f"{len(points):,} {f'after {steps} steps' if steps else 'candidates'}",
+                rasterized=len(points) > 3000,
+            )
         axes.plot(*_columns(front), color=PALETTE[0], marker=".", label="front")
         if chosen:
             axes.scatter(
@@ -99,7 +96,8 @@ def front_svg(
             )
         for budget, (macs, score) in chosen.items():
             axes.annotate(budget, (macs, score), (6, 6), textcoords="offset points")
-        _log_where_wide(axes, [score for _, score in [*candidates, *tuned]], ratio=5)
+        scores = [score for points in candidates.values() for _, score in points]
+        _log_where_wide(axes, scores, ratio=5)
         _macs_axis(axes)
         axes.set_ylabel("KL from the main network")
         axes.legend()

@@ -10,7 +10,7 @@ import math
 import os
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ..artifacts import Store
 from ..config import RunConfig
+from ..data import Split
 from ..elastic import Subnet, Supernet
 from ..errors import RunError
 from ..method import Candidate, Explorer, Scored, reference_logits, score, tuned_score
@@ -68,6 +69,7 @@ class Scorer:
         self.net.model.load_state_dict(dict(weights))
         self.net.to(device).eval()
         self.config = config
+        self._images, self._device = images, device
         count = config.explore.calibration_images
         self.calibration = list(images.calibration(config.seed, count, device))
         self.held_out = torch.cat([x for x, _ in images.batches("holdout", device)])
@@ -76,21 +78,27 @@ class Scorer:
         self.main_logits = main_logits.to(device)
 
     @cached_property
-    def _calibration_logits(self) -> Tensor:
-        """Of the main network, which only tuning learns from."""
-        return reference_logits(self.net, self.calibration)
+    def _tuning(self) -> Split:
+        """What tuning learns from, as bytes."""
+        return self._images.sample(self.config.explore.tuning_images)
 
-    def __call__(self, subnet: Subnet, images: int, tuned: bool) -> float:
-        """The distillation loss of a slice on the first `images` held-out ones (0: all), as it is
-        or tuned."""
+    def _learnt(self) -> Iterator[Tensor]:
+        return self._images.augmented(self._tuning, self.config.seed, self._device)
+
+    @cached_property
+    def _learnt_logits(self) -> Tensor:
+        return reference_logits(self.net, self._learnt())
+
+    def __call__(self, subnet: Subnet, images: int, steps: int) -> float:
+        """The distillation loss of a slice on the first `images` held-out ones (0: all), after so
+        many steps of distillation."""
         count = images or len(self.held_out)
         batches, logits = self.held_out[:count].split(EVALUATION_BATCH), self.main_logits[:count]
-        if not tuned:
+        if not steps:
             return score(self.net, subnet, self.calibration, batches, logits)
         return tuned_score(
-            self.net, subnet, self.calibration, self._calibration_logits, batches, logits,
-            steps=self.config.explore.tuning_steps, options=self.config.finalize.optimisation,
-            seed=self.config.seed,
+            self.net, subnet, self.calibration, self._learnt, self._learnt_logits, batches, logits,
+            steps=steps, options=self.config.finalize.optimisation, seed=self.config.seed,
         )  # fmt: skip
 
 
@@ -120,7 +128,7 @@ def explore(
         if config.cluster.in_process:
             scorer = Scorer(config, images.here(), weights, torch.device("cpu"))
             while batch := search.take():
-                search.put(batch, {c.key: scorer(c.subnet, c.images, c.tuned) for c in batch})
+                search.put(batch, {c.key: scorer(c.subnet, c.images, c.steps) for c in batch})
         else:
             _tune(config, search, images, weights)
     met = latency.choose(config, run, images.summary, explorer) if timed(config) else {}
@@ -243,8 +251,8 @@ class _Trial(tune.Trainable):
 
     def step(self) -> dict[str, Any]:
         scores = [
-            self._scorer(Subnet.from_json(subnet), images, tuned)
-            for subnet, images, tuned in self._candidates
+            self._scorer(Subnet.from_json(subnet), images, steps)
+            for subnet, images, steps in self._candidates
         ]
         return {"scores": scores, "done": True}
 
@@ -281,7 +289,7 @@ class _Generations(Searcher):
         if not batch:
             return None  # the generation is handed out; wait for its scores
         self._batches[trial_id] = batch
-        return {"candidates": [(c.subnet.to_json(), c.images, c.tuned) for c in batch]}
+        return {"candidates": [(c.subnet.to_json(), c.images, c.steps) for c in batch]}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Scores come with the last result of a trial."""
@@ -426,7 +434,7 @@ def _write(
             "subnet": scored.subnet.to_json(),
             "score": scored.score,
             "images": scored.images,
-            "tuned": scored.tuned,
+            "steps": scored.steps,
             "generation": scored.generation,
             "macs": scored.cost.macs,
             "params": scored.cost.params,

@@ -103,10 +103,16 @@ class Images:
         """Batches of training images [B, 3, H, W] to measure BatchNorm statistics on, augmented
         as in training: a network trained on padded crops has other statistics on plain images
         (docs/results.md shows what that costs)."""
+        return self.augmented(self.sample(count), seed, device)
+
+    def sample(self, count: int) -> Split:
+        """So many training images from all over the split, the same for every caller."""
         if self.data is None:
-            split = load_split(self.options, "train", count)
-        else:
-            split = self.data.train.sample(count)
+            return load_split(self.options, "train", count)
+        return self.data.train.sample(count)
+
+    def augmented(self, split: Split, seed: int, device: torch.device) -> Iterator[Tensor]:
+        """Batches [B, 3, H, W] of a split, augmented as in training, always in the same way."""
         batches = train_batches(
             split, self.options, seed=seed, epoch=0, device=device,
             batch_size=min(CALIBRATION_BATCH, len(split)), num_classes=self.summary.num_classes,

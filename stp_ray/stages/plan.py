@@ -126,9 +126,15 @@ def _work(
     looked_at: float = search.calibration_images + search.scoring_images
     mean = sum(net.cost(target).macs for target in targets.values()) / len(targets)
     scorers = config.cluster.explore_workers or workers
-    tuning = search.tuning_steps * TUNING_BATCH * (1 + _BACKWARD)
-    looked_at += search.promote * (tuning + search.calibration_images + summary.holdout_rows)
-    yield "explore", scorers, search.generations * search.population * looked_at * mean
+    once_more = search.calibration_images + summary.holdout_rows
+
+    def again(steps: int) -> float:
+        return once_more + steps * TUNING_BATCH * (1 + _BACKWARD)
+
+    looked_at += search.promote * again(search.tuning_steps)
+    finals = search.finalists * len(targets) * again(search.final_steps)
+    all_looks = search.generations * search.population * looked_at + finals
+    yield "explore", scorers, all_looks * mean
     expansion, finalize = config.finalize.expansion, config.finalize
     for label, target in targets.items():
         macs = net.cost(target).macs + _drawn(ladder(space, target, expansion), net)

@@ -35,15 +35,16 @@ def test_shapes_differ_keep_the_budget_and_are_trained_once(tmp_path):
     assert len({Subnet.from_json(line["subnet"]).id for line in lines}) == 3
     for line in lines:
         assert 0 < line["macs"] <= line["budget"] * line["full_macs"]
-        assert list(line["scores"]) == ["0", "10", "25", "50", "100"]
-        assert line["scores"]["100"] < line["scores"]["0"]
+        few = ["0", "10", "25", "50", "100"]
+        assert list(line["scores"]) == [*few, "25 on 4096", "200 on 4096"]
+        assert line["scores"]["200 on 4096"] < line["scores"]["100"] < line["scores"]["0"]
         assert line["top1"] > 25  # of ten classes
 
 
 def line(score, top1, how="random", budget=0.15):
     return {
         "method": "stp", "seed": 0, "budget": budget, "how": how, "top1": top1,
-        "scores": {"0": score, "50": -score},
+        "scores": {"0": score, "200 on 4096": -score},
         "device": "x86_64", "threads": 1, "torch": "2.15.0", "revision": "abc",
     }  # fmt: skip
 
@@ -53,7 +54,7 @@ def test_tau_is_one_where_the_lowest_score_is_the_most_accurate():
 
     found = [line(score, 60 - score) for score in range(6)]
     assert tau(found, "0")[0] == pytest.approx(1)
-    assert tau(found, "50")[0] == pytest.approx(-1)
+    assert tau(found, "200 on 4096")[0] == pytest.approx(-1)
 
 
 def test_what_a_score_has_chosen_is_left_out_in_brackets(tmp_path):

@@ -47,6 +47,7 @@ def test_candidates_keep_a_budget_and_are_asked_for_once(drawn, seed):
             space.validate(candidate.subnet)
             assert any(space.admits(candidate.subnet, b) for b in budgets)
             assert candidate.images == (16 if candidate.rung == 0 else 0)
+            assert candidate.steps == (0, SMALL.tuning_steps, SMALL.final_steps)[candidate.rung]
         keys += [c.key for c in candidates]
         explorer.tell({c.key: made_up(c) for c in candidates})
     assert len(keys) == len(set(keys)) == len(explorer.scored)
@@ -155,37 +156,66 @@ def test_a_score_on_all_images_goes_before_a_luckier_one_on_few():
 @pytest.mark.parametrize("steps", [0, 5])
 def test_few_held_out_images_are_scored_once_but_for_tuning(steps):
     space = make_space([16, 16], [])
-    options = replace(SMALL, tuning_steps=steps)
+    options = replace(SMALL, tuning_steps=steps, finalists=0)
     explorer = search(Explorer(space, [Budget(macs=0.5)], options, 0, held_out=16))
     assert {s.images for s in explorer.scored} == {0}
     times = Counter(s.subnet for s in explorer.scored)
     assert max(times.values()) == (2 if steps else 1)
-    assert {s.tuned for s in explorer.scored} == ({False, True} if steps else {False})
+    assert {s.steps for s in explorer.scored} == {0, steps}
 
 
 def test_what_is_promoted_is_tuned_and_goes_before_the_rest():
     space = make_space([24, 24], [24])
     budget = Budget(macs=0.5)
-    explorer = search(
-        Explorer(space, [budget], SMALL, 2), lambda c: made_up(c) + (10 if c.tuned else 0)
-    )
+    explorer = search(Explorer(space, [budget], SMALL, 2), lambda c: made_up(c) + c.steps)
     best = explorer.best(budget)
-    assert best.tuned and best.images == 0
-    ranked = [s.tuned for s in explorer.ranked(budget)]
-    assert ranked == sorted(ranked, reverse=True) and set(ranked) == {True, False}
-    assert all(s.tuned for s in explorer.front())
-    promoted = [s for s in explorer.scored if s.tuned]
-    assert len(promoted) == SMALL.generations * SMALL.population * SMALL.promote
+    assert best.steps == SMALL.final_steps and best.images == 0
+    ranked = [s.steps for s in explorer.ranked(budget)]
+    assert ranked == sorted(ranked, reverse=True)
+    assert set(ranked) == {0, SMALL.tuning_steps, SMALL.final_steps}
+    assert all(s.steps == SMALL.final_steps for s in explorer.front())
+    times = Counter(s.steps for s in explorer.scored)
+    promoted = SMALL.generations * SMALL.population * SMALL.promote
+    assert times[SMALL.tuning_steps] == promoted
+    assert times[SMALL.final_steps] == SMALL.finalists
+
+
+def test_the_best_of_each_budget_are_scored_once_more_in_the_end():
+    space = make_space([24, 24], [24])
+    budgets = [Budget(macs=0.2), Budget(macs=0.8)]
+    options = replace(SMALL, generations=2, finalists=2)
+    explorer = Explorer(space, budgets, options, 1)
+    while (asked := explorer.ask())[0].rung < 2:
+        explorer.tell({c.key: made_up(c) for c in asked})
+    assert {c.generation for c in asked} == {2} and {c.images for c in asked} == {0}
+    best = {s.subnet for budget in budgets for s in explorer.ranked(budget)[:2]}
+    assert {c.subnet for c in asked} == best and len(asked) == len(best)
+    # the last word is theirs, though it turns the order of the smaller budget's two around
+    first, second = explorer.ranked(budgets[0])[:2]
+    explorer.tell({c.key: 8.0 if c.subnet == second.subnet else 9.0 for c in asked})
+    assert explorer.ask() == []
+    assert explorer.best(budgets[0]).subnet == second.subnet
+    assert explorer.ranked(budgets[0])[1].subnet == first.subnet
+
+
+def test_a_finalist_that_diverges_leaves_its_place_to_another():
+    space = make_space([24, 24], [24])
+    budget = Budget(macs=0.5)
+    explorer = Explorer(space, [budget], SMALL, 1)
+    while (asked := explorer.ask())[0].rung < 2:
+        explorer.tell({c.key: made_up(c) for c in asked})
+    explorer.tell({c.key: float("nan") if n else 9.0 for n, c in enumerate(asked)})
+    assert explorer.best(budget).subnet == asked[0].subnet
 
 
 def test_where_all_tuning_diverges_the_others_are_left():
     space = make_space([24, 24], [24])
     budget = Budget(macs=0.5)
     explorer = search(
-        Explorer(space, [budget], SMALL, 2), lambda c: float("nan") if c.tuned else made_up(c)
+        Explorer(space, [budget], SMALL, 2), lambda c: float("nan") if c.steps else made_up(c)
     )
     best = explorer.best(budget)
-    assert not best.tuned and best.score < float("inf")
+    assert not best.steps and best.score < float("inf")
     assert explorer.front()
 
 
@@ -194,10 +224,10 @@ def test_where_all_parents_diverge_those_that_they_displaced_are_left(at_once):
     """Two parents, and of the four that are promoted each diverges."""
     space = make_space([24, 24], [24])
     budget = Budget(macs=0.5)
-    options = replace(SMALL, parents=2, promote=0.5, tuning_steps=5)
+    options = replace(SMALL, parents=2, promote=0.5, tuning_steps=5, finalists=0)
     explorer = Explorer(space, [budget], options, 2)
     while candidates := explorer.ask():
-        scores = {c.key: float("nan") if c.tuned else made_up(c) for c in candidates}
+        scores = {c.key: float("nan") if c.steps else made_up(c) for c in candidates}
         for told in [scores] if at_once else [{key: score} for key, score in scores.items()]:
             explorer.tell(told)
             assert explorer.best(budget) == explorer.ranked(budget)[0]
@@ -206,9 +236,9 @@ def test_where_all_parents_diverge_those_that_they_displaced_are_left(at_once):
 
 def test_without_tuning_what_is_promoted_is_scored_as_it_is():
     space = make_space([24, 24], [24])
-    options = replace(SMALL, tuning_steps=0)
+    options = replace(SMALL, tuning_steps=0, finalists=0)
     explorer = search(Explorer(space, [Budget(macs=0.5)], options, 2))
-    assert not any(s.tuned for s in explorer.scored)
+    assert not any(s.steps for s in explorer.scored)
     assert all(s.images == 0 for s in explorer.front())
 
 

@@ -41,6 +41,9 @@ WRONG = [
     (Exploration, {"calibration_images": 0}),
     (Exploration, {"scoring_images": 0}),
     (Exploration, {"promote": -0.1}),
+    (Exploration, {"finalists": -1}),
+    (Exploration, {"tuning_images": 0}),
+    (Exploration, {"final_steps": 25}),
     (Exploration, {"batch_of_candidates": 0}),
 ]
 

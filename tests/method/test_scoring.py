@@ -16,7 +16,16 @@ def tuned(net, subnet, images, *, steps=20, options=OPTIONS, seed=0):
     parts = images.split(8)
     main = reference_logits(net, parts)
     return tuned_score(
-        net, subnet, parts, main, parts, main, steps=steps, options=options, seed=seed
+        net,
+        subnet,
+        parts,
+        lambda: parts,
+        main,
+        parts,
+        main,
+        steps=steps,
+        options=options,
+        seed=seed,
     )
 
 
@@ -69,6 +78,32 @@ def test_a_slice_that_has_learnt_imitates_better(share):
     plain = score(net, subnet, parts, parts, reference_logits(net, parts))
     few, many = (tuned(net, subnet, images, steps=steps) for steps in (5, 80))
     assert many < few < plain
+
+
+def test_each_pass_begins_with_the_first_image_and_its_logits():
+    """Batches of five and then three are one batch of eight, cut at five; twice is two passes."""
+    net, (images, _) = supernet(), images_and_labels(16)
+    subnet, main = net.space.uniform(0.5), reference_logits(net, [images])
+    passes = []
+
+    def learnt():
+        passes.append(len(passes))
+        yield from images.split(5)  # the last image is less than a step's worth and left out
+
+    def scored(learnt, steps):
+        return tuned_score(
+            net, subnet, [images], learnt, main, [images], main,
+            steps=steps, options=OPTIONS, seed=0,
+        )  # fmt: skip
+
+    whole = list(images[:15].split(5)) * 2
+    twice = torch.cat([main[:15], main[:15]])
+    assert scored(learnt, 6) == tuned_score(
+        net, subnet, [images], lambda: iter(whole), twice, [images], main,
+        steps=6, options=OPTIONS, seed=0,
+    )  # fmt: skip
+    assert len(passes) == 3  # one look at the first batch, two passes
+    assert scored(learnt, 6) != scored(lambda: images.flip(0).split(5), 6)
 
 
 def test_the_main_network_has_nothing_to_learn_from_itself():

@@ -35,13 +35,13 @@ def candidates(space):
             "params": space.cost(subnet).params,
             "score": 1.0 / (1 + i),
             "images": 128,
-            "tuned": False,
+            "steps": 0,
             "generation": i // 8,
         }
         for i, subnet in enumerate({s.id: s for s in subnets}.values())
     ]
     # scored again on all images after a short distillation, and worse than others as they are
-    rows.append({**rows[0], "images": 0, "tuned": True, "score": 0.123})
+    rows.append({**rows[0], "images": 0, "steps": 25, "score": 0.123})
     return with_space(pa.Table.from_pylist(rows), space)
 
 

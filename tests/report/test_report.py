@@ -213,16 +213,17 @@ def test_scores_of_tuned_candidates_are_drawn_apart_and_make_the_front(
 ):
     drawn = {}
 
-    def front_svg(points, again, front, chosen):
-        drawn.update(points=points, again=again, front=front)
+    def front_svg(candidates, front, chosen):
+        drawn.update(points=candidates[0], again=candidates.get(25), front=front)
+        assert list(candidates) == sorted(candidates)
         return Markup("")
 
     monkeypatch.setattr(page.plots, "front_svg", front_svg)
     rows = candidates.to_pylist()
-    table = candidates if tuned else pa.Table.from_pylist(rows[:-1]).drop_columns("tuned")
+    table = candidates if tuned else pa.Table.from_pylist(rows[:-1]).drop_columns("steps")
     render(summary, {}, table, {})
     assert len(drawn["points"]) == len(rows) - 1 - tuned
-    assert drawn["again"] == ([(rows[-1]["macs"], 0.123)] if tuned else [])
+    assert drawn["again"] == ([(rows[-1]["macs"], 0.123)] if tuned else None)
     assert (drawn["front"] == drawn["again"]) == tuned
 
 

@@ -753,11 +753,11 @@ def asked(monkeypatch):
     score = exploring.Scorer.__call__
     stop_at: list[int] = []
 
-    def counted(self, subnet, images, tuned):
+    def counted(self, subnet, images, steps):
         if stop_at and len(seen) == stop_at[0]:
             raise KeyboardInterrupt
-        seen.append(Candidate(subnet, images, 0, 0, tuned).key)
-        return score(self, subnet, images, tuned)
+        seen.append(Candidate(subnet, images, 0, 0, steps).key)
+        return score(self, subnet, images, steps)
 
     monkeypatch.setattr(exploring.Scorer, "__call__", counted)
     return seen, stop_at
@@ -770,10 +770,10 @@ def test_no_candidate_is_scored_twice(finished, tmp_path, asked):
     assert len(seen) == len(set(seen)) == len(whole.outcome()[0])
     rows = whole.outcome()[0]
     assert set(seen) == {
-        Candidate(Subnet.from_json(row["subnet"]), row["images"], 0, 0, row["tuned"]).key
+        Candidate(Subnet.from_json(row["subnet"]), row["images"], 0, 0, row["steps"]).key
         for row in rows
     }
-    assert any(row["tuned"] for row in rows)
+    assert {row["steps"] for row in rows} == {0, 3, 6}
     # Stopped within a generation, it goes on with what is not known, and finds the same.
     every = set(seen)
     stopped = Exploration(finished, tmp_path / "stopped")
