@@ -21,7 +21,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -65,11 +65,9 @@ class Fleet:
 def search(space: SearchSpace, candidates: int, fleet: Fleet) -> dict[str, Any]:
     """Figures of the driver and of the whole, for about so many candidates; those that are scored
     again count twice."""
-    once = Exploration(batch_of_candidates=fleet.batch, generations=GENERATIONS)
-    options = Exploration(
-        batch_of_candidates=fleet.batch, generations=GENERATIONS,
-        population=round(candidates / (GENERATIONS * (1 + once.promote))),
-    )  # fmt: skip
+    once = Exploration(batch_of_candidates=fleet.batch, generations=GENERATIONS, finalists=0)
+    population = round(candidates / (GENERATIONS * (1 + once.promote)))
+    options = replace(once, population=population)
     clock = _Clock()
 
     def opened(store: Store) -> tuple[Explorer, _Search]:

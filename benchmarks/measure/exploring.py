@@ -41,7 +41,7 @@ def settings(model: str, size: int, calibration: int, scoring: int, **explore: i
         "data": {"name": "digits", "image_size": size, "holdout": scoring},
         "explore": {  # slices as they are: tuning is training, which `step` measures
             "calibration_images": calibration, "scoring_images": scoring, "tuning_steps": 0,
-            **explore,
+            "finalists": 0, **explore,
         },
         "tracking": {"wandb": "off", "console": False},
     })  # fmt: skip

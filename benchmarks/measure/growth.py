@@ -103,7 +103,9 @@ def evolved(populations: list[int]) -> tuple[str, str, Ways]:
     generations = 4
 
     def search(population: int) -> None:
-        options = Exploration(generations=generations, population=population, promote=0.25)
+        options = Exploration(
+            generations=generations, population=population, promote=0.25, finalists=0
+        )
         explorer, rng = Explorer(space, [BUDGET], options, 0), random.Random(0)
         while asked := explorer.ask():
             explorer.tell({candidate.key: rng.random() for candidate in asked})

