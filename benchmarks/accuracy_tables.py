@@ -23,6 +23,7 @@ from contenders import (
     QUARTER,
     SCRATCH_TWICE,
     STARTED,
+    STARTED_FINALS,
     TAUGHT,
     THEIRS,
     TRIED,
@@ -110,6 +111,12 @@ CHANGED: dict[str, tuple[str, ...]] = {
         "torch-pruning, even",
         "scratch + distillation",
     ),
+    STARTED_FINALS: (
+        STARTED,
+        *(f"{STARTED}, {part}" for part in PARTS),
+        SCRATCH_TWICE,
+        THEIRS,
+    ),
 }
 #: The sparsification that shrinks what it drops.
 PENALTY = "group lasso"
@@ -180,7 +187,10 @@ epochs again, and searches started from uniform widths that were not filled.
 - *A quarter, restart*: a quarter of the epochs is stimulative, after which the learning rate
   warms up to its full height again instead of falling once over both phases. What follows its
   name are options of it changed or parts of it taken out.
-- *Tuned scores*: the search scores what it promotes again after 50 steps of distillation.
+- *Tuned scores*: the search scores what it promotes again after 50 steps of distillation, on 512
+  images and from half of the learning rate. *Finals*: after 25, and the three best of each budget
+  once more in the end after 200, on 4,096 images and from the rate that the second phase starts
+  with.
 - *Target without labels*: what is pruned to learns from the network above it alone, as the paper
   has it; that one was trained for itself, from supernets and with shapes that are not those of
   `stp`.

@@ -671,7 +671,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     # priced as if all images were of full size
     "smaller images too": {"stimulation": replace(FOUR, resolutions=(0.75, 1.0))},
     "tuned scores": {"tuning_steps": 50},
-    "finals": {"tuning_steps": 25, "tuning_images": 4096, "tuning_lr": 1.0, "finalists": 4},
+    "finals": {"tuning_steps": 25, "tuning_images": 4096, "tuning_lr": 1.0, "finalists": 3},
     "two rungs": {"expansion": replace(STP.expansion, rungs=2)},
     "expansion to the end": {"expansion": replace(STP.expansion, p_end=0.5)},
     "target without labels": {"expansion": replace(STP.expansion, target_ce=0.0)},

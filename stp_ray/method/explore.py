@@ -44,7 +44,7 @@ class Exploration:
     tuning_steps: int = 25
     """Steps of distillation that a copy of a promoted candidate gets before it is scored again; 0
     scores it as it is."""
-    finalists: int = 4
+    finalists: int = 3
     """The best candidates of each budget that are scored once more when the generations are over; 0
     for none."""
     final_steps: int = 200
@@ -65,7 +65,7 @@ class Exploration:
             "batch_of_candidates",
         ):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1", "raise it")
-        for name, usual in (("tuning_steps", 25), ("finalists", 4)):
+        for name, usual in (("tuning_steps", 25), ("finalists", 3)):
             value = getattr(self, name)
             require(value >= 0, name, value, "0 or more", f"{usual} is usual")
         require(
