@@ -21,6 +21,9 @@ _FOREIGN = (
     ("google.auth.exceptions", "GoogleAuthError"),
     ("gcsfs.retry", "HttpError"),
     ("azure.core.exceptions", "AzureError"),
+    # huggingface_hub, whichever its client is
+    ("httpx", "HTTPError"),
+    ("httpx2", "HTTPError"),
 )
 
 

@@ -1,4 +1,7 @@
 import json
+import os
+import subprocess
+import sys
 import time
 
 import fsspec
@@ -362,6 +365,24 @@ def test_a_fingerprint_tells_content_from_content_and_not_place_from_place(tmp_p
     assert here.fingerprint == there.fingerprint
     write_parquet(tmp_path / "there", train=41)
     assert describe(options(tmp_path / "there")).fingerprint != here.fingerprint
+
+
+@pytest.mark.timeout(60)
+def test_a_hub_that_cannot_be_reached_is_named(tmp_path):
+    """Its client raises errors that are no OSErrors."""
+    pytest.importorskip("huggingface_hub")
+    program = (
+        "from stp_ray.data import DataOptions, describe\n"
+        "from stp_ray.errors import DataError\n"
+        "try:\n    describe(DataOptions(name='parquet', uri='hf://datasets/nobody/nothing'))\n"
+        "except DataError as error:\n    print(error)\n"
+    )
+    nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=os.environ | nowhere, capture_output=True, text=True,
+        timeout=50,
+    )  # fmt: skip
+    assert done.stdout.startswith("hf://datasets/nobody/nothing cannot be read ("), done.stderr
 
 
 def test_s3_by_the_endpoint_of_the_environment(s3, tmp_path):
