@@ -12,6 +12,7 @@ from accuracy import PROTOCOLS
 from bench import Protocol
 from contenders import (
     DENSE_TWICE,
+    FINALS_TWICE,
     FORMS,
     GIVEN_SHAPE,
     LONGER,
@@ -114,7 +115,7 @@ CHANGED: dict[str, tuple[str, ...]] = {
     STARTED_FINALS: (
         STARTED,
         *(f"{STARTED}, {part}" for part in PARTS),
-        SCRATCH_TWICE,
+        FINALS_TWICE,
         THEIRS,
     ),
 }

@@ -644,7 +644,8 @@ THEIRS = "torch-pruning, even, of the teacher"
 #: As many epochs as its weights have seen, for a dense network and for its own shape from scratch.
 DENSE_TWICE = "dense, twice the epochs"
 SCRATCH_TWICE = "scratch + distillation, shape from the teacher, twice the epochs"
-TWICE = (DENSE_TWICE, SCRATCH_TWICE)
+FINALS_TWICE = "scratch + distillation, shape of finals, twice the epochs"
+TWICE = (DENSE_TWICE, SCRATCH_TWICE, FINALS_TWICE)
 #: Methods whose weights see more epochs than those of others.
 LONGER = (STARTED, STARTED_FINALS, THEIRS, *TWICE)
 #: The ladder's loss as the paper has it: what is pruned to sees no label.
@@ -735,4 +736,5 @@ GIVEN_SHAPE: dict[str, tuple[Callable[[Bench, Subnet, Limit], Trained], str]] = 
     "scratch + distillation, shape of tuned scores": (scratch_distilled, TUNED),
     "scratch, shape that was tried": (scratch, TRIED),
     SCRATCH_TWICE: (partial(twice, make=scratch_distilled), STARTED),
+    FINALS_TWICE: (partial(twice, make=scratch_distilled), STARTED_FINALS),
 }

@@ -11,6 +11,7 @@ and the plot.
 
 import argparse
 import json
+import math
 import random
 import tempfile
 import time
@@ -54,6 +55,16 @@ def shapes(
         if drawn not in [subnet for _, subnet in found]:
             found.append(("random", drawn))
     return found
+
+
+def same(judge: Judge, subnet: Subnet, images: int, known: float) -> None:
+    """Stop where a score is not what it was: of another supernet than the one that this shape was
+    trained from, new scores would say nothing of it."""
+    if not math.isclose(found := judge(subnet, images, 0), known, rel_tol=1e-4):
+        raise SystemExit(
+            f"a slice scores {found:.6f} that scored {known:.6f}; expected the supernet that the "
+            "lines were recorded with; pass its --work folder, or --out for lines of a new one"
+        )
 
 
 def main() -> None:
@@ -106,6 +117,8 @@ def main() -> None:
                     }  # fmt: skip
                     lines.append(line)
                 known = line["scores"]
+                if known and known.keys() != judges.keys():
+                    same(judge=few, subnet=subnet, images=held_out, known=known["0"])
                 line["scores"] = {
                     key: known[key] if key in known else judge(subnet, held_out, steps)
                     for key, (judge, steps) in judges.items()

@@ -5,7 +5,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from accuracy_tables import save
+from accuracy_tables import NOT_MEASURED, save
 from filling import read
 from markdown_table import row
 from matplotlib.figure import Figure
@@ -43,7 +43,10 @@ EXPLANATION = (
     "`python benchmarks/proxy.py PROTOCOL --data FOLDER`. The search ranks shapes by how badly "
     "their slices imitate the main network after stimulative training: as they are, and those "
     "that it promotes once more after some steps in which a copy of the slice learns from the main "
-    "network on the calibration images. Here shapes within a budget, the one that the method's "
+    "network, from half of the learning rate on 512 images, or, as the pipeline does, on 4,096 and "
+    "from the rate that the second phase starts with. That was seen on seed 1, and the supernet of "
+    "seed 0 is not there any more to score by. Here shapes within a budget, the one that the "
+    "method's "
     "search found, the uniform one and random ones, get the whole distillation that the found one "
     "gets. Supernets were trained for this table, before the two changes that the comparison "
     "tells of: a search may have found another shape than there. Kendall's tau is that of the "
@@ -69,7 +72,7 @@ def tau(lines: list[Line], steps: str) -> tuple[float, float]:
 def _protocol(name: str, groups: dict[Group, list[Line]]) -> list[str]:
     everything = [line for lines in groups.values() for line in lines]
     first = everything[0]
-    steps = list(first["scores"])
+    steps = list(dict.fromkeys(key for line in everything for key in line["scores"]))
     heading = [
         "method", "seed", "budget", "shapes", *map(_heading, steps),
         "found", "uniform", "random, median", "random, best",
@@ -89,6 +92,9 @@ def _protocol(name: str, groups: dict[Group, list[Line]]) -> list[str]:
         alone = [line for line in lines if line["how"] == "random"]
         cells = [method, seed, budget, len(lines)]
         for count in steps:
+            if any(count not in line["scores"] for line in lines):
+                cells.append(NOT_MEASURED)
+                continue
             (statistic, chance), (unchosen, _) = tau(lines, count), tau(alone, count)
             cells.append(f"{statistic:.2f}{'*' * (chance < 0.05)} ({unchosen:.2f})")
         cells += [f"{by[how][0]:.2f}" for how in ("explored", "uniform")]
@@ -109,7 +115,7 @@ def _plot(groups: dict[Group, list[Line]], path: Path) -> None:
         lines = [line for (*_, b), found in groups.items() if b == budget for line in found]
         for (steps, kind), axes in zip(SHOWN.items(), row_of, strict=True):
             for how, mark in MARKS.items():
-                of = [line for line in lines if line["how"] == how]
+                of = [line for line in lines if line["how"] == how and steps in line["scores"]]
                 axes.plot(
                     [line["scores"][steps] for line in of], [line["top1"] for line in of],
                     mark, label=how, markersize=10 if mark == "*" else 5,

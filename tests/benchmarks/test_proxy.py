@@ -30,6 +30,12 @@ def test_shapes_differ_keep_the_budget_and_are_trained_once(tmp_path):
         seen.append((tmp_path / "smoke.jsonl").read_text().splitlines())
     two, three, again = seen
     assert three[:2] == two and again == three
+    kept[0]["scores"]["0"] += 0.1  # by another supernet
+    (tmp_path / "smoke.jsonl").write_text("\n".join(map(json.dumps, kept)))
+    refused = subprocess.run(
+        [*command, "3"], cwd=BENCHMARKS, capture_output=True, text=True, timeout=140
+    )
+    assert refused.returncode == 1 and "expected the supernet that" in refused.stderr
     lines = [json.loads(line) for line in three]
     assert [line["how"] for line in lines] == ["explored", "uniform", "random"]
     assert len({Subnet.from_json(line["subnet"]).id for line in lines}) == 3
@@ -65,6 +71,24 @@ def test_what_a_score_has_chosen_is_left_out_in_brackets(tmp_path):
     (tmp_path / "smoke.jsonl").write_text("\n".join(map(json.dumps, lines)))
     (cells,) = [text.split(" | ") for text in section(tmp_path, tmp_path) if text[:5] == "| stp"]
     assert cells[4] == "0.20 (-1.00)"
+
+
+def test_scores_that_some_lack_are_left_out(tmp_path):
+    from proxy_table import section
+
+    lines = [line(score, 60 - score, how) for score, how in enumerate(["explored", "uniform"])]
+    lines += [line(score, 60 - score) for score in range(2, 5)]
+    lines += [{**each, "seed": 1} for each in lines]
+    for each in lines[:5]:
+        each["scores"] = {"0": each["scores"]["0"]}
+    (tmp_path / "smoke.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    page = section(tmp_path, tmp_path)
+    assert "tau, 200 steps, 4,096 images" in "".join(page)
+    rows = [text.split(" | ") for text in page if text[:5] == "| stp"]
+    assert [cells[4:6] for cells in rows] == [
+        ["1.00* (1.00)", "–"],
+        ["1.00* (1.00)", "-1.00* (-1.00)"],
+    ]
 
 
 def test_the_table_has_a_row_for_each_seed_and_budget_and_a_plot(tmp_path):
