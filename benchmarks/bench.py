@@ -164,6 +164,7 @@ class Bench:
         price: Callable[[Subnet], int] = lambda subnet: 0,
         lr: tuple[float, float] = (1.0, 0.0),
         warm: bool = True,
+        decay: float | None = None,
         after: int = 0,
         label: Label | None = None,
         before_step: Callable[[], object] | None = None,
@@ -179,6 +180,7 @@ class Bench:
             price: MACs of one image in one step for a drawn subnet.
             lr: where the learning rate starts and ends, as shares of the protocol's.
             warm: start with a warm-up.
+            decay: weight decay; None for the protocol's.
             after: epochs that the network has seen before, whose order and augmentation do not
                 come again.
             label: as the trainer's.
@@ -189,6 +191,7 @@ class Bench:
         options = replace(
             self.optimisation(epochs, lr=lr[0]), min_lr=lr[1] / lr[0],
             warmup_epochs=min(protocol.warmup_epochs, epochs) if warm else 0,
+            weight_decay=protocol.weight_decay if decay is None else decay,
         )  # fmt: skip
         self.ready(objective)
         trainer = Trainer(

@@ -395,6 +395,8 @@ class Stp:
     """The learning rate between the phases, as a share of the protocol's: one fall over both."""
     restart: float | None = None
     """The learning rate that the second phase warms up to instead of going on from `turn`."""
+    decay: float | None = None
+    """Weight decay in both phases; None for the protocol's."""
     taught: bool = False
     """Whether the finished dense network says half of every label, in both phases: the gift that
     distillation from scratch gets."""
@@ -441,7 +443,7 @@ class Stp:
         rest = limit.left(_epoch(bench, per_image), epochs=first, macs=before + calibration)
         spent = bench.train(
             objective, rest, macs=fixed, draw=draw, price=price, label=teacher,
-            lr=(self.restart or self.turn, 0.0), warm=self.restart is not None,
+            lr=(self.restart or self.turn, 0.0), warm=self.restart is not None, decay=self.decay,
             after=self.before(bench) + first,
             at_epoch=lambda _: sparsity.append(relative_sparsity(net, target)),
         )  # fmt: skip
@@ -471,7 +473,7 @@ class Stp:
                 macs=(STEP + self.taught) * bench.full_macs,
                 draw=sampler(self.stimulation, net.space, budgets),
                 price=lambda subnet: STEP * net.space.cost(subnet).macs,
-                lr=(1.0, self.turn), after=self.before(bench),
+                lr=(1.0, self.turn), after=self.before(bench), decay=self.decay,
                 at_epoch=lambda _: epochs_seen.append(_copied(net.model)),
             )  # fmt: skip
             return {"weights": epochs_seen, "spent": spent}
@@ -492,6 +494,7 @@ class Stp:
         options = f"{s.sampler}-{s.subnets}-{s.kd_weight}-{s.temperature}"
         more = "-direction" * s.direction + "-alpha" * (s.divergence == "alpha")
         more += f"-{s.resolutions}" * (s.resolutions != (1.0,))
+        more += f"-decay-{self.decay}" * (self.decay is not None)
         return f"{epochs}-{self.turn}-{options}{more}{taught}{'-started' * self.started}"
 
     def shape(self, bench: Bench, net: Supernet, budget: float) -> tuple[Subnet, int]:
@@ -672,6 +675,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "alpha-divergence": {"stimulation": replace(FOUR, divergence="alpha")},
     # priced as if all images were of full size
     "smaller images too": {"stimulation": replace(FOUR, resolutions=(0.75, 1.0))},
+    "no weight decay": {"decay": 0.0},
     "tuned scores": {"tuning_steps": 50},
     "finals": {"tuning_steps": 25, "tuning_images": 4096, "tuning_lr": 1.0, "finalists": 3},
     "two rungs": {"expansion": replace(STP.expansion, rungs=2)},

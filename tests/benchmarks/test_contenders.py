@@ -160,8 +160,26 @@ def test_options_of_stimulation_have_a_supernet_of_their_own(bench, monkeypatch)
     for form in forms:
         form.stimulated(bench)
     for form, name in zip(forms, names, strict=True):
-        same = [form.stimulation == other.stimulation for other in forms]
+        same = [
+            (form.stimulation, form.decay) == (other.stimulation, other.decay) for other in forms
+        ]
         assert [name == other for other in names] == same
+
+
+def test_weight_decay_is_left_out_of_both_phases(bench, monkeypatch):
+    from bench import Bench
+    from contenders import FORMS, OPTIONS, QUARTER, Limit
+
+    seen, train = [], Bench.train
+
+    def watched(bench, objective, epochs, *, decay=None, **options):
+        seen.append(decay)
+        return train(bench, objective, epochs, decay=decay, **options)
+
+    monkeypatch.setattr(Bench, "train", watched)
+    form = replace(FORMS[QUARTER], target="uniform", **OPTIONS["no weight decay"])
+    form(bench, BUDGET, Limit(bench.protocol.epochs))
+    assert seen == [None, 0.0, 0.0]  # the teacher has it
 
 
 def test_equal_macs_are_those_of_the_reference_of_the_protocol(bench, monkeypatch):
