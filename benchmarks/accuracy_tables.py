@@ -12,7 +12,6 @@ from accuracy import PROTOCOLS
 from bench import Protocol
 from contenders import (
     DENSE_TWICE,
-    FINALS_ALONE,
     FINALS_TWICE,
     FORMS,
     GIVEN_SHAPE,
@@ -127,7 +126,7 @@ CHANGED: dict[str, tuple[str, ...]] = {
 #: The sparsification that shrinks what it drops.
 PENALTY = "group lasso"
 #: Ours at its cheapest, which equal MACs buy the most epochs of.
-LEAN = ("stp, target alone", TRIED, FINALS_ALONE)
+LEAN = ("stp, target alone", TRIED)
 #: Trainings of a shape that STP found, and the same of shapes that nobody has to find.
 UNFOUND = {
     "scratch": ("scratch at uniform widths", "scratch at a random shape"),

@@ -32,7 +32,10 @@ def test_every_method_runs_under_both_accounts(lines):
     assert {"stp", "stp, uniform widths", "stp, random subnet", "stp, no expansion"} <= ours
     lean = {"stp, main let go", "stp, target alone", "stp, target alone, shapes tried"}
     twice = {"dense, twice the epochs"}
-    twice |= {"scratch + distillation, shape from the teacher, twice the epochs"}
+    twice |= {
+        f"scratch + distillation, shape {of}, twice the epochs"
+        for of in ("from the teacher", "of finals")
+    }
     assert twice <= equal["epochs"]
     assert equal["macs"] == equal["epochs"] - ours - twice | lean
     assert {"dense", "scratch", "scratch + distillation", "torch-pruning"} <= equal["macs"]
