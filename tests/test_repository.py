@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -75,3 +76,25 @@ def test_files_of_the_package_are_declared():
         if path.is_file() and path.suffix not in {".py", ".pyc"}:
             package = ".".join(path.parent.relative_to(ROOT).parts)
             assert any(path.match(pattern) for pattern in declared[package]), path
+
+
+@pytest.mark.timeout(120)
+def test_a_group_of_tests_stays_on_one_worker(tmp_path):
+    """Clusters are started one at a time only if it does."""
+    (tmp_path / "test_group.py").write_text(
+        "import os, pathlib, time\n"
+        "import pytest\n"
+        "pytestmark = pytest.mark.xdist_group('together')\n"
+        "@pytest.mark.parametrize('number', range(6))\n"
+        "def test_one(number):\n"
+        "    time.sleep(0.3)\n"
+        "    pathlib.Path(f'{number}.worker').write_text(os.environ['PYTEST_XDIST_WORKER'])\n"
+    )
+    options = ["-q", "-n", "2", "--dist", "loadgroup", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *options], cwd=tmp_path, capture_output=True, text=True,
+        timeout=100,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    workers = [path.read_text() for path in tmp_path.glob("*.worker")]
+    assert len(workers) == 6 and len(set(workers)) == 1
