@@ -29,6 +29,7 @@ from contenders import (
     THEIRS,
     TRIED,
     TUNED,
+    UNDECAYED,
     WHOLE,
     Stp,
 )
@@ -206,8 +207,8 @@ epochs again, and searches started from uniform widths that were not filled.
   themselves for two epochs each before one is chosen, which equal MACs count and equal epochs do
   not.
 - *Scratch*: the shape that STP found (*shape of four*: that of `stp, taught, four subnets a
-  step`; *of a quarter*, *of tuned scores*, *that was tried*: of those forms), for which it does
-  not pay; *at uniform widths* and *at a random shape* nobody has to find anything.
+  step`; *of a quarter*, *of tuned scores*, *of finals*, *that was tried*: of those forms), for
+  which it does not pay; *at uniform widths* and *at a random shape* nobody has to find anything.
 - *Uniform widths*: one ratio for all layers, rounded, which leaves some of a budget unused (the
   table of MACs that are left says how much); *filled*: the narrowest layers are a step wider,
   one after the other, until none fits.
@@ -529,7 +530,7 @@ def _norms(lines: list[Line], budget: float) -> dict[str, list[list[dict[str, fl
     lead = OURS if OURS in methods else _lead(rows)
     found = {
         method: [line["sparsity"] for line in _at(rows, method, budget)]
-        for method in dict.fromkeys((lead, _lead(rows), PENALTY))
+        for method in dict.fromkeys((lead, _lead(rows), UNDECAYED, PENALTY))
         if method in methods
     }
     dense = [line["dense_sparsity"] for line in _at(rows, lead, budget) if "dense_sparsity" in line]

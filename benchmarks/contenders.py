@@ -541,9 +541,8 @@ class Stp:
                 "spent": spent,
             }
 
-        how = f"-tuned-{self.tuning_steps}" * bool(self.tuning_steps)
-        if self.finalists:
-            how += f"-{self.tuning_images}-{self.tuning_lr}-finalists-{self.finalists}"
+        tuned = (self.tuning_steps, self.tuning_images, self.tuning_lr, self.finalists)
+        how = f"-tuned-{'-'.join(map(str, tuned))}" * bool(self.tuning_steps)
         how += f"-tried-{self.tried_epochs}-{budget}" * bool(self.tried_epochs)
         how += "-also" * (not main)
         name = f"explored-{self._name(self.first(bench.protocol.epochs))}{how}"
@@ -640,8 +639,8 @@ QUARTER = f"{TAUGHT}, a quarter, restart"
 TRIED = f"{OURS}, target alone, shapes tried"
 TUNED = f"{QUARTER}, tuned scores"
 STARTED = f"{TUNED}, of the teacher"
-FINALS = f"{QUARTER}, finals"
-STARTED_FINALS = f"{FINALS}, of the teacher"
+STARTED_FINALS = f"{QUARTER}, finals, of the teacher"
+UNDECAYED = f"{QUARTER}, no weight decay"
 #: What someone else makes of the same start.
 THEIRS = "torch-pruning, even, of the teacher"
 #: As many epochs as its weights have seen, for a dense network and for its own shape from scratch.

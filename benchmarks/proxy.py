@@ -30,9 +30,9 @@ from stp_ray.elastic import Budget, Subnet, Supernet
 from stp_ray.method import Exploration
 
 SEARCH = Exploration()
-#: Steps of distillation before a slice is scored. On the 512 images of the reduced search it starts
-#: at half of the learning rate, on as many as the search has by default it is that of the second
-#: phase and the steps are those of what is promoted and of finalists.
+#: Steps of distillation before a slice is scored: on few images, as `tuned scores` has them, and on
+#: as many as the search has by default, at the learning rate of the second phase, those of what is
+#: promoted and of finalists.
 FEW = {str(steps): steps for steps in (0, 10, 25, 50, 100)}
 MANY = {
     f"{steps} on {SEARCH.tuning_images}": steps
@@ -57,10 +57,11 @@ def shapes(
     return found
 
 
-def same(judge: Judge, subnet: Subnet, images: int, known: float) -> None:
-    """Stop where a score is not what it was: of another supernet than the one that this shape was
-    trained from, new scores would say nothing of it."""
-    if not math.isclose(found := judge(subnet, images, 0), known, rel_tol=1e-4):
+def same(judge: Judge, line: dict[str, Any], images: int) -> None:
+    """Stop where a score is not what it was: another supernet than the one that a shape was trained
+    from has nothing to say of it."""
+    found, known = judge(Subnet.from_json(line["subnet"]), images, 0), line["scores"]["0"]
+    if not math.isclose(found, known, rel_tol=1e-4):
         raise SystemExit(
             f"a slice scores {found:.6f} that scored {known:.6f}; expected the supernet that the "
             "lines were recorded with; pass its --work folder, or --out for lines of a new one"
@@ -93,11 +94,14 @@ def main() -> None:
         bench = Bench(protocol, images, chosen.seed, chosen.work or Path(scratch))
         stp: Stp = OWN_SHAPE[chosen.method]
         net, _, _ = stp.stimulated(bench)
-        few = Judge(bench, net, 512, 0.5)
+        few = Judge(bench, net, Stp.tuning_images, Stp.tuning_lr)
         many = Judge(bench, net, SEARCH.tuning_images, stp.restart or stp.turn)
         judges = {key: (few, steps) for key, steps in FEW.items()}
         judges |= {key: (many, steps) for key, steps in MANY.items()}
         held_out = images.count("holdout")
+        of = (chosen.method, chosen.seed)
+        for line in [each for each in read(out) if (each["method"], each["seed"]) == of][:1]:
+            same(few, line, held_out)
         for budget in chosen.budget or protocol.budgets:
             for how, subnet in shapes(bench, stp, net, budget, chosen.subnets):
                 cell = {
@@ -117,8 +121,6 @@ def main() -> None:
                     }  # fmt: skip
                     lines.append(line)
                 known = line["scores"]
-                if known and known.keys() != judges.keys():
-                    same(judge=few, subnet=subnet, images=held_out, known=known["0"])
                 line["scores"] = {
                     key: known[key] if key in known else judge(subnet, held_out, steps)
                     for key, (judge, steps) in judges.items()

@@ -439,6 +439,16 @@ def test_a_plan_follows_the_work_and_what_is_done(tmp_path, monkeypatch):
     at_first, _ = steps("teacher_weight=0.5", "finalize.taught=false")
     assert at_first["supernet"] == taught["supernet"]
     assert at_first["finalize/0.5"] == first["finalize/0.5"]
+    none, some, more = (steps(f"explore.finalists={n}")[0]["explore"] for n in (0, 2, 4))
+    assert some == first["explore"]
+    finals = some.device_hours - none.device_hours
+    assert more.device_hours - some.device_hours == pytest.approx(finals) and finals > 0
+    longer, _ = steps("explore.final_steps=80")  # of two finalists of each of two budgets
+    tuned, _ = steps("explore.tuning_steps=20")  # of a quarter of five times 24
+    ratio = (longer["explore"].device_hours - some.device_hours) / (
+        tuned["explore"].device_hours - some.device_hours
+    )
+    assert ratio == pytest.approx(2 * 2 * 40 / (30 * 10))
     control, _ = steps("finalize.control=true")
     assert control["finalize/0.5"].device_hours > first["finalize/0.5"].device_hours
 

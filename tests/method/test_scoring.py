@@ -81,7 +81,7 @@ def test_a_slice_that_has_learnt_imitates_better(share):
 
 
 def test_each_pass_begins_with_the_first_image_and_its_logits():
-    """Batches of five and then three are one batch of eight, cut at five; twice is two passes."""
+    """Six steps of three batches are two passes, and the same as one over all of them twice."""
     net, (images, _) = supernet(), images_and_labels(16)
     subnet, main = net.space.uniform(0.5), reference_logits(net, [images])
     passes = []

@@ -27,7 +27,7 @@ from stp_ray.data.split import derive_seed
 from stp_ray.elastic import Budget, Subnet, importance
 from stp_ray.errors import ConfigError, RunError
 from stp_ray.lease import held
-from stp_ray.method import Candidate, Teacher, evaluate, training
+from stp_ray.method import Candidate, Teacher, evaluate, reference_logits, training
 from stp_ray.stages import explore as exploring
 from stp_ray.stages import images as stage_images
 from stp_ray.stages import jobs, pipeline
@@ -797,6 +797,26 @@ def test_no_candidate_is_scored_twice(finished, tmp_path, asked):
     stopped()
     assert seen == []
     assert stopped.outcome() == whole.outcome()
+
+
+def test_tuning_learns_from_images_of_its_own_the_same_in_each_pass(finished, monkeypatch):
+    seen = {}
+
+    def tuned_score(net, subnet, calibration, learnt, learnt_logits, *rest, steps, **options):
+        seen.update(passes=[torch.cat(list(learnt())) for _ in range(2)], said=learnt_logits)
+        seen.update(calibration=sum(map(len, calibration)), steps=steps)
+        return 0.0
+
+    monkeypatch.setattr(exploring, "tuned_score", tuned_score)
+    config = finished.config
+    images = share(config.data, describe(config.data), in_process=True)
+    weights = Store(finished.folder).child("supernet").load_tensors(jobs.WEIGHTS)
+    scorer = exploring.Scorer(config, images, weights, torch.device("cpu"))
+    scorer(scorer.net.space.smallest, 0, config.explore.final_steps)
+    assert seen["steps"] == 6 and seen["calibration"] == 32
+    one, other = seen["passes"]
+    assert len(one) == config.explore.tuning_images == 96 and torch.equal(one, other)
+    assert torch.allclose(seen["said"], reference_logits(scorer.net, [one]), atol=1e-5)
 
 
 def test_the_outcome_does_not_depend_on_who_scores(finished, tmp_path, monkeypatch):
