@@ -3,7 +3,7 @@
 import math
 import statistics
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from contenders import (
     WHOLE,
     Stp,
 )
+from differences import NOT_MEASURED, dense_lines, over_best, paired, runs_of, spread
 from filling import Line, read
 from markdown_table import row
 from matplotlib.figure import Figure
@@ -134,7 +135,6 @@ UNFOUND = {
     "scratch + distillation": ("scratch + distillation at uniform widths",),
     "scratch + distillation, shape of a quarter": ("scratch + distillation at uniform widths",),
 }
-NOT_MEASURED = "–"
 
 
 def section(kept: Path, docs: Path) -> list[str]:
@@ -255,7 +255,7 @@ def _protocol(name: str, lines: list[Line]) -> list[str]:
         out += [f"{title}, top-1:", "", row(["method", *map(str, budgets)]), _rule(budgets)]
         for method in methods:
             cells = [
-                _spread(line["top1"] for line in _at(rows, method, budget)) for budget in budgets
+                spread(line["top1"] for line in runs_of(rows, method, budget)) for budget in budgets
             ]
             out.append(row([method, *cells]))
         out.append("")
@@ -268,11 +268,13 @@ def _protocol(name: str, lines: list[Line]) -> list[str]:
         "",
     ]
     out += [row(["method", *map(str, budgets)]), _rule(budgets)]
-    base = {line["seed"]: line["training_macs"] for line in _dense(lines)}
+    base = {line["seed"]: line["training_macs"] for line in dense_lines(lines)}
     epochs = [line for line in lines if line["equal"] == "epochs"]
     for method in dict.fromkeys(line["method"] for line in epochs):
         cells = [
-            _spread(line["training_macs"] / base[line["seed"]] for line in _at(epochs, method, b))
+            spread(
+                line["training_macs"] / base[line["seed"]] for line in runs_of(epochs, method, b)
+            )
             for b in budgets
         ]
         out.append(row([method, *cells]))
@@ -286,20 +288,11 @@ def _shares(lines: list[Line], budgets: list[float]) -> list[str]:
     for method in dict.fromkeys(line["method"] for line in pruned):
         cells = []
         for budget in budgets:
-            by_seed = {line["seed"]: line for line in _at(pruned, method, budget)}
+            by_seed = {line["seed"]: line for line in runs_of(pruned, method, budget)}
             shares = (100 * line["macs"] / line["full_macs"] for line in by_seed.values())
-            cells.append(_spread(shares))
+            cells.append(spread(shares))
         out.append(row([method, *cells]))
     return [*out, ""]
-
-
-def _dense(lines: Iterable[Line]) -> list[Line]:
-    return [line for line in lines if line["method"] == "dense" and line["equal"] == "epochs"]
-
-
-def _at(lines: Iterable[Line], method: str, budget: float) -> list[Line]:
-    """Dense networks at equal epochs are one for all budgets."""
-    return [line for line in lines if line["method"] == method and line["budget"] in (budget, 1.0)]
 
 
 def _claims(lines: list[Line], budgets: list[float], reference: str) -> list[str]:
@@ -341,28 +334,28 @@ def _summary(ours: str, lines: list[Line]) -> list[Question]:
     longer: list[Question] = [
         (
             f"retention, % of {DENSE_TWICE}",
-            lambda b: _paired(lines, ours, lines, DENSE_TWICE, b, ratio=True),
+            lambda b: paired(lines, ours, lines, DENSE_TWICE, b, ratio=True),
         ),
         (
             f"main network at the end, minus {DENSE_TWICE}",
-            lambda b: _paired(lines, ours, lines, DENSE_TWICE, b, key="main_top1"),
+            lambda b: paired(lines, ours, lines, DENSE_TWICE, b, key="main_top1"),
         ),
     ]
     return [
         (
             "retention, % of the dense network's top-1",
-            lambda b: _paired(lines, ours, lines, "dense", b, ratio=True),
+            lambda b: paired(lines, ours, lines, "dense", b, ratio=True),
         ),
         (
             "main network at the end, minus the dense network",
-            lambda b: _paired(lines, ours, lines, "dense", b, key="main_top1"),
+            lambda b: paired(lines, ours, lines, "dense", b, key="main_top1"),
         ),
         (
             "main network at the end, minus dense + distillation",
-            lambda b: _paired(lines, ours, lines, "dense + distillation", b, key="main_top1"),
+            lambda b: paired(lines, ours, lines, "dense + distillation", b, key="main_top1"),
         ),
         *(longer if ours in LONGER else []),
-        ("minus the best of all others in each seed", lambda b: _over_best(lines, ours, b)),
+        ("minus the best of all others in each seed", lambda b: over_best(lines, ours, b)),
     ]
 
 
@@ -375,7 +368,7 @@ def _less(ours: str, these: list[Line], those: list[Line]) -> list[Question]:
 
 
 def _less_one(ours: str, these: list[Line], those: list[Line], other: str) -> Question:
-    return f"minus {other}", lambda budget: _paired(these, ours, those, other, budget)
+    return f"minus {other}", lambda budget: paired(these, ours, those, other, budget)
 
 
 def _is_compared(ours: str, other: str) -> bool:
@@ -391,58 +384,10 @@ def _differences(title: str, questions: list[Question], budgets: list[float]) ->
     out = [f"{title}, differences within a seed:", "", row(["", *map(str, budgets)])]
     out.append(_rule(budgets))
     for text, ask in questions:
-        figures = [_spread(ask(budget), sign=True) for budget in budgets]
+        figures = [spread(ask(budget), sign=True) for budget in budgets]
         if any(figure != NOT_MEASURED for figure in figures):
             out.append(row([text, *figures]))
     return [*out, ""]
-
-
-def _paired(
-    these: list[Line],
-    method: str,
-    those: list[Line],
-    other: str,
-    budget: float,
-    *,
-    key: str = "top1",
-    ratio: bool = False,
-) -> list[float]:
-    against = {line["seed"]: line["top1"] for line in _at(those, other, budget)}
-    pairs = [
-        (line[key], against[line["seed"]])
-        for line in _at(these, method, budget)
-        if line["seed"] in against
-    ]
-    return [100 * a / b if ratio else a - b for a, b in pairs]
-
-
-def _over_best(lines: list[Line], method: str, budget: float) -> list[float]:
-    """What the method is ahead of the best of the pruned networks that are not ours; those that
-    see more epochs count where ours sees them too."""
-    longer = method in LONGER
-    found = []
-    for line in _at(lines, method, budget):
-        others = [
-            other["top1"] for other in lines
-            if other["seed"] == line["seed"] and other["budget"] == budget
-            and not other["method"].startswith(OURS) and (longer or other["method"] not in LONGER)
-        ]  # fmt: skip
-        if others:
-            found.append(line["top1"] - max(others))
-    return found
-
-
-def _spread(values: Iterable[float], sign: bool = False) -> str:
-    found = list(values)
-    if not found:
-        return NOT_MEASURED
-    mean = statistics.mean(found)
-    text = f"{mean:+.2f}" if sign and mean < 50 else f"{mean:.2f}"
-    return (
-        f"{text} ± {statistics.stdev(found):.2f} ({len(found)})"
-        if len(found) > 1
-        else f"{text} (1)"
-    )
 
 
 def _rule(budgets: list[float]) -> str:
@@ -469,7 +414,7 @@ def _accuracy_plot(lines: list[Line], path: Path) -> None:
     tones = matplotlib.colormaps["tab20"].colors
     colours = [*tones[::2], *tones[1::2]]  # the full ones first, then their pale twins
     for place, method in enumerate(methods):
-        at = [lines for lines in (_at(rows, method, b) for b in _budgets(rows)) if lines]
+        at = [lines for lines in (runs_of(rows, method, b) for b in _budgets(rows)) if lines]
         tops = [[line["top1"] for line in lines] for lines in at]
         axes.errorbar(
             [statistics.mean(line["macs"] / line["full_macs"] for line in lines) for lines in at],
@@ -478,7 +423,7 @@ def _accuracy_plot(lines: list[Line], path: Path) -> None:
             marker="o" if method.startswith(OURS) else "s", markersize=4, capsize=2,
             linewidth=2 if method == lead else 1, label=method, color=colours[place % 20],
         )  # fmt: skip
-    dense = [line["top1"] for line in _dense(lines)]
+    dense = [line["top1"] for line in dense_lines(lines)]
     if dense:
         axes.axhline(statistics.mean(dense), color="gray", linestyle=":", label="dense")
     axes.set_xscale("log")
@@ -502,7 +447,7 @@ def _ablation_plot(lines: list[Line], budgets: Sequence[float], path: Path) -> N
     figure = Figure(figsize=(7.5, 1.2 + 0.25 * len(methods)), layout="constrained")
     panels = figure.subplots(1, len(budgets), sharex=True, sharey=True, squeeze=False)[0]
     for axes, budget in zip(panels, budgets, strict=True):
-        found = [_paired(rows, method, rows, lead, budget) for method in methods]
+        found = [paired(rows, method, rows, lead, budget) for method in methods]
         axes.barh(
             range(len(methods)),
             [statistics.mean(values) if values else math.nan for values in found],
@@ -529,11 +474,13 @@ def _norms(lines: list[Line], budget: float) -> dict[str, list[list[dict[str, fl
     methods = {line["method"] for line in rows}
     lead = OURS if OURS in methods else _lead(rows)
     found = {
-        method: [line["sparsity"] for line in _at(rows, method, budget)]
+        method: [line["sparsity"] for line in runs_of(rows, method, budget)]
         for method in dict.fromkeys((lead, _lead(rows), UNDECAYED, PENALTY))
         if method in methods
     }
-    dense = [line["dense_sparsity"] for line in _at(rows, lead, budget) if "dense_sparsity" in line]
+    dense = [
+        line["dense_sparsity"] for line in runs_of(rows, lead, budget) if "dense_sparsity" in line
+    ]
     return {**found, "dense, the same slice": dense} if dense else found
 
 
@@ -548,14 +495,14 @@ def _norms_table(lines: list[Line], protocol: Protocol) -> list[str]:
         for budget, norms in found.items():
             if runs := norms.get(method):
                 factors = [
-                    _spread(run[-1][key] / run[0][key] for run in runs)
+                    spread(run[-1][key] / run[0][key] for run in runs)
                     for key in ("kept_norm", "dropped_norm")
                 ]
                 form = OWN_SHAPE.get(method)
                 first = form.first(protocol.epochs) if isinstance(form, Stp) else None
-                halfway = _spread(run[first]["ratio"] for run in runs) if first else NOT_MEASURED
+                halfway = spread(run[first]["ratio"] for run in runs) if first else NOT_MEASURED
                 ratios = [run[-1]["ratio"] for run in runs]
-                ratio = _spread(ratios) if max(ratios) < 100 else "over 100"
+                ratio = spread(ratios) if max(ratios) < 100 else "over 100"
                 out.append(row([method, str(budget), *factors, halfway, ratio]))
     return [*out, ""]
 

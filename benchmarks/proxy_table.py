@@ -5,7 +5,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from accuracy_tables import NOT_MEASURED, save
+from accuracy_tables import save
+from differences import NOT_MEASURED
 from filling import read
 from markdown_table import row
 from matplotlib.figure import Figure

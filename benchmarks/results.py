@@ -22,6 +22,7 @@ from chaos_table import render as chaos
 from markdown_table import row
 from proxy_table import section as ranking
 from speed_tables import performance
+from verdict_table import section as verdict
 
 from stp_ray.artifacts import Store
 from stp_ray.report import accuracy_against_macs
@@ -94,6 +95,7 @@ def render() -> None:
         "claim.",
         "",
     ]
+    parts += verdict(KEPT / "accuracy", KEPT / "proxy")
     for recipe in sorted(runs, key=lambda name: list(RECIPES).index(name)):
         parts += _section(recipe, runs[recipe])
     parts += comparison(KEPT / "accuracy", DOCS)

@@ -1,0 +1,111 @@
+"""What the front of the results says holds, of lines of which that is known."""
+
+import json
+
+import pytest
+
+FRESH = "cifar10_resnet20_fresh"
+
+
+@pytest.fixture
+def verdicts(tmp_path, on_path):
+    """The rows of lines that a test gives: aim, form, where, a cell for each budget, verdict."""
+    from verdict_table import section
+
+    def render(lines, shapes=()):
+        for folder, name, content in (
+            ("accuracy", FRESH, lines),
+            ("proxy", "cifar10_resnet20_cpu", shapes),
+        ):
+            (tmp_path / folder).mkdir()
+            text = "\n".join(json.dumps(line) for line in content)
+            (tmp_path / folder / f"{name}.jsonl").write_text(text)
+        return [
+            [cell.strip() for cell in text.strip("|").split("|")]
+            for text in section(tmp_path / "accuracy", tmp_path / "proxy")
+            if text.startswith("|") and "---" not in text
+        ][1:]
+
+    return render
+
+
+def line(seed, method, top1, budget=0.15, cost=10):
+    return {
+        "seed": seed, "method": method, "budget": budget, "equal": "epochs", "top1": top1,
+        "training_macs": cost, "main_top1": 71.0,
+    }  # fmt: skip
+
+
+def test_an_aim_is_met_at_the_budgets_at_which_the_mean_reaches_it(verdicts):
+    from contenders import TUNED
+
+    lines = [line(seed, "dense", 70.0, 1.0) for seed in (3, 4)]
+    for seed in (3, 4):
+        for budget in (0.15, 0.05):
+            lines.append(line(seed, TUNED, 62.0 + seed / 2, budget))
+            lines.append(line(seed, "scratch", 62.0, budget))
+    ahead, kept, main = verdicts(lines)
+    # one point is wanted at 0.15, two at 0.05
+    assert ahead[1:3] == kept[1:3] == ["(d)", "ResNet-20, fresh seeds"]
+    assert ahead[3:] == ["–", "–", "+1.75 ± 0.35 (2)", "+1.75 ± 0.35 (2)", "at 0.15"]
+    assert kept[3:] == ["–", "–", "91.07 ± 0.51 (2)", "–", "no"]
+    assert main[-1] == "yes"
+
+
+def test_an_aim_is_told_once(verdicts):
+    from contenders import STARTED_FINALS, TUNED
+
+    lines = [line(3, method, 62.0) for method in (TUNED, STARTED_FINALS)]
+    first, second = verdicts([*lines, line(3, "scratch", 60.0)])
+    assert first[0].startswith("ahead of the best of all others")
+    assert (second[0], second[1]) == ("", "(f)")
+
+
+def test_a_part_has_to_be_worth_more_than_its_spread(verdicts):
+    from contenders import STARTED
+
+    lines = []
+    for seed, (large, small) in ((3, (0.5, 0.1)), (4, (0.7, 0.9))):
+        for budget, gain in ((0.15, large), (0.05, small)):
+            lines.append(line(seed, STARTED, 60.0 + gain, budget))
+            lines.append(line(seed, f"{STARTED}, no expansion", 60.0, budget))
+    (row,) = verdicts(lines)
+    assert row[3:] == ["–", "–", "+0.60 ± 0.14 (2)", "+0.50 ± 0.57 (2)", "at 0.15"]
+
+
+def test_one_seed_shows_nothing_of_a_part(verdicts):
+    from contenders import STARTED
+
+    lines = [line(3, STARTED, 61.0), line(3, f"{STARTED}, no expansion", 60.0)]
+    (row,) = verdicts(lines)
+    assert row[3:] == ["–", "–", "+1.00 (1)", "–", "no"]
+
+
+def test_costs_are_told_with_and_without_the_teacher(verdicts):
+    from contenders import STARTED_FINALS
+
+    rows = verdicts([line(3, "dense", 70.0, 1.0), line(3, STARTED_FINALS, 64.0, cost=29)])
+    assert [row[5:] for row in rows if "costs" in row[0] or "with it" in row[2]] == [
+        ["1.90 (1)", "–", "yes"],
+        ["2.90 (1)", "–", "no"],
+    ]
+
+
+def test_the_score_that_decides_is_judged(verdicts):
+    from contenders import TUNED
+
+    steps = "200 on 4096"
+    shapes = [
+        {"method": TUNED, "seed": 1, "budget": budget, "top1": top1, "scores": {steps: score}}
+        for budget, scores in ((0.15, (0.1, 0.2, 0.3)), (0.05, (0.2, 0.1, 0.3)))
+        for top1, score in zip((62.0, 61.0, 60.0), scores, strict=True)
+    ]
+    others = [{**shapes[0], "seed": 0, "scores": {"0": 0.1}}]
+    (row,) = verdicts([], [*shapes, *others])
+    assert row[1:] == ["(d)", "ResNet-20, seed 1", "–", "–", "1.00 (1)", "0.33 (1)", "at 0.15"]
+
+
+def test_nothing_measured_says_nothing(tmp_path, on_path):
+    from verdict_table import section
+
+    assert section(tmp_path, tmp_path) == []
