@@ -678,6 +678,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "finals": {"tuning_steps": 25, "tuning_images": 4096, "tuning_lr": 1.0, "finalists": 3},
     "two rungs": {"expansion": replace(STP.expansion, rungs=2)},
     "expansion to the end": {"expansion": replace(STP.expansion, p_end=0.5)},
+    "wide expansion": {"expansion": replace(STP.expansion, p_start=1.0)},
     "target without labels": {"expansion": replace(STP.expansion, target_ce=0.0)},
     "temperature 2 in the end": {"expansion": replace(STP.expansion, temperature=2.0)},
 }
@@ -686,6 +687,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 WHOLE = ("dense", DENSE_TWICE, "dense + distillation")
 #: What wins on fresh seeds.
 FROM_TEACHER = replace(FORMS[QUARTER], **OPTIONS["tuned scores"], started=True)
+FINALS_FROM_TEACHER = replace(FORMS[QUARTER], **OPTIONS["finals"], started=True)
 
 #: Methods with a shape of their own: (bench, budget, limit) -> `Trained`.
 OWN_SHAPE: dict[str, Any] = {
@@ -708,8 +710,11 @@ OWN_SHAPE: dict[str, Any] = {
         FORMS[QUARTER], **OPTIONS["tuned scores"], **PARTS["no expansion"]
     ),
     STARTED: FROM_TEACHER,
-    STARTED_FINALS: replace(FORMS[QUARTER], **OPTIONS["finals"], started=True),
+    STARTED_FINALS: FINALS_FROM_TEACHER,
     **{f"{STARTED}, {part}": replace(FROM_TEACHER, **without) for part, without in PARTS.items()},
+    f"{STARTED}, wide expansion": replace(FROM_TEACHER, **OPTIONS["wide expansion"]),
+    f"{STARTED_FINALS}, no expansion": replace(FINALS_FROM_TEACHER, **PARTS["no expansion"]),
+    f"{STARTED_FINALS}, wide expansion": replace(FINALS_FROM_TEACHER, **OPTIONS["wide expansion"]),
     PLAIN: replace(STP, **OPTIONS["target without labels"]),
     f"{PLAIN}, no expansion": replace(STP, expansion=replace(DIRECT, target_ce=0.0)),
     "stp, main let go": replace(STP, expansion=replace(STP.expansion, main="drop")),
