@@ -714,7 +714,6 @@ OWN_SHAPE: dict[str, Any] = {
     **{f"{STARTED}, {part}": replace(FROM_TEACHER, **without) for part, without in PARTS.items()},
     f"{STARTED}, wide expansion": replace(FROM_TEACHER, **OPTIONS["wide expansion"]),
     f"{STARTED_FINALS}, no expansion": replace(FINALS_FROM_TEACHER, **PARTS["no expansion"]),
-    f"{STARTED_FINALS}, wide expansion": replace(FINALS_FROM_TEACHER, **OPTIONS["wide expansion"]),
     PLAIN: replace(STP, **OPTIONS["target without labels"]),
     f"{PLAIN}, no expansion": replace(STP, expansion=replace(DIRECT, target_ce=0.0)),
     "stp, main let go": replace(STP, expansion=replace(STP.expansion, main="drop")),
