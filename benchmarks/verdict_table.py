@@ -210,6 +210,13 @@ ROWS: list[tuple[Aim, str, str, str, Ask]] = [
     (COST, STARTED_FINALS, FRESH, "all counted", _cost(STARTED_FINALS, 0)),
 ]  # fmt: skip
 
+#: Scores of `proxy.py`, and what the table calls them.
+SCORES = {
+    "100": "100 steps on 512 images",
+    f"{Exploration().final_steps} on {Exploration().tuning_images}": "that of finalists, which "
+    "this seed chose",
+}
+
 
 def section(comparisons: Path, proxies: Path) -> list[str]:
     """The part of docs/results.md that says what holds."""
@@ -260,15 +267,15 @@ def _cells(aim: Aim, figures: dict[float, list[float]]) -> list[str]:
 
 
 def _taus(path: Path) -> list[Verdict]:
-    """Of the score that decides in the end."""
-    steps = f"{Exploration().final_steps} on {Exploration().tuning_images}"
-    found: dict[tuple[str, int], dict[float, list[Line]]] = {}
-    for line in read(path) if path.exists() else []:
-        if steps in line["scores"]:
-            group = found.setdefault((line["method"], line["seed"]), {})
-            group.setdefault(line["budget"], []).append(line)
+    """Of each score that is judged, by the supernets that it was measured on."""
+    found: dict[tuple[str, str, int], dict[float, list[Line]]] = {}
+    for steps in SCORES:
+        for line in read(path) if path.exists() else []:
+            if steps in line["scores"]:
+                group = found.setdefault((steps, line["method"], line["seed"]), {})
+                group.setdefault(line["budget"], []).append(line)
     return [
-        (TAU, _name(method), f"{PLACES[CHOSEN]}, seed {seed}, by which its steps were chosen",
+        (TAU, _name(method), f"{PLACES[CHOSEN]}, seed {seed}, {SCORES[steps]}",
          {budget: [tau(lines, steps)[0]] for budget, lines in shapes.items()})
-        for (method, seed), shapes in found.items()
+        for (steps, method, seed), shapes in found.items()
     ]  # fmt: skip

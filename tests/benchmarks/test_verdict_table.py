@@ -91,7 +91,7 @@ def test_costs_are_told_with_and_without_the_teacher(verdicts):
     ]
 
 
-def test_the_score_that_decides_is_judged(verdicts):
+def test_scores_are_judged_by_how_they_rank(verdicts):
     from contenders import TUNED
 
     steps = "200 on 4096"
@@ -103,7 +103,7 @@ def test_the_score_that_decides_is_judged(verdicts):
     others = [{**shapes[0], "seed": 0, "scores": {"0": 0.1}}]
     (row,) = verdicts([], [*shapes, *others])
     assert row[1] == "(d)"
-    assert row[2].startswith("ResNet-20, seed 1, ")
+    assert row[2].startswith("ResNet-20, seed 1, that of finalists")
     assert row[3:] == ["–", "–", "1.00 (1)", "0.33 (1)", "at 0.15"]
 
 
