@@ -7,13 +7,15 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from stp_ray.elastic import Subnet, Supernet
+from stp_ray.elastic.attention import unfused_attention
 
 from .networks import pixels
 
 
 def counted_macs(module: nn.Module, images: Tensor) -> tuple[Tensor, float]:
-    """The output, and the MACs per image that PyTorch's counter finds."""
-    with FlopCounterMode(display=False) as counter:
+    """The output, and the MACs per image that PyTorch's counter finds, which does not see into
+    fused attention."""
+    with unfused_attention(), FlopCounterMode(display=False) as counter:
         out = module(images)
     return out, counter.get_total_flops() / 2 / len(images)
 
