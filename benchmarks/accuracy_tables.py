@@ -33,7 +33,7 @@ from contenders import (
     WHOLE,
     Stp,
 )
-from differences import NOT_MEASURED, dense_lines, over_best, paired, runs_of, spread
+from differences import NOT_MEASURED, costs, dense_lines, grown, over_best, paired, runs_of, spread
 from filling import Line, read
 from markdown_table import row
 from matplotlib.figure import Figure
@@ -274,16 +274,8 @@ def _protocol(name: str, lines: list[Line]) -> list[str]:
         "",
     ]
     out += [row(["method", *map(str, budgets)]), _rule(budgets)]
-    base = {line["seed"]: line["training_macs"] for line in dense_lines(lines)}
-    epochs = [line for line in lines if line["equal"] == "epochs"]
-    for method in dict.fromkeys(line["method"] for line in epochs):
-        cells = [
-            spread(
-                line["training_macs"] / base[line["seed"]] for line in runs_of(epochs, method, b)
-            )
-            for b in budgets
-        ]
-        out.append(row([method, *cells]))
+    for method in dict.fromkeys(line["method"] for line in lines if line["equal"] == "epochs"):
+        out.append(row([method, *(spread(costs(lines, method, budget)) for budget in budgets)]))
     return [*out, ""]
 
 
@@ -500,10 +492,7 @@ def _norms_table(lines: list[Line], protocol: Protocol) -> list[str]:
     for method in dict.fromkeys(method for norms in found.values() for method in norms):
         for budget, norms in found.items():
             if runs := norms.get(method):
-                factors = [
-                    spread(run[-1][key] / run[0][key] for run in runs)
-                    for key in ("kept_norm", "dropped_norm")
-                ]
+                factors = [spread(grown(runs, key)) for key in ("kept_norm", "dropped_norm")]
                 form = OWN_SHAPE.get(method)
                 first = form.first(protocol.epochs) if isinstance(form, Stp) else None
                 halfway = spread(run[first]["ratio"] for run in runs) if first else NOT_MEASURED

@@ -57,6 +57,21 @@ def over_best(lines: list[Line], method: str, budget: float) -> list[float]:
     return found
 
 
+def costs(lines: list[Line], method: str, budget: float) -> list[float]:
+    """What a method's training costs at equal epochs, over the dense network's of the same seed."""
+    base = {line["seed"]: line["training_macs"] for line in dense_lines(lines)}
+    return [
+        line["training_macs"] / base[line["seed"]]
+        for line in runs_of(lines, method, budget)
+        if line["equal"] == "epochs" and line["seed"] in base
+    ]
+
+
+def grown(runs: Iterable[list[dict[str, float]]], key: str) -> list[float]:
+    """What a norm, or the ratio of two, is at the end of a training over what it was at first."""
+    return [run[-1][key] / run[0][key] for run in runs]
+
+
 def spread(values: Iterable[float], sign: bool = False) -> str:
     """Mean ± standard deviation and, in brackets, the number; `sign` says + too, of differences."""
     found = list(values)

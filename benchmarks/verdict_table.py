@@ -9,6 +9,7 @@ from pathlib import Path
 from contenders import (
     DENSE_TWICE,
     GIVEN_SHAPE,
+    OPTIONS,
     OURS,
     OWN_SHAPE,
     PLAIN,
@@ -20,7 +21,7 @@ from contenders import (
     TRIED,
     TUNED,
 )
-from differences import dense_lines, over_best, paired, runs_of, spread
+from differences import costs, grown, over_best, paired, runs_of, spread
 from filling import Line, read
 from markdown_table import row
 from proxy_table import tau
@@ -100,23 +101,14 @@ def _at_equal_macs(form: str, other: str) -> Ask:
 
 
 def _cost(form: str, gift: int) -> Ask:
-    """Over the dense network's epochs, without `gift` of them."""
-
-    def ask(lines: list[Line], budget: float) -> list[float]:
-        base = {line["seed"]: line["training_macs"] for line in dense_lines(lines)}
-        runs = runs_of(_epochs(lines), form, budget)
-        runs = [line for line in runs if line["seed"] in base]
-        return [line["training_macs"] / base[line["seed"]] - gift for line in runs]
-
-    return ask
+    """Without `gift` trainings of the dense network."""
+    return lambda lines, b: [cost - gift for cost in costs(lines, form, b)]
 
 
 def _grown(form: str, key: str) -> Ask:
-    """What a norm, or the ratio of both, is in the end over what it was at first."""
-
     def ask(lines: list[Line], budget: float) -> list[float]:
-        runs = [line["sparsity"] for line in runs_of(_epochs(lines), form, budget)]
-        return [run[-1][key] / run[0][key] for run in runs]
+        runs = runs_of(_epochs(lines), form, budget)
+        return grown((line["sparsity"] for line in runs if "sparsity" in line), key)
 
     return ask
 
@@ -134,14 +126,15 @@ LONG = Aim("the same of what starts as the teacher, with others for twice the ep
 OVER_THEIRS = Aim("the same over Torch-Pruning of the teacher", AHEAD.least)
 KEPT = Aim("keeps 97 % of the dense network's top-1 at 0.15", {0.15: 97.0})
 LEVEL = Aim("not behind another at equal multiplications of training", {0.15: 0.0, 0.05: 0.0})
-RATIO = Aim("kept weights grow over dropped ones", _everywhere(1.0), outside=True)
-HELD = Aim("dropped weights keep their magnitude", _everywhere(1.0))
+RATIO = Aim("the norm of kept over dropped grows, last over first", _everywhere(1.0), outside=True)
+HELD = Aim("dropped weights keep their norm, last over first", _everywhere(1.0))
 FOUND = Aim("a found shape is ahead of filled uniform widths", _everywhere(0.0), outside=True)
 EXPANDED = Aim("expansion is ahead of distilling directly", _everywhere(0.0), outside=True)
 MAIN = Aim("the main network is not below the dense one", _everywhere(0.0))
 COST = Aim("costs at most two dense trainings at 0.15", {0.15: 2.0}, most=True)
 TAU = Aim("the score ranks as the accuracy does: Kendall's tau 0.6", _everywhere(0.6))
 
+WIDE = f"{STARTED}, wide expansion"
 #: Forms of STP, and where they were run.
 PAPER, AS_CHOSEN = (OURS, CHOSEN), (QUARTER, CHOSEN)
 ELSEWHERE = ((QUARTER, MOBILE), (QUARTER, FEW), (QUARTER, VIT), (TAUGHT, DEEP))
@@ -187,9 +180,10 @@ ROWS: list[tuple[Aim, str, str, str, Ask]] = [
         (EXPANDED, form, place, "", _minus(form, f"{form}, no expansion"))
         for form, place in (
             PAPER, (PLAIN, CHOSEN), AS_CHOSEN, (TUNED, CHOSEN), (QUARTER, FRESH), (STARTED, FRESH),
-            (STARTED_FINALS, FRESH), *ELSEWHERE,
+            (STARTED_FINALS, FRESH), (QUARTER, MOBILE), (QUARTER, VIT), (TAUGHT, DEEP),
         )
     ),
+    (EXPANDED, WIDE, FRESH, "", _minus(WIDE, f"{STARTED}, no expansion")),
     *(
         (MAIN, form, place, against, _minus(form, against, key="main_top1"))
         for form, place, against in (
@@ -255,6 +249,9 @@ EXPLANATION = (
 
 
 def _name(method: str) -> str:
+    form, _, option = method.rpartition(", ")
+    if option in OPTIONS and method not in LETTERS and form in LETTERS:
+        return f"{LETTERS[form]}, {option}"
     known = method in OWN_SHAPE or method in GIVEN_SHAPE
     return LETTERS.get(method, f"`{method}`" if known else method)
 

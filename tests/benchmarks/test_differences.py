@@ -34,6 +34,22 @@ def test_rivals_with_more_epochs_count_against_who_has_them_too(on_path):
     assert over_best(lines, STARTED, 0.15) == [1.0]
 
 
+def test_a_cost_is_over_the_dense_network_of_the_same_seed_at_equal_epochs(on_path):
+    from differences import costs
+
+    lines = [
+        line(0, "dense", 80.0, 1.0, equal="epochs", training_macs=10),
+        line(1, "dense", 80.0, 1.0, equal="epochs", training_macs=20),
+        line(1, "dense", 82.0, equal="macs", training_macs=99),
+        line(0, "scratch", 60.0, equal="epochs", training_macs=5),
+        line(1, "scratch", 60.0, equal="epochs", training_macs=5),
+        line(1, "scratch", 66.0, equal="macs", training_macs=40),
+        line(2, "scratch", 60.0, equal="epochs", training_macs=5),
+    ]
+    assert costs(lines, "scratch", 0.15) == [0.5, 0.25]
+    assert costs(lines, "dense", 0.15) == [1.0, 1.0]
+
+
 @pytest.mark.parametrize(
     ("values", "sign", "text"),
     [

@@ -1,6 +1,7 @@
 """What the front of the results says holds, of lines of which that is known."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -12,9 +13,9 @@ def verdicts(tmp_path, on_path):
     """The rows of lines that a test gives: aim, form, where, a cell for each budget, verdict."""
     from verdict_table import section
 
-    def render(lines, shapes=()):
+    def render(lines, shapes=(), place=FRESH):
         for folder, name, content in (
-            ("accuracy", FRESH, lines),
+            ("accuracy", place, lines),
             ("proxy", "cifar10_resnet20_cpu", shapes),
         ):
             (tmp_path / folder).mkdir()
@@ -89,6 +90,44 @@ def test_costs_are_told_with_and_without_the_teacher(verdicts):
         ("ResNet-20, fresh seeds, the teacher's training not counted", "1.90 (1)", "–", "yes"),
         ("ResNet-20, fresh seeds, all counted", "2.90 (1)", "–", "no"),
     ]
+
+
+def test_at_equal_macs_others_get_what_ours_spent(verdicts):
+    from contenders import OURS, QUARTER, TRIED
+    from verdict_table import CHOSEN
+
+    def spent(method, top1):
+        return {**line(0, method, top1), "equal": "macs"}
+
+    lines = [line(0, OURS, 58.0), spent("scratch", 68.0), spent(TRIED, 67.5)]
+    lines += [line(0, "scratch", 57.0), line(0, TRIED, 56.0), line(0, QUARTER, 61.0)]
+    rows = verdicts(lines, place=CHOSEN)
+    assert [row[1:] for row in rows if "`scratch`" in row[2]] == [
+        ["`stp`", "ResNet-20, `scratch`", "–", "–", "-10.00 (1)", "–", "no"],
+        [f"`{TRIED}`", "ResNet-20, `scratch`", "–", "–", "-0.50 (1)", "–", "no"],
+    ]
+
+
+def test_norms_are_judged_by_how_they_grow(verdicts):
+    from contenders import OURS
+    from verdict_table import CHOSEN
+
+    course = [{"ratio": 2.0, "dropped_norm": 4.0}, {"ratio": 3.0, "dropped_norm": 1.0}]
+    lines = [{**line(seed, OURS, 58.0), "sparsity": course} for seed in (0, 1)]
+    ratio, held = verdicts(lines, place=CHOSEN)
+    assert ratio[3:] == ["–", "–", "1.50 ± 0.00 (2)", "–", "yes"]
+    assert held[3:] == ["–", "–", "0.25 ± 0.00 (2)", "–", "no"]
+
+
+def test_every_row_has_figures_in_what_is_recorded(on_path):
+    from verdict_table import ROWS, SCORES, section
+
+    recorded = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
+    page = section(recorded / "accuracy", recorded / "proxy")
+    rows = [text for text in page if text.startswith("|")]
+    heading, scores = 2, sum(f"seed {n}" in row for row in rows for n in (0, 1))
+    assert scores >= len(SCORES)
+    assert len(rows) == heading + len(ROWS) + scores
 
 
 def test_scores_are_judged_by_how_they_rank(verdicts):
