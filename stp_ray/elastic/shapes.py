@@ -1,0 +1,110 @@
+"""The shape and the price of every node, from a run without arithmetic."""
+
+import copy
+from collections.abc import Collection, Iterator
+from itertools import count
+from math import gcd
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..errors import TraceError
+from . import ops
+from .attention import unfused_attention
+
+#: Samples in the shape pass, at least: a prime that is no common layer width; see `_batch_beside`.
+BATCH = 11
+
+
+class _ShapePass(fx.Interpreter):
+    """Records the shape and the MACs of every node."""
+
+    def __init__(self, graph: fx.GraphModule) -> None:
+        super().__init__(graph)
+        self.shapes: dict[str, ops.Shape] = {}
+        self.counted: dict[str, int] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        with FlopCounterMode(display=False) as counter:
+            value = super().run_node(n)
+        self.counted[n.name] = counter.get_total_flops() // 2
+        self.shapes[n.name] = _shape(value)
+        return value
+
+
+def _shape(value: Any) -> ops.Shape:
+    if isinstance(value, Tensor):
+        return value.shape
+    if isinstance(value, (tuple, list)):
+        return [_shape(item) for item in value]
+    return None
+
+
+def without_data(model: nn.Module) -> Any:
+    """A copy in evaluation mode whose tensors have shapes alone."""
+    memo: dict[int, Any] = {
+        id(p): nn.Parameter(p.to("meta"), requires_grad=False) for p in model.parameters()
+    }
+    return copy.deepcopy(model, memo).to("meta").eval()
+
+
+def _batch_beside(sizes: Collection[int]) -> int:
+    """Samples that share no factor with any of these sizes. It keeps the batch dimension from
+    being mistaken for another one when a reshape is taken apart."""
+    return next(n for n in count(BATCH) if all(gcd(n, size) == 1 for size in sizes if size))
+
+
+def shapes_of(
+    graph: fx.GraphModule, example: Tensor
+) -> tuple[dict[fx.Node, ops.Shape], dict[fx.Node, int], int]:
+    """Shapes and MACs of the nodes, and the number of samples that they are for."""
+    sizes = {*example.shape[1:], *(n for p in graph.parameters() for n in p.shape)}
+    batch = _batch_beside(sizes)
+    run = _shape_pass(graph, example, batch)
+    found = list(_flat(list(run.shapes.values())))
+    # Next to the batch stands another multiple of it, such as 121 tokens: choose again.
+    if any(sum(size % batch == 0 for size in shape) > 1 for shape in found):
+        batch = _batch_beside(sizes.union(*found))
+        run = _shape_pass(graph, example, batch)
+    nodes = {node.name: node for node in graph.graph.nodes}
+    return (
+        {nodes[name]: shape for name, shape in run.shapes.items()},
+        {nodes[name]: macs for name, macs in run.counted.items()},
+        batch,
+    )
+
+
+def _flat(shape: ops.Shape) -> Iterator[torch.Size]:
+    """The shapes of all tensors among what a node yields."""
+    if isinstance(shape, torch.Size):
+        yield shape
+    elif isinstance(shape, list):
+        for item in shape:
+            yield from _flat(item)
+
+
+@torch.no_grad()
+def _shape_pass(graph: fx.GraphModule, example: Tensor, batch: int) -> _ShapePass:
+    """A run on images of the example's size, without arithmetic where the model allows it."""
+    with unfused_attention():
+        return _shape_run(graph, example, batch)
+
+
+def _shape_run(graph: fx.GraphModule, example: Tensor, batch: int) -> _ShapePass:
+    size = (batch, *example.shape[1:])
+    try:  # shapes alone: no arithmetic
+        run = _ShapePass(without_data(graph))
+        run.run(torch.empty(size, dtype=example.dtype, device="meta"))
+    except Exception:
+        shadow = copy.deepcopy(graph).eval()
+        run = _ShapePass(shadow)
+        try:
+            run.run(torch.zeros(size, dtype=example.dtype, device=example.device))
+        except Exception as error:  # the user's model refuses its own example
+            raise TraceError(
+                f"the model fails on images {list(size)}: {str(error).splitlines()[0]}; "
+                "expected a model that fits the image size and channels of the data"
+            ) from error
+    return run
