@@ -36,6 +36,10 @@ class StorageError(StpError):
     """Storage that cannot be read or written, or an artifact that is damaged."""
 
 
+class ExportError(StpError):
+    """A program that could not be written, or that computes something else."""
+
+
 class ClusterError(StpError):
     """More resources than the cluster can ever give."""
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from .elastic.attention import unfused_attention
-from .export import ExportError, onnx_program, onnx_session
+from .errors import ExportError
+from .export import onnx_program, onnx_session
 
 #: Pairs of runs that a ratio is the median of: at least so many, more within the seconds below.
 PAIRS = 11

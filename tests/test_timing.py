@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from stp_ray import timing
-from stp_ray.export import ExportError
+from stp_ray.errors import ExportError
 from stp_ray.timing import Stopwatch
 
 CPU = torch.device("cpu")
