@@ -8,7 +8,6 @@ import uuid
 import pytest
 import torch
 
-from stp_ray import artifacts
 from stp_ray.artifacts import Checkpoints, Manifest, Store
 from stp_ray.errors import StorageError
 from tests.unreliable import Unreliable
@@ -57,7 +56,7 @@ def test_storage_that_is_away_for_ten_seconds_is_waited_for(s3, server):
 
 
 def test_storage_that_stays_away_ends_in_one_line(s3, server, monkeypatch):
-    monkeypatch.setattr(artifacts, "PAUSES", (0.1, 0.1))
+    monkeypatch.setattr("stp_ray.artifacts.store.PAUSES", (0.1, 0.1))
     store = Store(f"{s3}/{uuid.uuid4().hex}")
     server.away = True
     with pytest.raises(StorageError, match="cannot write s3://") as told:

@@ -1,10 +1,9 @@
+"""One folder on any storage."""
+
 import errno
 import hashlib
-import json
-import logging
 import os
 import pickle
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -13,8 +12,8 @@ import pyarrow as pa
 import pytest
 import torch
 
-from stp_ray import artifacts, uris
-from stp_ray.artifacts import Checkpoints, Manifest, Store
+from stp_ray import uris
+from stp_ray.artifacts import Store, local
 from stp_ray.errors import StorageError
 
 pytestmark = pytest.mark.timeout(120)
@@ -53,7 +52,7 @@ def test_storage_that_replaces_what_is_to_be_created_is_warned_of(tmp_path, monk
     store = Store(tmp_path)
     store.probe()
     assert caplog.text == ""
-    monkeypatch.setattr(artifacts, "_create_file", artifacts._replace_file)
+    monkeypatch.setattr(local, "create_file", local.replace_file)
     store.probe()
     assert "nothing keeps two drivers from one run" in caplog.text
     assert store.names() == []
@@ -279,222 +278,3 @@ def test_bad_uris(uri, told):
     with pytest.raises(StorageError, match=told) as caught:
         Store(uri)
     assert "AKIAXYZ" not in str(caught.value)
-
-
-# -- checkpoints ----------------------------------------------------------------------
-
-
-def state(step):
-    return {"weights": torch.full((3,), float(step)), "step": torch.tensor(step)}
-
-
-def test_the_latest_checkpoint_comes_back_and_old_ones_go(store):
-    checkpoints = Checkpoints(store)
-    assert checkpoints.latest() is None
-    for step in (0, 5, 10, 100_000_000):
-        checkpoints.save(step, state(step), {"step": step, "lr": 0.1})
-    assert store.names() == ["checkpoint-00000010", "checkpoint-100000000"]
-    step, tensors, meta = checkpoints.latest()
-    assert (step, meta) == (100_000_000, {"step": step, "lr": 0.1})
-    assert torch.equal(tensors["weights"], state(step)["weights"])
-
-
-def test_one_step_can_be_saved_twice(tmp_path):
-    checkpoints = Checkpoints(Store(tmp_path), keep=1)
-    checkpoints.save(3, state(1), {"try": 1})
-    checkpoints.save(3, state(2), {"try": 2})
-    assert checkpoints.latest()[2] == {"try": 2}
-    assert Store(tmp_path).names() == ["checkpoint-00000003"]
-
-
-def damage_marker(folder):
-    folder.delete("complete.json")
-
-
-def damage_state(folder):
-    data = bytearray(folder.read_bytes("state.safetensors"))
-    data[-1] ^= 1
-    folder.write_bytes("state.safetensors", bytes(data))
-
-
-def damage_meta(folder):
-    folder.write_bytes("meta.json", b"{}")
-
-
-def damage_missing(folder):
-    folder.delete("state.safetensors")
-
-
-def damage_format(folder):
-    """With a checksum that fits."""
-    marker = folder.read_json("complete.json")
-    marker["sha256"]["state.safetensors"] = folder.write_bytes("state.safetensors", b"a pickle")
-    folder.write_json("complete.json", marker)
-
-
-def damage_meta_format(folder):
-    marker = folder.read_json("complete.json")
-    marker["sha256"]["meta.json"] = folder.write_bytes("meta.json", b"[1")
-    folder.write_json("complete.json", marker)
-
-
-def damage_marker_content(folder):
-    folder.write_bytes("complete.json", b"[]")
-
-
-def damage_marker_json(folder):
-    folder.write_bytes("complete.json", b"{")
-
-
-def damage_meta_json(folder):
-    folder.write_bytes("meta.json", b"{")
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        damage_marker,
-        damage_state,
-        damage_meta,
-        damage_missing,
-        damage_format,
-        damage_meta_format,
-        damage_marker_content,
-        damage_marker_json,
-    ],
-)
-def test_a_damaged_checkpoint_is_passed_over_with_a_warning(store, damage, caplog):
-    checkpoints = Checkpoints(store)
-    checkpoints.save(1, state(1), {})
-    checkpoints.save(2, state(2), {})
-    damage(store.child("checkpoint-00000002"))
-    with caplog.at_level(logging.WARNING):
-        assert checkpoints.latest()[0] == 1
-    assert "passing over checkpoint-00000002" in caplog.text
-    checkpoints.save(2, state(2), {})
-    assert checkpoints.latest()[0] == 2
-
-
-@pytest.mark.parametrize("file", ["complete.json", "state.safetensors", "meta.json"])
-def test_a_checkpoint_that_cannot_be_read_now_is_not_passed_over(tmp_path, monkeypatch, file):
-    """Training would begin again from an older one, or from nothing."""
-    checkpoints = Checkpoints(Store(tmp_path))
-    checkpoints.save(1, state(1), {})
-    checkpoints.save(2, state(2), {})
-    read = Store.read_bytes
-
-    def away(self, name):
-        if name == file and self.uri.endswith("2"):
-            raise StorageError("cannot read it") from OSError(5, "input/output error")
-        return read(self, name)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Store, "read_bytes", away)
-        with pytest.raises(StorageError, match="cannot read it"):
-            checkpoints.latest()
-    assert checkpoints.latest()[0] == 2
-
-
-@pytest.mark.parametrize("damage", [damage_marker, damage_meta_json])
-def test_what_the_newest_complete_checkpoint_says_is_read_without_its_tensors(store, damage):
-    checkpoints = Checkpoints(store)
-    assert checkpoints.newest_meta() == {}
-    checkpoints.save(1, state(1), {"seconds": 3.5})
-    store.delete("checkpoint-00000001/state.safetensors")
-    assert checkpoints.newest_meta() == {"seconds": 3.5}
-    checkpoints.save(2, state(2), {"seconds": 9})
-    damage(store.child("checkpoint-00000002"))
-    assert checkpoints.newest_meta() == {"seconds": 3.5}
-
-
-def test_pruning_keeps_complete_ones_and_clears_unfinished_ones(tmp_path):
-    store = Store(tmp_path)
-    checkpoints = Checkpoints(store, keep=2)
-    checkpoints.save(1, state(1), {})
-    store.write_bytes("checkpoint-00000002/state.safetensors", b"half")
-    (tmp_path / "checkpoint-00000002" / ".meta.json.77.tmp").write_bytes(b"{")
-    store.write_bytes("checkpoint-notes", b"not ours")
-    checkpoints.save(3, state(3), {})
-    assert store.names() == ["checkpoint-00000001", "checkpoint-00000003", "checkpoint-notes"]
-
-
-def test_a_checkpoint_survives_a_kill_at_any_write(tmp_path):
-    """The process dies before its n-th file is in place: the state before is still good."""
-    code = """
-import os, sys, torch
-from stp_ray.artifacts import Checkpoints, Store
-count, real = int(sys.argv[2]), os.replace
-def replace(source, target):
-    global count
-    count -= 1
-    if count < 0:
-        os.kill(os.getpid(), 9)
-    real(source, target)
-os.replace = replace
-Checkpoints(Store(sys.argv[1])).save(2, {"weights": torch.ones(3)}, {"step": 2})
-"""
-    for writes in (0, 2, 3):
-        folder = tmp_path / str(writes)
-        Checkpoints(Store(folder)).save(1, state(1), {"step": 1})
-        done = subprocess.run(
-            [sys.executable, "-c", code, str(folder), str(writes)], timeout=60, check=False
-        )
-        assert done.returncode == (0 if writes == 3 else -9)
-        assert Checkpoints(Store(folder)).latest()[0] == (2 if writes == 3 else 1)
-
-
-def test_at_least_one_checkpoint_is_kept(tmp_path):
-    with pytest.raises(ValueError, match="keep is 0"):
-        Checkpoints(Store(tmp_path), keep=0)
-
-
-# -- manifest -------------------------------------------------------------------------
-
-
-def finish(manifest, stage, outputs):
-    return manifest.finish(
-        stage,
-        inputs={"config": "demo"},
-        outputs=outputs,
-        seconds=2,
-        device_seconds=4,
-        metrics={"top1": 97.5},
-    )
-
-
-def test_a_finished_stage_is_done(store):
-    manifest = Manifest(store)
-    assert manifest.done("supernet") is None
-    digest = store.write_bytes("supernet/model.safetensors", b"weights")
-    record = finish(manifest, "supernet", {"supernet/model.safetensors": digest})
-    finish(manifest, "finalize/0.15", {})
-    again = Manifest(Store(store.uri))
-    assert again.done("supernet") == record
-    assert record["metrics"] == {"top1": 97.5}
-    assert (record["seconds"], record["device_seconds"]) == (2.0, 4.0)
-    assert record["finished"].endswith("+00:00")
-    assert list(again.stages()) == ["supernet", "finalize/0.15"]
-
-
-def test_a_stage_whose_output_was_lost_or_changed_is_not_done(store, caplog):
-    manifest = Manifest(store)
-    digest = store.write_bytes("a", b"a")
-    finish(manifest, "explore", {"a": digest})
-    store.write_bytes("a", b"b")
-    assert manifest.done("explore") is None
-    store.delete("a")
-    assert manifest.done("explore") is None
-    assert "explore runs again" in caplog.text
-
-
-def test_a_damaged_manifest_is_told(store):
-    for content in (b"[]", b'{"stages": 1}', b"{"):
-        store.write_bytes("manifest.json", content)
-        with pytest.raises(StorageError, match=r"manifest\.json"):
-            Manifest(store).done("supernet")
-
-
-def test_a_manifest_is_plain_json(tmp_path):
-    finish(Manifest(Store(tmp_path)), "supernet", {})
-    content = json.loads((tmp_path / "manifest.json").read_text())
-    assert content["stages"]["supernet"]["inputs"] == {"config": "demo"}

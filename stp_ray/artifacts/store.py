@@ -1,11 +1,6 @@
-"""A run's files on any fsspec storage: atomic, checksummed, never pickled.
-
-`Store` is one folder; `Checkpoints` a row of resumable states in it; `Manifest` the record
-of which stages are done. Weights are safetensors, tables Parquet, everything else JSON.
-"""
+"""One folder on any fsspec storage: atomic, never pickled."""
 
 import contextlib
-import errno
 import hashlib
 import io
 import json
@@ -15,10 +10,9 @@ import os
 import re
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from datetime import UTC, datetime
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import fsspec
 import pyarrow as pa
@@ -28,14 +22,16 @@ import safetensors.torch
 from fsspec.implementations.local import LocalFileSystem
 from torch import Tensor
 
-from .backends import EXTRAS, backend_errors
-from .errors import StorageError
-from .uris import absolute, refuse_credentials, refuse_detours
+from ..backends import EXTRAS, backend_errors
+from ..errors import StorageError
+from ..uris import absolute, refuse_credentials, refuse_detours
+from . import local
 
 log = logging.getLogger(__name__)
 
 #: Seconds between tries of remote storage that does not answer.
 PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
+
 #: Seconds after which no further try begins.
 PATIENCE = 60.0
 
@@ -106,7 +102,7 @@ class Store:
             if self.local_path is None:
                 self._call("pipe_file", path, data)  # one put: visible when complete
             else:
-                _replace_file(Path(path), data)
+                local.replace_file(Path(path), data)
         return hashlib.sha256(data).hexdigest()
 
     def create_bytes(self, name: str, data: bytes) -> bool:
@@ -126,7 +122,7 @@ class Store:
                 if self.local_path is None:
                     self._call("pipe_file", path, data, mode="create")
                 else:
-                    _create_file(Path(path), data)
+                    local.create_file(Path(path), data)
             except OSError:  # each back-end has its own for a condition that does not hold
                 if not self._call("exists", path):
                     raise
@@ -195,7 +191,7 @@ class Store:
             return pq.read_table(pa.BufferReader(data))
         except pa.ArrowException as error:
             raise StorageError(
-                f"{self.uri}/{name} is not a Parquet file ({_first_line(error)}); delete it to "
+                f"{self.uri}/{name} is not a Parquet file ({first_line(error)}); delete it to "
                 "have it made again"
             ) from None
 
@@ -217,7 +213,7 @@ class Store:
 
     def load_tensors(self, name: str) -> dict[str, Tensor]:
         """The tensors of a safetensors file, on the CPU."""
-        return _tensors(self.read_bytes(name), f"{self.uri}/{name}")
+        return tensors_of(self.read_bytes(name), f"{self.uri}/{name}")
 
     # -- checks ---------------------------------------------------------------------
 
@@ -311,11 +307,11 @@ def _open_filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
         extra = EXTRAS.get(scheme)
         cure = f"pip install stp_ray[{extra}]" if extra else "install its fsspec package"
         raise StorageError(
-            f"storage {uri} needs a package that is not installed ({_first_line(error)}); {cure}"
+            f"storage {uri} needs a package that is not installed ({first_line(error)}); {cure}"
         ) from None
     except ValueError as error:
         raise StorageError(
-            f"storage {uri} cannot be used: {_first_line(error)}; expected a folder or a URI such "
+            f"storage {uri} cannot be used: {first_line(error)}; expected a folder or a URI such "
             "as s3://, gs:// or az://"
         ) from None
     return filesystem, str(path)
@@ -330,49 +326,13 @@ def _checked(name: str) -> str:
     return name
 
 
-def _replace_file(path: Path, data: bytes) -> None:
-    with _written_beside(path, data) as temporary:
-        os.replace(temporary, path)
-
-
-#: What a file system without hard links says of one.
-_NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
-
-
-def _create_file(path: Path, data: bytes) -> None:
-    with _written_beside(path, data) as temporary:
-        try:
-            os.link(temporary, path)  # fails where a rename would replace
-        except OSError as error:
-            if error.errno not in _NO_LINKS:
-                raise
-            with path.open("xb") as file:  # as exclusive; others may see a part of it
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-
-
-@contextlib.contextmanager
-def _written_beside(path: Path, data: bytes) -> Iterator[Path]:
-    """A temporary file of this content, safe on the disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}.tmp"
-    try:
-        with temporary.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        yield temporary
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _tensors(data: bytes, source: str) -> dict[str, Tensor]:
+def tensors_of(data: bytes, source: str) -> dict[str, Tensor]:
+    """The tensors of what was read from a safetensors file, on the CPU."""
     try:
         return safetensors.torch.load(data)
     except safetensors.SafetensorError as error:
         raise StorageError(
-            f"{source} is not a safetensors file ({_first_line(error)}); it was damaged or written "
+            f"{source} is not a safetensors file ({first_line(error)}); it was damaged or written "
             "by something else; delete it to have it made again"
         ) from None
 
@@ -405,234 +365,11 @@ def _reason(error: Exception) -> str:
     if isinstance(error, FileNotFoundError):
         return "it does not exist; check the bucket, the folder and the name"
     if isinstance(error, PermissionError):
-        return f"permission denied ({_first_line(error)}); check the access rights"
-    return f"{type(error).__name__}: {_first_line(error)}"
+        return f"permission denied ({first_line(error)}); check the access rights"
+    return f"{type(error).__name__}: {first_line(error)}"
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error says first, or its kind where it says nothing."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
-
-
-# -- checkpoints ------------------------------------------------------------------------
-
-
-class _Damaged(StorageError):
-    """A state that will never be whole, however often it is read."""
-
-
-class Checkpoints:
-    """Resumable states `checkpoint-<step>/{state.safetensors, meta.json, complete.json}`.
-
-    `complete.json` holds the checksums and is written last, so that a state which was being
-    written when the process died is recognised and passed over. Written by one process.
-
-    Args:
-        store: the folder that they lie in.
-        keep: how many of the newest complete ones stay.
-    """
-
-    PREFIX = "checkpoint-"
-    _MARKER = "complete.json"
-
-    def __init__(self, store: Store, keep: int = 2) -> None:
-        if keep < 1:
-            raise ValueError(f"keep is {keep}; expected at least 1")
-        self.store = store
-        self.keep = keep
-
-    def save(self, step: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
-        """Write the state of `step` (optimiser steps done), then delete the oldest ones.
-
-        Args:
-            step: at least 0; a state of the same step is replaced.
-            tensors: named tensors of any device.
-            meta: JSON-able content.
-        """
-        name = f"{self.PREFIX}{step:08d}"
-        folder = self.store.child(name)
-        folder.delete(self._MARKER)
-        checksums = {
-            "state.safetensors": folder.save_tensors("state.safetensors", tensors),
-            "meta.json": folder.write_json("meta.json", meta),
-        }
-        folder.write_json(self._MARKER, {"step": step, "sha256": checksums})
-        self._prune(name)
-
-    def latest(self) -> tuple[int, dict[str, Tensor], dict[str, Any]] | None:
-        """The newest state that is complete and undamaged: (step, tensors, meta).
-
-        One that is incomplete or fails its checksums is passed over with a warning.
-
-        Raises:
-            StorageError: storage does not answer: what it would have said is not known.
-        """
-        for name in reversed(self._folders()):
-            try:
-                return self._load(name)
-            except _Damaged as error:
-                log.warning("passing over %s: %s", name, error)
-        return None
-
-    def newest_meta(self) -> dict[str, Any]:
-        """The meta of the newest state that is complete, without reading its tensors, which may
-        turn out to be damaged; {} where there is none."""
-        for name in reversed(self._folders()):
-            folder = self.store.child(name)
-            with contextlib.suppress(StorageError):
-                if folder.exists(self._MARKER):
-                    meta: dict[str, Any] = folder.read_json("meta.json")
-                    return meta
-        return {}
-
-    def _load(self, name: str) -> tuple[int, dict[str, Tensor], dict[str, Any]]:
-        folder = self.store.child(name)
-        if not folder.exists(self._MARKER):
-            raise _Damaged("it was not finished")
-        content = {}
-        for file in (self._MARKER, "state.safetensors", "meta.json"):
-            try:
-                content[file] = folder.read_bytes(file)
-            except StorageError as error:
-                if isinstance(error.__cause__, FileNotFoundError):
-                    raise _Damaged(f"{file} is missing") from error
-                raise
-        try:
-            marker = json.loads(content.pop(self._MARKER))
-            step, sums = int(marker["step"]), dict(marker["sha256"])
-        except (ValueError, TypeError, KeyError):
-            raise _Damaged(f"{self._MARKER} is damaged") from None
-        for file, data in content.items():
-            if hashlib.sha256(data).hexdigest() != sums.get(file):
-                raise _Damaged(f"{file} does not match its checksum")
-        try:  # what its checksum fits may still be of another format
-            tensors = _tensors(content["state.safetensors"], f"{folder.uri}/state.safetensors")
-            return step, tensors, dict(json.loads(content["meta.json"]))
-        except (StorageError, ValueError, TypeError) as error:
-            raise _Damaged(_first_line(error)) from error
-
-    def _folders(self) -> list[str]:
-        names = self.store.names(self.PREFIX)
-        return sorted(
-            (n for n in names if n.removeprefix(self.PREFIX).isdecimal()),
-            key=lambda n: int(n.removeprefix(self.PREFIX)),
-        )
-
-    def _prune(self, newest: str) -> None:
-        """Delete what is older than the `keep` newest complete ones, unfinished ones included."""
-        older = self._folders()
-        older = older[: older.index(newest)] if newest in older else []
-        kept = 1
-        for name in reversed(older):
-            folder = self.store.child(name)
-            if kept < self.keep and folder.exists(self._MARKER):
-                kept += 1
-                continue
-            folder.delete(self._MARKER)  # first, so that a half-deleted one is not taken for whole
-            self.store.delete(name)
-
-
-# -- manifest ---------------------------------------------------------------------------
-
-
-class Record(TypedDict):
-    """What the manifest says about a finished stage."""
-
-    inputs: dict[str, Any]
-    outputs: dict[str, str]
-    seconds: float
-    device_seconds: float
-    metrics: dict[str, Any]
-    finished: str
-
-
-class Manifest:
-    """Which stages of a run are done, in `manifest.json`. Written by one process: the driver.
-
-    Args:
-        store: the run's folder.
-        guard: called before a stage is recorded; raises if this process may not write any more.
-    """
-
-    _NAME = "manifest.json"
-
-    def __init__(self, store: Store, guard: Callable[[], object] = lambda: None) -> None:
-        self.store = store
-        self._guard = guard
-
-    def stages(self) -> dict[str, Record]:
-        """The records of all finished stages, in the order in which they finished."""
-        if not self.store.exists(self._NAME):
-            return {}
-        content = self.store.read_json(self._NAME)
-        stages = content.get("stages") if isinstance(content, dict) else None
-        if not isinstance(stages, dict):
-            raise StorageError(
-                f"{self.store.uri}/{self._NAME} holds no stages; delete it to run them all again"
-            )
-        return stages
-
-    def done(self, stage: str) -> Record | None:
-        """The record of a finished stage whose outputs are still there and undamaged.
-
-        None, with a warning, if an output is missing or fails its checksum: then the stage
-        has to run again.
-        """
-        record = self.stages().get(stage)
-        if record is None:
-            return None
-        for name, expected in record["outputs"].items():
-            if not self.store.exists(name) or self.store.checksum(name) != expected:
-                log.warning("stage %s runs again: its output %s is missing or damaged", stage, name)
-                return None
-        return record
-
-    def finish(
-        self,
-        stage: str,
-        *,
-        inputs: Mapping[str, Any],
-        outputs: Mapping[str, str],
-        seconds: float,
-        device_seconds: float,
-        metrics: Mapping[str, Any],
-    ) -> Record:
-        """Record that a stage is done.
-
-        Args:
-            stage: for example "supernet" or "finalize/0.15".
-            inputs: what it was made from: names and checksums or URIs.
-            outputs: name relative to the run's folder -> sha256.
-            seconds: wall-clock duration.
-            device_seconds: seconds times the devices (CPU cores or GPUs) that were held.
-            metrics: JSON-able figures.
-        """
-        stages = self.stages()
-        record = Record(
-            inputs=dict(inputs),
-            outputs=dict(outputs),
-            seconds=float(seconds),
-            device_seconds=float(device_seconds),
-            metrics=dict(metrics),
-            finished=datetime.now(UTC).isoformat(timespec="seconds"),
-        )
-        stages[stage] = record
-        self._write(stages)
-        return record
-
-    def rewritten(self, stage: str, name: str) -> None:
-        """Record that an output of a stage was written again after it, or it would pass for
-        damaged. Nothing happens where the stage is not done.
-
-        Args:
-            stage: as for `finish`.
-            name: of the output, relative to the run's folder.
-        """
-        stages = self.stages()
-        if stage in stages:
-            stages[stage]["outputs"][name] = self.store.checksum(name)
-            self._write(stages)
-
-    def _write(self, stages: Mapping[str, Record]) -> None:
-        self._guard()
-        self.store.write_json(self._NAME, {"stages": stages})
