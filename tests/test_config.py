@@ -12,13 +12,12 @@ from stp_ray.config import (
     dump_config,
     load_config,
     placed,
-    recipe_folder,
-    recipe_names,
     run_id,
     to_yaml,
 )
 from stp_ray.elastic.cost import Budget
 from stp_ray.errors import ConfigError
+from stp_ray.recipes import recipe_folder, recipe_names
 
 
 def refusal(recipe=None, *overrides):

@@ -1,43 +1,27 @@
-"""One frozen typed tree that says everything about a run.
+"""The sections of a run's configuration, and what holds between them."""
 
-A recipe (YAML) plus dotted overrides is validated once, on the driver; the resolved tree
-is saved beside every artifact and each component gets only its own part. The options of
-`method` and `data` are defined beside the code that they steer and embedded here.
-"""
-
-import copy
 import dataclasses
-import difflib
 import hashlib
 import json
-import math
 import os
-import re
-import types
-import typing
-from collections.abc import Hashable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
     PlainSerializer,
-    ValidationError,
     model_validator,
 )
 
-from .data.options import DataOptions
-from .elastic.cost import Budget
-from .errors import ConfigError
-from .method.explore import Exploration
-from .method.objective import Expansion, Stimulation
-from .method.training import Optimisation
-from .recipes import recipe_folder, recipe_names
-from .uris import HOW_TO_MEND, credentials_in
+from ..data.options import DataOptions
+from ..elastic.cost import Budget
+from ..method.explore import Exploration
+from ..method.objective import Expansion, Stimulation
+from ..method.training import Optimisation
+from .messages import shown
 
 #: What does not change a run's result, and so is left out of its id: dotted paths.
 _NOT_IN_ID = (
@@ -55,8 +39,6 @@ _NOT_IN_ID = (
     "supernet.optimisation.checkpoint_every",
     "finalize.optimisation.checkpoint_every",
 )
-
-# -- the tree ---------------------------------------------------------------------------
 
 
 class _Section(BaseModel):
@@ -80,13 +62,13 @@ def _read_budget(value: Any) -> Budget:
         )
     if not isinstance(value, Mapping) or not set(value) <= _BOUNDS:
         raise ValueError(
-            f"budget {_shown(value)}: expected a fraction of MACs such as 0.5, or a mapping with "
+            f"budget {shown(value)}: expected a fraction of MACs such as 0.5, or a mapping with "
             "macs and/or params, latency or latency_ms"
         )
     for name, bound in value.items():
         if bound is not None and (isinstance(bound, bool) or not isinstance(bound, int | float)):
             raise ValueError(
-                f"budget {name}={_shown(bound)}: expected a fraction or a positive number"
+                f"budget {name}={shown(bound)}: expected a fraction or a positive number"
             )
     return Budget(**value)
 
@@ -369,11 +351,6 @@ def dump_config(config: RunConfig) -> dict[str, Any]:
     return config.model_dump(mode="json")
 
 
-def to_yaml(config: RunConfig) -> str:
-    """The resolved tree as a YAML recipe."""
-    return yaml.dump(dump_config(config), Dumper=_Dumper, sort_keys=False)
-
-
 def run_id(config: RunConfig) -> str:
     """The run's name plus ten hexadecimal digits of its resolved config.
 
@@ -389,286 +366,3 @@ def run_id(config: RunConfig) -> str:
         section.pop(last, None)
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return f"{config.name}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
-
-
-# -- reading ----------------------------------------------------------------------------
-
-
-def load_config(
-    recipe: str | os.PathLike[str] | Mapping[str, Any] | RunConfig,
-    overrides: Sequence[str] = (),
-) -> RunConfig:
-    """Read a recipe and apply overrides.
-
-    Args:
-        recipe: the name of a recipe that ships with the project, the path of a YAML file, or
-            the content of one.
-        overrides: "a.b.c=value" with the value in YAML; they win over the recipe, the last
-            one over earlier ones, and a list replaces the whole list.
-
-    Raises:
-        ConfigError: naming the dotted path, what was found and what was expected.
-    """
-    if isinstance(recipe, RunConfig):
-        content = dump_config(recipe)
-    elif isinstance(recipe, Mapping):
-        content = copy.deepcopy(dict(recipe))
-    elif isinstance(recipe, (str, os.PathLike)):
-        content = _read_recipe(recipe)
-    else:
-        raise ConfigError(
-            f"the recipe is {recipe!r:.60}; expected the name of one, the path of a YAML file, or "
-            "a mapping of keys to values"
-        )
-    if isinstance(overrides, str):
-        raise ConfigError(f"overrides are {overrides!r}; expected a list: [{overrides!r}]")
-    for override in overrides:
-        _override(content, override)
-    try:
-        for path, value in _leaves(content):
-            _check_leaf(path, value)
-    except RecursionError:
-        raise ConfigError("the recipe holds itself; expected values without anchors") from None
-    try:
-        return RunConfig.model_validate_json(json.dumps(content), strict=True)
-    except ValidationError as error:
-        raise ConfigError(_one_line(error)) from None
-
-
-def _read_recipe(recipe: str | os.PathLike[str]) -> dict[str, Any]:
-    path = Path(recipe)
-    if not path.is_file() and os.fspath(recipe) in recipe_names():
-        path = recipe_folder() / f"{os.fspath(recipe)}.yaml"
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = "is not a file" if isinstance(error, FileNotFoundError) else f"unreadable: {error}"
-        raise ConfigError(
-            f"recipe {os.fspath(recipe)!r} {reason}; expected a YAML file or one of "
-            f"{', '.join(recipe_names())}{_did_you_mean(os.fspath(recipe), recipe_names())}"
-        ) from None
-    content = _parse(text, f"recipe {path.name}")
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise ConfigError(
-            f"recipe {path.name} holds {_shown(content)}; expected a mapping of keys to values"
-        )
-    return content
-
-
-def _override(content: dict[str, Any], override: str) -> None:
-    path, separator, text = override.partition("=")
-    keys = path.strip().split(".")
-    if not separator or not all(keys):
-        raise ConfigError(
-            f"override {override!r} is not of the form key=value; expected for example "
-            "seed=1 or supernet.optimisation.lr=0.1"
-        )
-    section: Any = content
-    for depth, key in enumerate(keys[:-1], start=1):
-        if section.get(key) is None:
-            section[key] = {}
-        section = section[key]
-        if not isinstance(section, dict):
-            raise ConfigError(
-                f"{'.'.join(keys)} cannot be set: {'.'.join(keys[:depth])} is {_shown(section)}, "
-                "not a section"
-            )
-    section[keys[-1]] = _parse(text, f"override {path.strip()}")
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2's scalars: `off` is a string, `1e-3` a number; a repeated key is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for index, key in enumerate(keys):
-            if key in keys[:index]:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} appears twice", node.start_mark
-                )
-        return super().construct_mapping(node, deep)
-
-
-_Loader.yaml_implicit_resolvers = {}  # none of YAML 1.1's
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes text that either version of YAML would read as something else."""
-
-
-def _integer(loader: _Loader, node: yaml.ScalarNode) -> int:
-    text = loader.construct_scalar(node)
-    return int(text, 0 if re.match(r"0[xo]", text) else 10)
-
-
-for _tag, _pattern, _first in (
-    ("null", r"~|null|Null|NULL|", "~nN\0"),
-    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
-    ("int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", "-+0123456789"),
-    (
-        "float",
-        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
-        "-+.0123456789",
-    ),
-    ("merge", r"<<", "<"),
-):
-    for _class in (_Loader, _Dumper):
-        _class.add_implicit_resolver(
-            f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), [*_first, ""]
-        )
-_Loader.add_constructor("tag:yaml.org,2002:int", _integer)
-
-
-def _parse(text: str, source: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_Loader)  # a SafeLoader
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        where = f" line {mark.line + 1}" if mark else ""
-        raise ConfigError(f"{source}{where} is not valid YAML: {error.problem}") from None
-    except (yaml.YAMLError, ValueError, AttributeError) as error:  # the last two: a tag's own
-        raise ConfigError(f"{source} is not valid YAML: {' '.join(str(error).split())}") from None
-
-
-def _leaves(content: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(content, Mapping):
-        for key, value in content.items():
-            if not isinstance(key, str):
-                raise ConfigError(
-                    f"{path or 'the recipe'} has the key {_shown(key)}; expected names as keys"
-                )
-            yield from _leaves(value, f"{path}.{key}" if path else key)
-    elif isinstance(content, list | tuple):
-        for index, value in enumerate(content):
-            yield from _leaves(value, f"{path}.{index}")
-    else:
-        yield path, content
-
-
-def _check_leaf(path: str, value: Any) -> None:
-    if isinstance(value, str):
-        found = credentials_in(value)
-        if found:
-            raise ConfigError(f"{path} contains {found}; {HOW_TO_MEND}")
-    elif isinstance(value, float) and not math.isfinite(value):
-        raise ConfigError(f"{path} is {value}; expected a finite number")
-    elif value is not None and not isinstance(value, bool | int | float):
-        raise ConfigError(
-            f"{path} is {_shown(value)}; expected text, a number, true, false or null"
-        )
-
-
-# -- messages ---------------------------------------------------------------------------
-
-
-def _one_line(error: ValidationError) -> str:
-    messages = [_message(details) for details in error.errors(include_url=False)]
-    rest = f" (and {len(messages) - 3} more)" if len(messages) > 3 else ""
-    return " | ".join(messages[:3]) + rest
-
-
-def _message(details: Any) -> str:
-    kind, path = details["type"], ".".join(str(part) for part in details["loc"])
-    if kind in ("extra_forbidden", "unexpected_keyword_argument"):
-        return f"unknown key {path}{_nearest_key(path)}"
-    if kind == "value_error":
-        # Our own checks name the field first, so that the path can continue with it.
-        text = str(details["ctx"]["error"])
-        field, _, _ = text.partition(" ")
-        joined = "." if path and field in _children(_type_at(path)) else ": "
-        return f"{path}{joined}{text}" if path else text
-    if kind == "missing":
-        parent, _, last = path.rpartition(".")
-        return f"{parent} is {_shown(details['input'])}; expected it to have {last} as well"
-    expected = details["msg"]
-    for old, new in (
-        ("Input should be", "expected"),
-        ("String should match pattern", "expected text that matches"),
-        ("an object", "a mapping of keys to values"),
-        ("a valid array", "a list"),
-        ("a valid integer", "an integer"),
-        ("a valid number", "a number"),
-        ("a valid boolean", "true or false"),
-        ("a valid string", "text (quote it if it looks like a number)"),
-    ):
-        expected = expected.replace(old, new)
-    return f"{path} is {_shown(details['input'])}; {expected}"
-
-
-def _shown(value: Any) -> str:
-    """A value and its kind, short, on one line."""
-    if value is None:
-        return "null"
-    kinds: list[tuple[type | tuple[type, ...], str]] = [
-        (bool, "true or false"),
-        (int, "an integer"),
-        (float, "a number"),
-        (str, "text"),
-        (Mapping, "a mapping"),
-        ((list, tuple), "a list"),
-    ]
-    kind = next((name for types_, name in kinds if isinstance(value, types_)), type(value).__name__)
-    text = json.dumps(value, default=str, ensure_ascii=False)
-    return f"{text if len(text) <= 60 else text[:57] + '...'} ({kind})"
-
-
-def _did_you_mean(word: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {near[0]}?" if near else ""
-
-
-def _nearest_key(path: str) -> str:
-    """The known key nearest to an unknown one: a sibling first, then one anywhere."""
-    parent, _, name = path.rpartition(".")
-    siblings = list(_children(_type_at(parent)))
-    near = difflib.get_close_matches(name, siblings, n=1, cutoff=0.7)
-    if near:
-        return f"; did you mean {parent + '.' if parent else ''}{near[0]}?"
-    everywhere = list(_paths(RunConfig))
-    same = [known for known in everywhere if known.rpartition(".")[2] == name]
-    if same:
-        return f"; did you mean {' or '.join(same)}?"
-    names = [known.rpartition(".")[2] for known in everywhere]
-    near = difflib.get_close_matches(name, siblings, n=1, cutoff=0.5)
-    if near:
-        return f"; did you mean {parent + '.' if parent else ''}{near[0]}?"
-    near = difflib.get_close_matches(name, names, n=1)
-    if near:
-        return f"; did you mean {everywhere[names.index(near[0])]}?"
-    return f"; known keys here: {', '.join(siblings)}"
-
-
-def _bare(kind: Any) -> Any:
-    """The section type within Optional[...] or Annotated[...]."""
-    if typing.get_origin(kind) is Annotated:
-        return _bare(typing.get_args(kind)[0])
-    if typing.get_origin(kind) in (typing.Union, types.UnionType):
-        inner = [arg for arg in typing.get_args(kind) if arg is not types.NoneType]
-        return _bare(inner[0]) if len(inner) == 1 else kind
-    return kind
-
-
-def _children(kind: Any) -> dict[str, Any]:
-    """Field name -> type of a section; empty for anything else."""
-    kind = _bare(kind)
-    if isinstance(kind, type) and issubclass(kind, BaseModel):
-        return {name: field.annotation for name, field in kind.model_fields.items()}
-    if isinstance(kind, type) and dataclasses.is_dataclass(kind) and kind is not Budget:
-        hints = typing.get_type_hints(kind)
-        return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
-    return {}
-
-
-def _type_at(path: str) -> Any:
-    kind: Any = RunConfig
-    for key in filter(None, path.split(".")):
-        kind = _children(kind).get(key)
-    return kind
-
-
-def _paths(kind: Any, prefix: str = "") -> Iterator[str]:
-    for name, child in _children(kind).items():
-        yield f"{prefix}{name}"
-        yield from _paths(child, f"{prefix}{name}.")
