@@ -85,15 +85,15 @@ ABOUT = {
         "dense one included, start from weights drawn by the defaults of their layers: from "
         "torchvision's own the dense network ends lower (50.61 ± 1.00, recorded in commit "
         "b2a2285). What starts as the teacher or has twice the epochs was recorded after the two "
-        "changes, for one seed."
+        "changes, and for one seed alone where it has tuned scores or twice the epochs."
     ),
     "cifar10_mobilenet_v2_cpu": (
         "**A third family, reduced for two CPU cores**: MobileNetV2 of half its width, with "
         "strides for small images; 8,000 CIFAR-10 (JPEG) images at 12 px, 12 epochs of 125 steps; "
         "10,000 test images. So few steps leave every network far from where it levels off. The "
         "learning rate of all, 0.03, is the better of two for the dense network in a shorter "
-        "trial. Both methods that start from the teacher were recorded after the two changes; "
-        "nothing else was given twice the epochs here."
+        "trial. What starts as the teacher or has twice the epochs was recorded after the two "
+        "changes."
     ),
 }
 #: Other forms whose retention and lead have a table, and what else they are compared with there.

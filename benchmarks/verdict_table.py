@@ -9,6 +9,7 @@ from pathlib import Path
 from contenders import (
     DENSE_TWICE,
     GIVEN_SHAPE,
+    LEAN_FINALS,
     OPTIONS,
     OURS,
     OWN_SHAPE,
@@ -145,18 +146,19 @@ ROWS: list[tuple[Aim, str, str, str, Ask]] = [
     *(
         (LONG, form, place, "", _ahead(form))
         for form, place in (
-            (STARTED, FRESH), (STARTED_FINALS, FRESH), (STARTED, FEW), (STARTED, VIT),
+            (STARTED, FRESH), (STARTED_FINALS, FRESH), (STARTED, MOBILE), (STARTED, FEW),
+            (STARTED, VIT),
         )
     ),
     *(
         (OVER_THEIRS, form, place, "", _minus(form, THEIRS))
         for form, place in (
             (TUNED, FRESH), (STARTED, FRESH), (STARTED_FINALS, FRESH), (STARTED, MOBILE),
-            (STARTED, FEW), (STARTED, VIT),
+            (STARTED, FEW), (STARTED, VIT), (STARTED_FINALS, VIT),
         )
     ),
     *((KEPT, *of, "", _kept(of[0])) for of in (PAPER, AS_CHOSEN, (TUNED, FRESH), *ELSEWHERE)),
-    (KEPT, STARTED_FINALS, FRESH, "", _kept(STARTED_FINALS)),
+    *((KEPT, STARTED_FINALS, place, "", _kept(STARTED_FINALS)) for place in (FRESH, VIT)),
     (KEPT, STARTED_FINALS, FRESH, DENSE_TWICE, _kept(STARTED_FINALS, DENSE_TWICE)),
     *(
         (LEVEL, form, place, other, _at_equal_macs(form, other))
@@ -165,6 +167,7 @@ ROWS: list[tuple[Aim, str, str, str, Ask]] = [
             (QUARTER, FEW, ("scratch, shape of a quarter",)),
             (TRIED, CHOSEN, ("torch-pruning, even", "scratch at uniform widths", "scratch",
                              "scratch, shape that was tried")),
+            (LEAN_FINALS, CHOSEN, ("scratch",)),
         )
         for other in others
     ),
