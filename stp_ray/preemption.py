@@ -16,6 +16,7 @@ import urllib.request
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from http.client import HTTPException
 from pathlib import Path
 
 log = logging.getLogger("preemption")
@@ -108,7 +109,7 @@ def watch(notice: Callable[[], float | None], poll_s: float = POLL_S) -> float:
         try:
             left = notice()
             silent = False
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, HTTPException, ValueError, KeyError, TypeError) as error:
             left = None
             if not silent:
                 log.warning("no answer from the metadata service (%s); asking on", error)
@@ -167,7 +168,7 @@ def _drain(address: str, node: str, seconds: float) -> bool:
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True,
             timeout=DRAIN_S,
         )  # fmt: skip
-    except subprocess.SubprocessError as error:
+    except (OSError, subprocess.SubprocessError) as error:  # the first: there is no such program
         said = str(getattr(error, "stdout", None) or "nothing").strip()[-500:]
         log.warning("%s is not drained (%s); ray said: %s", node, error, said)
         return False

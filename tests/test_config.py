@@ -132,6 +132,7 @@ def test_yaml_that_cannot_be_is_told_in_one_line(tmp_path, text):
 
 def test_other_processes_get_absolute_paths_and_uris_as_they_are(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
     config = load_config(
         {"data": {"name": "parquet", "uri": "set"}, "model": {"weights": "first/w.pt"}}
     )
@@ -142,6 +143,15 @@ def test_other_processes_get_absolute_paths_and_uris_as_they_are(tmp_path, monke
     remote = load_config({"data": {"name": "parquet", "uri": "s3://bucket/set"}})
     assert placed(remote) == remote
     assert placed(load_config({})) == load_config({})
+
+
+def test_other_processes_are_told_the_cluster_that_the_driver_joined(monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    config = load_config({})
+    assert placed(config).cluster.address == "10.0.0.1:6379"
+    assert run_id(config) == run_id(placed(config))
+    given = load_config({}, ["cluster.address=auto"])
+    assert placed(given).cluster.address == "auto"
 
 
 def test_a_recipe_given_as_a_mapping_is_left_alone():

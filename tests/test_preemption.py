@@ -9,6 +9,7 @@ import time
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from functools import partial
+from http.client import BadStatusLine, IncompleteRead
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -195,6 +196,20 @@ def test_the_node_is_drained_when_the_notice_comes_and_not_before(cloud, notice,
     assert 0 < int(given["--deadline-remaining-seconds"]) <= most
 
 
+@pytest.mark.parametrize("error", [IncompleteRead(b"{"), BadStatusLine("?"), TypeError("a list")])
+def test_an_answer_that_was_cut_off_is_asked_for_again(error):
+    answers = [error, None, 30.0]
+
+    def notice():
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    assert preemption.watch(notice, poll_s=0.01) == 30.0
+    assert not answers
+
+
 @pytest.mark.parametrize("failures", [1, 0])
 def test_a_drain_that_fails_is_tried_again(recorded, monkeypatch, failures):
     folder, calls = recorded
@@ -210,6 +225,13 @@ def test_a_drain_that_is_never_accepted_is_told(recorded, monkeypatch, caplog):
     monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
     assert not preemption.drain(30.0, folder / "proc", pause_s=0.01)
     assert caplog.text.count("no cluster") == preemption.ATTEMPTS
+
+
+def test_a_machine_without_the_command_of_ray_is_told(recorded, monkeypatch, caplog):
+    folder, _ = recorded
+    monkeypatch.setenv("PATH", str(folder / "nothing"))
+    assert not preemption.drain(30.0, folder / "proc", pause_s=0.01)
+    assert caplog.text.count("is not drained") == preemption.ATTEMPTS
 
 
 def test_a_machine_without_ray_is_told(tmp_path, caplog):

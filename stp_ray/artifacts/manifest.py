@@ -80,7 +80,7 @@ class Manifest:
             inputs: what it was made from: names and checksums or URIs.
             outputs: name relative to the run's folder -> sha256.
             seconds: wall-clock duration.
-            device_seconds: seconds times the devices (CPU cores or GPUs) that were held.
+            device_seconds: seconds times the devices (CPU cores or GPUs) that were asked for.
             metrics: JSON-able figures.
         """
         stages = self.stages()

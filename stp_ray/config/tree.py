@@ -328,13 +328,17 @@ class RunConfig(_Section):
 
 
 def placed(config: RunConfig) -> RunConfig:
-    """The same with local paths that are absolute, for other processes: Ray's workers stand in
-    folders of their own. The run id is that of the configuration as it was given."""
-    data, model = config.data, config.model
+    """The same for other processes, with local paths that are absolute and the cluster's address:
+    Ray's workers stand in folders of their own, and `ray job submit` tells the driver alone. The
+    run id is that of the configuration as it was given."""
+    data, model, address = config.data, config.model, config.cluster.address
     return config.model_copy(
         update={
             "data": dataclasses.replace(data, uri=_absolute(data.uri)),
             "model": model.model_copy(update={"weights": _absolute(model.weights)}),
+            "cluster": config.cluster.model_copy(
+                update={"address": address or os.environ.get("RAY_ADDRESS")}
+            ),
         }
     )
 

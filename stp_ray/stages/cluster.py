@@ -10,7 +10,7 @@ import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from ..errors import ClusterError
+from ..errors import ClusterError, RunError, StpError
 from . import quiet
 
 if TYPE_CHECKING:
@@ -116,6 +116,29 @@ def places(options: "ClusterOptions") -> int:
         for node in ray.nodes()
         if node["Alive"]
     )
+
+
+def result(reference: Any, what: str) -> Any:
+    """What a task of Ray returned.
+
+    Args:
+        reference: Ray's to its outcome.
+        what: the task, for the message.
+
+    Raises:
+        StpError: what it raised for the user.
+        RunError: anything else that ended it.
+    """
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayError as error:
+        cause = getattr(error, "cause", None)
+        if isinstance(cause, StpError):
+            raise cause from error
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise RunError(
+            f"{what} failed: {lines[-1].strip()[:200]}; the same command goes on from what is kept"
+        ) from error
 
 
 @contextlib.contextmanager

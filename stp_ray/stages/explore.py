@@ -169,7 +169,8 @@ class _Search:
     ) -> None:
         self._explorer, self._tracker = explorer, tracker
         self._most, self._workers, self._batch = most, workers, most
-        self._generation, self._told = -1, 0
+        self._generation: int | None = None
+        self._told = 0
         self._parts = store.child(_PARTS)
         rows = _scored(self._parts)
         self._started = time.monotonic() - _spent(rows)
@@ -208,6 +209,7 @@ class _Search:
         """Tell the explorer what is known, a closed generation at a time, up to one of which
         something is missing."""
         while asked := self._explorer.ask():
+            self._enter(asked[0].generation)
             missing = [candidate for candidate in asked if candidate.key not in self._scores]
             if missing:
                 self._waiting.extend(missing)
@@ -217,14 +219,16 @@ class _Search:
                 return
             self._explorer.tell({c.key: self._scores.pop(c.key) for c in asked})
             self._told += len(asked)
-            if asked[0].generation != self._generation:
-                self._generation = asked[0].generation
-                self._log()
+        self._enter(None)
 
-    def _log(self) -> None:
-        explorer = self._explorer
-        best = {f"best/{b.label}": explorer.best(b).score for b in explorer.budgets}
-        self._tracker.log({**best, "candidates": float(self._told)}, self._generation + 1)
+    def _enter(self, generation: int | None) -> None:
+        """Log the generation that was asked for before, once another one is, or nothing any more:
+        some of it is asked for again, after tuning, before its scores are final."""
+        explorer, before = self._explorer, self._generation
+        if before is not None and generation != before:
+            best = {f"best/{b.label}": explorer.best(b).score for b in explorer.budgets}
+            self._tracker.log({**best, "candidates": float(self._told)}, before + 1)
+        self._generation = generation
 
 
 # -- Ray Tune ---------------------------------------------------------------------------
@@ -376,10 +380,13 @@ def _tune(
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(workers)
     resources = {name.lower(): amount for name, amount in cluster.worker_resources(options).items()}
     weights_reference = ray.put(weights)
-    main_logits = ray.get(
-        ray.remote(_main_logits)
-        .options(num_cpus=resources["cpu"], num_gpus=resources.get("gpu", 0))
-        .remote(config, images, weights_reference)
+    looking = ray.remote(_main_logits).options(
+        num_cpus=resources["cpu"],
+        num_gpus=resources.get("gpu", 0),
+        max_retries=options.max_failures,
+    )
+    main_logits = cluster.result(
+        looking.remote(config, images, weights_reference), "exploration's look at the main network"
     )
     trial = tune.with_parameters(
         _Trial, run_config=config, images=images, weights=weights, main_logits=main_logits

@@ -24,7 +24,7 @@ from ..method.modes import inspecting
 from ..tracking import Tracker
 from . import cluster
 from .images import Images, SharedImages
-from .jobs import METRICS, RESULT, SHARED, WEIGHTS, Job, Place, Report, train
+from .jobs import METRICS, RESULT, SHARED, WEIGHTS, Job, Place, Report, seconds_spent, train
 from .network import build_supernet, divisor
 from .predictions import PREDICTIONS, compare, top1
 from .relay import relayed
@@ -75,7 +75,7 @@ def finalize(
     trackers: Trackers,
 ) -> Iterator[tuple[str, dict[str, Any], float]]:
     """Prune the supernet to each target; yields (budget label, `pruned.json`, seconds that it held
-    its workers) as they finish.
+    its workers, over all attempts) as they finish.
 
     Args:
         config: the run's configuration.
@@ -91,7 +91,7 @@ def finalize(
     jobs = {label: _jobs(config, run, label, target) for label, target in targets.items()}
     if config.cluster.in_process:
         for label, trainings in jobs.items():
-            started = time.monotonic()
+            started = time.monotonic() - spent(trainings[0].store)
             for job in trainings:
                 fit(job, images, config.finalize.num_workers, trackers[job.stage])
             pruned = prune(trainings[0], images.here(), torch.device("cpu"))
@@ -116,21 +116,26 @@ def _side_by_side(
     waiting: list[str] = list(jobs)
     running: dict[Any, str] = {}
     failed: dict[str, BaseException] = {}
-    while waiting or running:
-        while waiting and (
-            workers == 1 or len(running) < max(1, cluster.places(options) // workers)
-        ):
-            label = waiting.pop(0)
-            running[task.remote(jobs[label], images, relay)] = label
-        (done,), _ = ray.wait(list(running), num_returns=1)
-        label = running.pop(done)
-        try:
-            outcome = ray.get(done)
-        except ray.exceptions.RayError as error:
-            failed[label] = error
-        else:
-            if outcome is not None:
-                yield label, *outcome
+    try:
+        while waiting or running:
+            while waiting and (
+                workers == 1 or len(running) < max(1, cluster.places(options) // workers)
+            ):
+                label = waiting.pop(0)
+                running[task.remote(jobs[label], images, relay)] = label
+            (done,), _ = ray.wait(list(running), num_returns=1)
+            label = running.pop(done)
+            try:
+                outcome = ray.get(done)
+            except ray.exceptions.RayError as error:
+                failed[label] = error
+            else:
+                if outcome is not None:
+                    yield label, *outcome
+    finally:  # an interruption: without the driver nobody may write to the run's folder
+        for reference in running:
+            with contextlib.suppress(Exception):  # the cluster may be gone
+                ray.cancel(reference, force=True)
     told = ray.get(relay.error.remote())
     if told is not None:
         raise told
@@ -139,6 +144,15 @@ def _side_by_side(
             f"budget {label} failed: {str(cause).strip().splitlines()[-1][:200]}; the same "
             "command resumes it from its last checkpoint"
         ) from cause
+
+
+def spent(home: Store) -> float:
+    """Seconds that attempts before this one have trained for a budget, its control among them.
+
+    Args:
+        home: the budget's folder.
+    """
+    return seconds_spent(home) + seconds_spent(home.child("control"))
 
 
 def _jobs(config: RunConfig, run: Store, label: str, target: str) -> list[Job]:
@@ -160,9 +174,9 @@ def _jobs(config: RunConfig, run: Store, label: str, target: str) -> list[Job]:
 def _finalize_task(
     jobs: list[Job], images: Images | SharedImages, relay: Any
 ) -> tuple[dict[str, Any], float] | None:
-    """Train and prune one budget; `pruned.json` and the seconds that it took, or None if an error
-    for the user was recorded."""
-    started = time.monotonic()
+    """Train and prune one budget; `pruned.json` and the seconds that it took, those of attempts
+    before this one among them, or None if an error for the user was recorded."""
+    started = time.monotonic() - spent(jobs[0].store)
     config = jobs[0].config
     workers = config.finalize.num_workers
     try:
@@ -176,7 +190,9 @@ def _finalize_task(
             return pruned, time.monotonic() - started
         resources = cluster.worker_resources(config.cluster)
         pruning = ray.remote(_prune_task).options(
-            num_cpus=resources["CPU"], num_gpus=resources.get("GPU", 0)
+            num_cpus=resources["CPU"],
+            num_gpus=resources.get("GPU", 0),
+            max_retries=config.cluster.max_failures,
         )
         return ray.get(pruning.remote(jobs[0], images)), time.monotonic() - started
     except StpError as error:

@@ -15,7 +15,6 @@ from ..config import RunConfig
 from ..data import DataSummary
 from ..elastic import Subnet, Supernet
 from ..elastic.latency import LatencyTable, tabulate
-from ..errors import StpError
 from ..method import Explorer, Scored
 from ..method.meeting import meet
 from ..timing import Stopwatch
@@ -149,9 +148,5 @@ def _on_a_worker(config: RunConfig, work: Callable[..., Result], *arguments: Any
         num_gpus=resources.get("GPU", 0),
         max_retries=options.max_failures,
     )
-    try:
-        return ray.get(task.remote(*arguments))
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, StpError):
-            raise error.cause from error
-        raise
+    found: Result = cluster.result(task.remote(*arguments), "measuring latencies")
+    return found

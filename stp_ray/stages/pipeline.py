@@ -31,7 +31,7 @@ from ..report import (
 from ..tracking import Artifact, Tracker, Tracking
 from . import cluster, latency
 from .explore import CANDIDATES, FRONT, explore, seconds_searched
-from .finalize import PRUNED, claim, finalize, folder
+from .finalize import PRUNED, claim, finalize, folder, spent
 from .images import Images, SharedImages, share
 from .inputs import INPUTS, inputs, require_same
 from .jobs import RESULT, Job, seconds_spent
@@ -258,7 +258,7 @@ class _Pipeline:
         kinds: dict[Training, Optimisation] = {"finalize": self.config.finalize.optimisation}
         if self.config.finalize.control:
             kinds["control"] = self.config.control_options()
-        spent = {label: self._spent(label) for label in missing}
+        before = {label: spent(self.store.child(folder(label))) for label in missing}
         started = time.monotonic()
         with contextlib.ExitStack() as stack:
             trackers = {
@@ -277,7 +277,7 @@ class _Pipeline:
                 if "control_top1" in pruned:
                     control = {**metrics, "top1": pruned["control_top1"]}
                     trackers[f"control/{label}"].summary(control)
-                seconds = spent[label] + time.monotonic() - started
+                seconds = before[label] + time.monotonic() - started
                 self.manifest.finish(
                     f"finalize/{label}",
                     inputs=self._inputs("supernet", "explore", *self._baseline(*kinds)),
@@ -287,16 +287,10 @@ class _Pipeline:
                     },
                     seconds=seconds,
                     # without the time that it waited for the devices of another budget
-                    device_seconds=(spent[label] + held_s)
-                    * self._devices(self.config.finalize.num_workers),
+                    device_seconds=held_s * self._devices(self.config.finalize.num_workers),
                     metrics=metrics,
                 )
                 tracker.artifact(self._artifact(f"finalize/{label}"))
-
-    def _spent(self, label: str) -> float:
-        """Seconds that calls before this one have trained for a budget."""
-        home = self.store.child(folder(label))
-        return seconds_spent(home) + seconds_spent(home.child("control"))
 
     def _report(self) -> dict[str, Any]:
         started = time.monotonic()
@@ -329,7 +323,10 @@ class _Pipeline:
         budgets = summary["budgets"]
         with self._tracked("report", {}) as tracker:
             tracker.summary({name: v for name, v in summary.items() if name != "budgets"})
-            tracker.table("budgets", [{"budget": b, **entry} for b, entry in budgets.items()])
+            rows = [{"budget": b, **entry} for b, entry in budgets.items()]
+            for one in rows:
+                one.pop("measured", None)  # nested, and of budgets on latency alone
+            tracker.table("budgets", rows)
             tracker.picture("architecture", lambda: architecture_picture(self.store))
             tracker.picture("accuracy", lambda: accuracy_against_macs(summary, "png"))
             tracker.artifact(self._artifact("report"))

@@ -79,3 +79,30 @@ def test_a_candidate_that_is_lost_again_and_again_ends_the_search(failures):
             tune.on_trial_complete(f"{number}", scores)
     assert lost == failures + 1
     assert tune.gave_up() and search.open()
+
+
+class Kept:
+    """A tracker that keeps what is logged."""
+
+    def __init__(self):
+        self.logged = []
+
+    def log(self, metrics, step):
+        self.logged.append((step, metrics))
+
+
+@pytest.mark.parametrize("finalists", [0, 2])
+def test_the_best_score_of_a_generation_is_told_once_its_scores_are_final(finalists):
+    options = Exploration(
+        generations=2, population=8, parents=4, scoring_images=16, tuning_steps=3,
+        finalists=finalists, final_steps=6,
+    )  # fmt: skip
+    budget, kept = Budget(macs=0.9), Kept()
+    explorer = Explorer(make_space([24, 16], [8]), [budget], options, 0, held_out=32)
+    search, final = _Search(explorer, Store(f"memory://{uuid.uuid4()}"), 4, kept), {}
+    while batch := search.take():
+        scores = {c.key: 10.0 - c.generation - c.steps for c in batch}  # the later, the better
+        search.put(batch, scores)
+        final[batch[0].generation + 1] = min(scores.values())
+    assert [step for step, _ in kept.logged] == list(final)
+    assert {step: metrics[f"best/{budget.label}"] for step, metrics in kept.logged} == final

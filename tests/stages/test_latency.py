@@ -1,7 +1,9 @@
 """Latency budgets in runs: measured once, kept in the end."""
 
+import contextlib
 import json
 import statistics
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from stp_ray.elastic import Budget, Subnet
 from stp_ray.errors import BudgetError, StorageError
 from stp_ray.stages import latency
 from stp_ray.stages.network import build_supernet, latency_table, price
+from stp_ray.stages.pipeline import _Pipeline
 from stp_ray.stages.plan import plan
 from stp_ray.status import status
 from stp_ray.timing import Stopwatch
@@ -161,3 +164,15 @@ def test_a_latency_is_met_on_this_machine(tmp_path):
         watch = Stopwatch(full, torch.zeros(1, 3, 8, 8), torch.device("cpu"), 1, onnx=False)
         shares.append(watch.ratio(small))
     assert 0.6 * budget < statistics.median(shares) <= 1.1 * budget
+
+
+def test_budgets_that_were_timed_and_others_have_the_same_columns():
+    """A table of wandb has those of its first row."""
+    tables, met = [], {"limit_ms": 2.0, "latency_ms": 1.0}
+    tracker = MagicMock(table=lambda name, rows: tables.append(rows))
+    shown = MagicMock(_tracked=lambda *arguments: contextlib.nullcontext(tracker))
+    budgets = {"latency-2ms": {"top1": 50.0, "measured": met}, "0.5": {"top1": 60.0}}
+    _Pipeline._show(shown, {"budgets": budgets})
+    ((timed, other),) = tables
+    assert list(timed) == list(other) == ["budget", "top1"]
+    assert budgets["latency-2ms"]["measured"] == met
