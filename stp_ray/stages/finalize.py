@@ -7,7 +7,7 @@ The extracted network is final: there is no fine-tuning after it.
 import contextlib
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -73,7 +73,7 @@ def finalize(
     targets: Mapping[str, str],
     images: Images | SharedImages,
     trackers: Trackers,
-) -> Iterator[tuple[str, dict[str, Any], float]]:
+) -> Generator[tuple[str, dict[str, Any], float]]:
     """Prune the supernet to each target; yields (budget label, `pruned.json`, seconds that it held
     its workers, over all attempts) as they finish.
 
@@ -103,7 +103,7 @@ def finalize(
 
 def _side_by_side(
     config: RunConfig, jobs: dict[str, list[Job]], images: Images | SharedImages, relay: Any
-) -> Iterator[tuple[str, dict[str, Any], float]]:
+) -> Generator[tuple[str, dict[str, Any], float]]:
     """A task per budget. All are asked for at once, so that a cluster that can grows for them; but
     those with workers of their own only while there is room for these."""
     options, workers = config.cluster, config.finalize.num_workers

@@ -268,7 +268,12 @@ class _Pipeline:
                 for label in missing
                 for kind, options in kinds.items()
             }
-            outcomes = finalize(self.placed, self.store, missing, self.images, trackers)
+            # closed when this one may not go on: its tasks would
+            outcomes = stack.enter_context(
+                contextlib.closing(
+                    finalize(self.placed, self.store, missing, self.images, trackers)
+                )
+            )
             for label, pruned, held_s in outcomes:
                 home = folder(label)
                 tracker = trackers[f"finalize/{label}"]
