@@ -15,7 +15,6 @@ from contenders import (
     FINALS_TWICE,
     FORMS,
     GIVEN_SHAPE,
-    LEAN_FINALS,
     LONGER,
     OPTIONS,
     OURS,
@@ -133,7 +132,7 @@ CHANGED: dict[str, tuple[str, ...]] = {
 #: The sparsification that shrinks what it drops.
 PENALTY = "group lasso"
 #: Ours at its cheapest, which equal MACs buy the most epochs of.
-LEAN = ("stp, target alone", LEAN_FINALS, TRIED)
+LEAN = ("stp, target alone", TRIED)
 #: Trainings of a shape that STP found, and the same of shapes that nobody has to find.
 UNFOUND = {
     "scratch": ("scratch at uniform widths", "scratch at a random shape"),

@@ -637,7 +637,6 @@ OURS = "stp"
 TAUGHT = f"{OURS}, taught, four subnets a step"
 QUARTER = f"{TAUGHT}, a quarter, restart"
 TRIED = f"{OURS}, target alone, shapes tried"
-LEAN_FINALS = f"{OURS}, target alone, finals"
 TUNED = f"{QUARTER}, tuned scores"
 STARTED = f"{TUNED}, of the teacher"
 STARTED_FINALS = f"{QUARTER}, finals, of the teacher"
@@ -721,7 +720,6 @@ OWN_SHAPE: dict[str, Any] = {
     "stp, taught": replace(STP, taught=True),
     "stp, target alone": ALONE,
     TRIED: replace(ALONE, tried_epochs=2),
-    LEAN_FINALS: replace(ALONE, **OPTIONS["finals"]),
     "stp, a sixth stimulative": replace(STP, share=1 / 6),
     "stp, taught, four subnets a step, tuned scores": replace(BEST, tuning_steps=50),
     "stp, taught at first, four subnets a step": replace(BEST, to_the_end=False),

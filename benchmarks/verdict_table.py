@@ -9,7 +9,6 @@ from pathlib import Path
 from contenders import (
     DENSE_TWICE,
     GIVEN_SHAPE,
-    LEAN_FINALS,
     OPTIONS,
     OURS,
     OWN_SHAPE,
@@ -167,7 +166,6 @@ ROWS: list[tuple[Aim, str, str, str, Ask]] = [
             (QUARTER, FEW, ("scratch, shape of a quarter",)),
             (TRIED, CHOSEN, ("torch-pruning, even", "scratch at uniform widths", "scratch",
                              "scratch, shape that was tried")),
-            (LEAN_FINALS, CHOSEN, ("scratch",)),
         )
         for other in others
     ),

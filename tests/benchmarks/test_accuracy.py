@@ -31,7 +31,6 @@ def test_every_method_runs_under_both_accounts(lines):
     ours = {method for method in equal["epochs"] if method.startswith("stp")}
     assert {"stp", "stp, uniform widths", "stp, random subnet", "stp, no expansion"} <= ours
     lean = {"stp, main let go", "stp, target alone", "stp, target alone, shapes tried"}
-    lean |= {"stp, target alone, finals"}
     twice = {"dense, twice the epochs"}
     twice |= {
         f"scratch + distillation, shape {of}, twice the epochs"
