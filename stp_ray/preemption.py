@@ -104,12 +104,13 @@ def watch(notice: Callable[[], float | None], poll_s: float = POLL_S) -> float:
     Returns:
         The seconds left.
     """
+    odd = (ValueError, KeyError, TypeError, AttributeError)  # an answer of another form
     silent = False
     while True:
         try:
             left = notice()
             silent = False
-        except (OSError, HTTPException, ValueError, KeyError, TypeError) as error:
+        except (OSError, HTTPException, *odd) as error:
             left = None
             if not silent:
                 log.warning("no answer from the metadata service (%s); asking on", error)

@@ -8,14 +8,12 @@ from .visit import Size, Value, Visit, spread
 
 def linear(visit: Visit) -> Value:
     x = visit.x
-    module = visit.module
     weight = visit.tensor("weight", None, x[-1])
     out = visit.dims.produced(weight[0], visit.layer)
     visit.tensor("bias", out)
     visit.step.attributes.update(in_features=Size(x[-1]), out_features=Size(out))
     factor, elastic = spread(visit.resolved(x[:-1]))
     visit.macs(factor, *elastic, x[-1], out)
-    assert module is not None
     return (*x[:-1], out)
 
 
