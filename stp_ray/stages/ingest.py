@@ -43,8 +43,10 @@ from ..errors import DataError, StpError
 _UNIT_BYTES = 32 * 2**20
 _UNIT_ROWS = 1024
 _BUFFER_BYTES = 512 * 2**20
-#: Between two looks at tasks that each take about a second.
-_PAUSE_S = 0.02
+#: Between two looks at tasks that each take about a second, at least and at most.
+_PAUSE_S = 0.02, 0.1
+#: And this many times as long as the processor needed for the last one.
+_PAUSE_SHARE = 6
 
 _Unit = list[ParquetPart]
 #: Images and their labels int64 [n]: decoded, uint8 [n, 3, H, W], or encoded files, object [n].
@@ -258,10 +260,15 @@ def _share(units: list[_Unit], rank: int, world_size: int) -> list[_Unit]:
 class _Pause(ExecutionCallback):
     """Ray's executor, a thread of the process that trains, asks without pause whether there is room
     for more once what was read ahead fills its share of the object store; it would take half of the
-    interpreter from the threads that decode."""
+    interpreter from the threads that decode. A slow processor gets longer pauses."""
+
+    _seen = 0.0
 
     def on_execution_step(self, executor: object) -> None:
-        time.sleep(_PAUSE_S)
+        least, most = _PAUSE_S
+        spent = time.thread_time() - self._seen
+        time.sleep(min(max(least, _PAUSE_SHARE * spent), most))
+        self._seen = time.thread_time()
 
 
 @dataclass(frozen=True)

@@ -151,6 +151,17 @@ def test_reading_ahead_leaves_the_interpreter_to_the_trainer(cluster, tmp_path, 
     assert count == 40
 
 
+@pytest.mark.parametrize(("spent", "pause"), [(0.001, 0.02), (0.01, 0.06), (0.5, 0.1)])
+def test_a_slow_processor_gets_longer_pauses(monkeypatch, spent, pause):
+    looked, slept = iter((spent, spent, spent + 0.003, spent + 0.003)), []
+    monkeypatch.setattr(ingest.time, "thread_time", lambda: next(looked))
+    monkeypatch.setattr(ingest.time, "sleep", slept.append)
+    waiting = ingest._Pause()
+    waiting.on_execution_step(None)
+    waiting.on_execution_step(None)
+    assert slept == pytest.approx([pause, 0.02])
+
+
 def test_skipped_images_are_counted_and_made_up_for(cluster, tmp_path, caplog):
     write_parquet(tmp_path, train=45, corrupt=(3, 4, 20, 44))
     lenient = options(tmp_path, max_corrupt=0.2)
