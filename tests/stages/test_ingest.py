@@ -147,6 +147,7 @@ def test_reading_ahead_leaves_the_interpreter_to_the_trainer(cluster, tmp_path, 
     spent = time.process_time()
     time.sleep(2)
     spent = time.process_time() - spent
+    assert any(thread.name.startswith("StreamingExecutor") for thread in threading.enumerate())
     assert spent < 1.0  # of two seconds; the thread that waits for room would take all
     assert sum(1 for _ in arriving) == 39
 
