@@ -146,7 +146,7 @@ ROWS: list[tuple[Aim, str, str, str, Ask]] = [
         (LONG, form, place, "", _ahead(form))
         for form, place in (
             (STARTED, FRESH), (STARTED_FINALS, FRESH), (STARTED, MOBILE), (STARTED, FEW),
-            (STARTED, VIT),
+            (STARTED, VIT), (STARTED_FINALS, VIT),
         )
     ),
     *(
