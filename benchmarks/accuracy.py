@@ -90,6 +90,9 @@ PROTOCOLS = {
 }  # fmt: skip
 
 
+ACCOUNTING = ("epochs", "macs")
+
+
 def cells(budgets: Sequence[float], methods: list[str], accounting: list[str]) -> list[Cell]:
     """Everything to train for these budgets and one seed, in the order of the methods."""
     found = []
@@ -183,16 +186,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("protocol", nargs="?", choices=[p for p in PROTOCOLS if p != "smoke"])
     add_data(parser)
-    parser.add_argument("--seed", type=int, nargs="*", help="default: those of the protocol")
+    several = {"nargs": "+", "action": "extend"}
+    parser.add_argument("--seed", type=int, help="default: those of the protocol", **several)
     parser.add_argument(
-        "--method", nargs="*", choices=[*OWN_SHAPE, *GIVEN_SHAPE], help="default: all"
-    )
+        "--method", metavar="METHOD", choices=[*OWN_SHAPE, *GIVEN_SHAPE],
+        help="names that contenders.py has; default: all", **several,
+    )  # fmt: skip
     parser.add_argument(
-        "--budget", type=float, nargs="*", help="default: those that the supernet is trained for"
+        "--budget", type=float, help="default: those that the supernet is trained for", **several
     )
-    parser.add_argument(
-        "--equal", nargs="*", choices=["epochs", "macs"], default=["epochs", "macs"]
-    )
+    parser.add_argument("--equal", choices=ACCOUNTING, help="default: both", **several)
     parser.add_argument(
         "--work",
         type=Path,
@@ -220,7 +223,7 @@ def main() -> None:
         )
         out.parent.mkdir(parents=True, exist_ok=True)
         seeds = chosen.seed or protocol.seeds
-        each = cells(budgets, methods, chosen.equal)
+        each = cells(budgets, methods, chosen.equal or list(ACCOUNTING))
         if chosen.jobs == 1:
             wanted = [(seed, cell) for seed in seeds for cell in each]
         else:  # the first of all seeds, which others wait for, side by side

@@ -3,7 +3,8 @@
 import contextlib
 import os
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -15,6 +16,9 @@ from . import quiet
 
 if TYPE_CHECKING:
     from ..config import ClusterOptions
+
+#: Seconds between two looks at what is left of the cluster.
+_LOOK_EVERY_S = 1.0
 
 
 def wait_for_workers(options: "ClusterOptions") -> None:
@@ -79,10 +83,9 @@ def require_resources(options: "ClusterOptions", workers: int) -> None:
         remove_placement_group(group)
         if ready:
             return
-    bundle, has = worker_resources(options), ray.cluster_resources()
-    given = ", ".join(f"{has.get(name, 0):g} {name}" for name in bundle)
-    asked = ", ".join(f"{amount * workers:g} {name}" for name, amount in bundle.items())
-    each = ", ".join(f"{amount:g} {name}" for name, amount in bundle.items())
+    has = ray.cluster_resources()
+    given = ", ".join(f"{has.get(name, 0):g} {name}" for name in worker_resources(options))
+    asked, each = _needed(options, workers), _needed(options)
     waited = f" after {options.schedule_timeout_s:g} s" if joined else ""
     raise ClusterError(
         f"the cluster has {given}{waited}; {workers} workers need {asked}, {each} of one machine "
@@ -108,6 +111,12 @@ def worker_resources(options: "ClusterOptions") -> dict[str, float]:
     return resources
 
 
+def _needed(options: "ClusterOptions", workers: int = 1) -> str:
+    """What so many workers ask Ray for, for a message."""
+    bundle = worker_resources(options)
+    return ", ".join(f"{amount * workers:g} {name}" for name, amount in bundle.items())
+
+
 def places(options: "ClusterOptions") -> int:
     """Workers that the cluster has room for at its present size."""
     bundle = worker_resources(options)
@@ -118,19 +127,77 @@ def places(options: "ClusterOptions") -> int:
     )
 
 
-def result(reference: Any, what: str) -> Any:
-    """What a task of Ray returned.
+class Patience:
+    """How long a stage waits for a cluster that has lost every machine with room for a worker. Ray
+    would wait for ever.
+
+    Args:
+        options: of the cluster; `schedule_timeout_s` is how long.
+    """
+
+    def __init__(self, options: "ClusterOptions") -> None:
+        self._options = options
+        self._over = False
+        #: When there was room last, and when that was looked at.
+        self._room = self._looked = time.monotonic()
+
+    def over(self) -> bool:
+        """Whether there has been no room for too long, now or at an earlier look."""
+        now = time.monotonic()
+        if now - self._looked >= _LOOK_EVERY_S:
+            self._looked = now
+            if places(self._options):
+                self._room = now
+            self._over |= now - self._room > self._options.schedule_timeout_s
+        return self._over
+
+    def error(self) -> RunError:
+        """What the user is told then."""
+        return RunError(
+            f"no machine of the cluster has had room for a worker ({_needed(self._options)}) for "
+            f"{self._options.schedule_timeout_s:g} s; expected lost ones to be replaced; add nodes "
+            "or raise cluster.schedule_timeout_s; the same command goes on from what is kept"
+        )
+
+
+def first(references: Iterable[Any], options: "ClusterOptions") -> Any:
+    """The first of these tasks of one worker each that ends.
+
+    Args:
+        references: Ray's to their outcomes.
+        options: of the cluster.
+
+    Raises:
+        RunError: the cluster has no machine for them any more.
+    """
+    waiting, patience = list(references), Patience(options)
+    while True:
+        done, _ = ray.wait(waiting, num_returns=1, timeout=_LOOK_EVERY_S)
+        if done:
+            return done[0]
+        if patience.over():
+            raise patience.error()
+
+
+def result(reference: Any, what: str, options: "ClusterOptions") -> Any:
+    """What a task of one worker returned.
 
     Args:
         reference: Ray's to its outcome.
         what: the task, for the message.
+        options: of the cluster.
 
     Raises:
         StpError: what it raised for the user.
-        RunError: anything else that ended it.
+        RunError: anything else that ended it, or the cluster has no machine for it any more, and
+            it is cancelled.
     """
     try:
+        first([reference], options)
         return ray.get(reference)
+    except RunError:
+        ray.cancel(reference, force=True)
+        raise
     except ray.exceptions.RayError as error:
         cause = getattr(error, "cause", None)
         if isinstance(cause, StpError):

@@ -20,6 +20,7 @@ from ray import tune
 from ray.tune.execution import class_cache
 from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
+from ray.tune.stopper import Stopper
 from torch import Tensor
 
 from ..artifacts import Store
@@ -323,6 +324,23 @@ class _Generations(Searcher):
         """Nothing is ever read back from Tune's own state."""
 
 
+class _Patient(Stopper):
+    """Ends a search whose cluster has lost all machines; Tune would wait for ever.
+
+    Args:
+        patience: says when.
+    """
+
+    def __init__(self, patience: cluster.Patience) -> None:
+        self._patience = patience
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        return self._patience.over()
+
+
 class _Keeping(FIFOScheduler):
     """Keeps every worker for the next batch. Tune would stop all of them but one between two
     generations, and those that are about to be up when another is done first: it gives that one
@@ -386,11 +404,14 @@ def _tune(
         max_retries=options.max_failures,
     )
     main_logits = cluster.result(
-        looking.remote(config, images, weights_reference), "exploration's look at the main network"
+        looking.remote(config, images, weights_reference),
+        "exploration's look at the main network",
+        options,
     )
     trial = tune.with_parameters(
         _Trial, run_config=config, images=images, weights=weights, main_logits=main_logits
     )
+    patience = cluster.Patience(options)
     with cluster.scratch() as folder:
         tuner = tune.Tuner(
             tune.with_resources(trial, resources),
@@ -404,12 +425,15 @@ def _tune(
             run_config=tune.RunConfig(
                 name="explore",
                 storage_path=folder,
+                stop=_Patient(patience),
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
                 verbose=0,
             ),
         )
         tuner.fit()
     if search.open():
+        if patience.over():
+            raise patience.error()
         raise RunError(
             f"exploration lost workers with the same candidates {options.max_failures + 1} times; "
             "the logs of Ray say what ended them; the scores so far are kept and the same command "

@@ -123,7 +123,10 @@ def _side_by_side(
             ):
                 label = waiting.pop(0)
                 running[task.remote(jobs[label], images, relay)] = label
-            (done,), _ = ray.wait(list(running), num_returns=1)
+            if workers == 1:
+                done = cluster.first(running, options)
+            else:  # their trainings have a time limit of their own
+                (done,), _ = ray.wait(list(running), num_returns=1)
             label = running.pop(done)
             try:
                 outcome = ray.get(done)
@@ -194,7 +197,10 @@ def _finalize_task(
             num_gpus=resources.get("GPU", 0),
             max_retries=config.cluster.max_failures,
         )
-        return ray.get(pruning.remote(jobs[0], images)), time.monotonic() - started
+        pruned = cluster.result(
+            pruning.remote(jobs[0], images), f"{jobs[0].stage}'s pruning", config.cluster
+        )
+        return pruned, time.monotonic() - started
     except StpError as error:
         ray.get(relay.fail.remote(jobs[0].stage, error))
         return None

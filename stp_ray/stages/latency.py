@@ -148,5 +148,5 @@ def _on_a_worker(config: RunConfig, work: Callable[..., Result], *arguments: Any
         num_gpus=resources.get("GPU", 0),
         max_retries=options.max_failures,
     )
-    found: Result = cluster.result(task.remote(*arguments), "measuring latencies")
+    found: Result = cluster.result(task.remote(*arguments), "measuring latencies", options)
     return found

@@ -53,6 +53,35 @@ def test_a_run_completes_on_three_machines(undisturbed):
     assert set(json.loads(undisturbed["summary.json"])["budgets"]) == set(BUDGETS)
 
 
+def test_a_run_that_loses_every_machine_ends_in_one_line_and_goes_on(cluster, undisturbed):
+    recipe = recipe_of_two()
+    recipe["cluster"]["schedule_timeout_s"] = 20
+
+    def ends_without_machines(ready):
+        driver = cluster.run("alone", recipe)
+        wait_for(ready, PATIENCE_S, "progress", driver.running)
+        for machine in cluster.workers:
+            machine.kill()
+        assert driver.wait(PATIENCE_S) == 1, driver.output
+        errors = [line for line in driver.output.splitlines() if line.startswith("error: ")]
+        assert len(errors) == 1, driver.output
+        assert "no machine of the cluster has had room" in errors[0]
+        assert "1 CPU" in errors[0] and "20 s" in errors[0]
+        for machine in cluster.workers:
+            cluster.join(machine)
+
+    ends_without_machines(lambda: cluster.found("alone", "explore/parts/"))
+    assert "explore/front.json" not in cluster.files("alone")
+    ends_without_machines(
+        lambda: {name for name in cluster.found("alone", "/checkpoint-") if name[0] == "b"}
+    )
+    assert not cluster.found("alone", "pruned.json")
+    driver = cluster.run("alone", recipe)
+    assert driver.wait(PATIENCE_S) == 0, driver.output
+    for name in WEIGHTS:
+        assert cluster.read("alone", name) == undisturbed[name], name
+
+
 def test_a_cut_link_and_killed_machines_change_nothing(cluster, undisturbed, record_property):
     second = cluster.workers[1]
     driver = cluster.run("disturbed", recipe_of_two())

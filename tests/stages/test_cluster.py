@@ -1,5 +1,7 @@
 """What a cluster has room for."""
 
+from types import SimpleNamespace
+
 import pytest
 import ray
 
@@ -33,6 +35,64 @@ def test_what_ends_a_task_is_told_in_one_line(monkeypatch, raised, told, words):
         raise ray.exceptions.RayTaskError("look", f"Traceback\n{raised!r}", raised)
 
     monkeypatch.setattr(ray, "get", get)
+    monkeypatch.setattr(ray, "wait", lambda waiting, **_: (waiting, []))
     with pytest.raises(told, match=words) as caught:
-        cluster.result(None, "looking")
+        cluster.result(None, "looking", ClusterOptions())
     assert "\n" not in str(caught.value)
+
+
+class Clock:
+    """Time that passes while a cluster is asked, and what it has room for."""
+
+    def __init__(self, monkeypatch, rooms):
+        self.now, self.rooms, self.looks = 0.0, rooms, 0
+        monkeypatch.setattr(cluster, "time", SimpleNamespace(monotonic=lambda: self.now))
+        monkeypatch.setattr(cluster, "places", self.places)
+
+    def places(self, options):
+        self.looks += 1
+        return self.rooms(self.now)
+
+    def wait(self, waiting, *, num_returns, timeout):
+        """Nothing ends."""
+        self.now += timeout
+        return [], waiting
+
+
+@pytest.fixture
+def passing(monkeypatch):
+    return lambda rooms: Clock(monkeypatch, rooms)
+
+
+def test_a_cluster_is_given_up_once_it_has_had_no_room_for_as_long_as_was_said(passing):
+    clock = passing(lambda now: int(now < 5 or 13 <= now < 14))
+    patience = cluster.Patience(ClusterOptions(schedule_timeout_s=10))
+    given_up = []
+    for _ in range(400):
+        clock.now += 0.1
+        given_up.append(patience.over())
+        if given_up[-1]:
+            break
+    assert 23 <= clock.now < 26  # 8 s without room are not enough, nor are seen as part of it
+    assert clock.looks <= clock.now + 1  # Ray is asked about once a second
+    clock.rooms = lambda now: 1
+    clock.now += 5
+    assert patience.over()  # what was stopped stays so
+    error = str(patience.error())
+    assert "1 CPU" in error and "10 s" in error and "schedule_timeout_s" in error
+
+
+def test_a_driver_that_stood_still_looks_before_it_gives_up(passing):
+    clock = passing(lambda now: 1)
+    patience = cluster.Patience(ClusterOptions(schedule_timeout_s=10))
+    clock.now += 1000
+    assert not patience.over()
+
+
+def test_a_task_without_a_machine_is_cancelled_and_told(passing, monkeypatch):
+    clock, cancelled = passing(lambda now: 0), []
+    monkeypatch.setattr(ray, "wait", clock.wait)
+    monkeypatch.setattr(ray, "cancel", lambda reference, force: cancelled.append(reference))
+    with pytest.raises(RunError, match=r"no machine .* for 10 s"):
+        cluster.result("task", "looking", ClusterOptions(schedule_timeout_s=10))
+    assert cancelled == ["task"] and 10 < clock.now < 13
