@@ -9,7 +9,10 @@ def recipe_folder() -> Path:
     repository = Path(__file__).resolve().parent.parent / "pipelines" / "recipes"
     if repository.is_dir():
         return repository
-    return Path(sysconfig.get_path("data")) / "share" / "stp_ray" / "recipes"
+    schemes = (sysconfig.get_default_scheme(), sysconfig.get_preferred_scheme("user"))
+    installed = [Path(sysconfig.get_path("data", scheme)) for scheme in schemes]
+    folders = [data / "share" / "stp_ray" / "recipes" for data in installed]
+    return next((folder for folder in folders if folder.is_dir()), folders[0])
 
 
 def recipe_names() -> list[str]:

@@ -1,12 +1,14 @@
 import dataclasses
 import subprocess
 import sys
+import sysconfig
 
 import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from stp_ray import recipes
 from stp_ray.config import (
     RunConfig,
     dump_config,
@@ -70,6 +72,18 @@ def test_a_resolved_tree_reads_back_unchanged():
     assert load_config(dump_config(config)) == config
     assert load_config(yaml.safe_load(to_yaml(config))) == config
     assert load_config(config, ["seed=1"]).seed == 1
+
+
+@pytest.mark.parametrize("scheme", ["default", "user"])
+def test_recipes_are_found_in_either_kind_of_installation(tmp_path, monkeypatch, scheme):
+    monkeypatch.setattr(recipes, "__file__", str(tmp_path / "site-packages/stp_ray/recipes.py"))
+    monkeypatch.setattr(sysconfig, "get_default_scheme", lambda: "default")
+    monkeypatch.setattr(sysconfig, "get_preferred_scheme", lambda kind: kind)
+    monkeypatch.setattr(sysconfig, "get_path", lambda what, scheme: str(tmp_path / scheme / what))
+    assert recipe_names() == []
+    (tmp_path / scheme / "data/share/stp_ray/recipes").mkdir(parents=True)
+    (tmp_path / scheme / "data/share/stp_ray/recipes/mine.yaml").touch()
+    assert recipe_names() == ["mine"]
 
 
 def test_a_recipe_is_a_path_too(tmp_path):

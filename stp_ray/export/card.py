@@ -59,7 +59,7 @@ def model_card(
         yaml.safe_dump(metadata, sort_keys=False).strip(),
         "---",
         "",
-        f"# {name} pruned to {budget} of its cost",
+        f"# {name} pruned to {100 * entry['macs'] / summary['macs']:.1f} % of its MACs",
         "",
         "Pruned by stimulative training with mutating expansion (STP); not fine-tuned after "
         f"pruning. Run `{summary['run_id']}`, subnet `{entry['subnet_id']}`.",

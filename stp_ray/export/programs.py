@@ -30,19 +30,6 @@ PTE = "model.pte"
 #: Largest relative difference between an exported program and its module.
 TOLERANCE = 1e-4
 
-# What PyTorch's exporters raise for a model that they cannot express: there is no common
-# base class, and an export may not end a run that trained for days.
-_EXPORTER_ERRORS = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    LookupError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
-
 
 @dataclass(frozen=True)
 class Program:
@@ -109,7 +96,7 @@ def onnx_program(module: nn.Module, example: Tensor) -> bytes:
             ),
         )
     assert program is not None
-    return program.model_proto.SerializeToString()
+    return _attempt("ONNX", lambda: program.model_proto.SerializeToString())
 
 
 def onnx_session(data: bytes, threads: int = 1) -> Any:
@@ -170,7 +157,7 @@ def to_openvino(module: nn.Module, example: Tensor, tolerance: float = TOLERANCE
         model = _attempt("OpenVINO", lambda: openvino.convert_model(program))
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / OPENVINO
-            openvino.save_model(model, path, compress_to_fp16=False)
+            _attempt("OpenVINO", lambda: openvino.save_model(model, path, compress_to_fp16=False))
             files = {each.name: each.read_bytes() for each in sorted(path.parent.iterdir())}
         # Exact, and as fast as one thread can: the other programs are measured on one.
         settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
@@ -208,15 +195,8 @@ def to_executorch(module: nn.Module, example: Tensor, tolerance: float = TOLERAN
 
         def lowered() -> bytes:
             program = torch.export.export(frozen, (_batch(images, 1),))
-            try:
-                edge = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
-                return edge.to_executorch().buffer
-            except Exception as error:  # errors of its own, with no base class but this
-                reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-                raise ExportError(
-                    f"no ExecuTorch file: its compiler refused this model ({reason}); "
-                    "set export.executorch=false to leave it out"
-                ) from error
+            edge = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
+            return edge.to_executorch().buffer
 
         data = _attempt("ExecuTorch", lowered)
         portable_lib._unsafe_reset_threadpool(1)  # the other programs are measured on one thread
@@ -317,15 +297,16 @@ def _batch(images: Tensor, size: int) -> Tensor:
 
 
 def _attempt(kind: str, action: Callable[[], Result]) -> Result:
-    """Run a step of an exporter; what it cannot do becomes one line."""
+    """Run a step of an exporter or a runtime; what it cannot do becomes one line. Their errors have
+    no common base class, and an export may not end a run that trained for days."""
     try:
         with warnings.catch_warnings(), _quiet_exporters():
             warnings.simplefilter("ignore")
             return action()
-    except _EXPORTER_ERRORS as error:
+    except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise ExportError(
-            f"no {kind} file: PyTorch could not express this model ({reason}); "
+            f"no {kind} file: this model cannot be expressed or run in it ({reason}); "
             f"set export.{kind.lower().lstrip('.')}=false to leave it out"
         ) from error
 
@@ -360,9 +341,14 @@ def _compare(
         batch = batch + torch.randn(batch.shape, generator=generator).to(batch)
         expected = module(batch)
         found = _attempt(kind, partial(program, batch))
+        if found.shape != expected.shape:
+            raise ExportError(
+                f"no {kind} file: the exported program answers {list(found.shape)} to a batch of "
+                f"{size}; expected {list(expected.shape)} as the model does"
+            )
         scale = expected.abs().max().clamp_min(torch.finfo(expected.dtype).tiny)
         difference = ((found - expected).abs().max() / scale).item()
-        if found.shape != expected.shape or not difference <= tolerance:
+        if not difference <= tolerance:
             raise ExportError(
                 f"no {kind} file: the exported program differs from the model by {difference:.2g} "
                 f"(relative, batch of {size}); expected at most {tolerance:g}"

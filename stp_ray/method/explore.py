@@ -225,7 +225,7 @@ class Explorer:
             kept = [scored for scored in elders if scored.subnet not in again]
             found = self._best_known() if diverged else [*kept, *new]
             self._elders[budget] = self._leading(found, budget)
-        if not self._open:
+        while not self._open and self._rung < 2:  # a generation may have nothing that is new
             self._advance()
 
     def _advance(self) -> None:
@@ -237,8 +237,6 @@ class Explorer:
             self._rung = 1
             promoted = [self._promoted(cohort) for cohort in self._cohorts]
             self._open = self._candidates(promoted, 0, steps=options.tuning_steps)
-            return
-        if self._rung == 2:
             return
         self._generation += 1
         if self._generation == options.generations:

@@ -23,16 +23,16 @@ def relative_sparsity(net: Supernet, target: Subnet) -> dict[str, float]:
         "kept_norm", "dropped_norm" and their "ratio"; nothing if the target cuts no weight.
     """
     parameters = dict(net.model.named_parameters())
-    gone = {
-        layer
+    gone = tuple(
+        f"{layer}."
         for block in net.space.blocks
         if block.name in target.dropped
         for layer in block.layers
-    }
+    )
     inside, outside = [], []
     for name, cuts in net.slices(target).items():
         weight = parameters.get(name)
-        if weight is None or weight.ndim < 2 or name.rpartition(".")[0] in gone:
+        if weight is None or weight.ndim < 2 or f"{name}.".startswith(gone):
             continue
         for dim, ranges in cuts.items():
             rest = [d for d in range(weight.ndim) if d != dim]

@@ -40,6 +40,7 @@ def test_model_card_states_the_figures_and_how_to_load():
     result = metadata["model-index"][0]["results"][0]
     assert result["metrics"] == [{"type": "accuracy", "name": "top-1, %", "value": 96.1}]
     assert result["dataset"]["name"] == "digits"
+    assert "# resnet20 pruned to 14.8 % of its MACs\n" in card
     assert "| Top-1, % | 96.10 | 98.00 |" in card
     assert "| MACs of one image | 590,000 | 4,000,000 |" in card
     assert "98.06 %" in card and "98.56 %" in card

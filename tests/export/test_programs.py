@@ -11,6 +11,7 @@ import torch
 
 from stp_ray import export
 from stp_ray.errors import ExportError
+from stp_ray.export import programs
 
 from .alone import alone
 from .networks import BakedBatch, Stateful
@@ -108,6 +109,24 @@ def test_what_cannot_be_exported_becomes_a_note_and_not_a_failure(example, store
     assert written == {}
     assert "export.pt2=false" in notes[0]
     assert store.names() == []
+
+
+def test_what_a_runtime_refuses_becomes_a_note(store):
+    """Whose errors are no subclass of anything but Exception."""
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    doubled = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten()).double()
+    example = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    written, _, notes = export.write_programs(store, doubled, example, ["onnx"])
+    assert len(notes) == 1 and notes[0].startswith("no ONNX file") and "\n" not in notes[0]
+    assert written == {} and store.names() == []
+    with pytest.raises(ExportError, match="no ONNX file"):
+        programs.onnx_session(b"garbage")
+
+
+def test_a_program_whose_answers_have_another_shape_is_refused(module, example):
+    with pytest.raises(ExportError, match=r"answers \[2, 5\] to a batch of 3; expected \[3, 5\]"):
+        programs._compare(".pt2", module, lambda x: module(x)[:2], example, 1e-4, (3,))
 
 
 def test_a_missing_package_becomes_a_note(module, example, store, monkeypatch):

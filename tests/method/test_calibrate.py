@@ -3,6 +3,7 @@ import random
 import pytest
 import torch
 from torch import nn
+from torchvision.models.vision_transformer import VisionTransformer
 
 from stp_ray.elastic import Supernet
 from stp_ray.method import calibrate, relative_sparsity
@@ -126,3 +127,14 @@ def test_relative_sparsity_leaves_out_layers_of_dropped_blocks():
             for parameter in net.model.get_submodule(layer).parameters():
                 parameter.mul_(100.0)
     assert relative_sparsity(net, target) == before
+
+
+def test_relative_sparsity_leaves_out_all_of_a_dropped_attention():
+    """Whose output projection is a layer of its own within it."""
+    model = VisionTransformer(32, 8, 2, 4, 32, 64, num_classes=10)
+    net = Supernet.trace(model, torch.zeros(1, 3, 32, 32))
+    full = net.space.full
+    block = next(b for b in net.space.blocks if any("attention" in name for name in b.layers))
+    target = net.space.canonical(type(full)(full.widths, [block.name]))
+    assert target.dropped == {block.name}
+    assert relative_sparsity(net, target) == {}

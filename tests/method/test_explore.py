@@ -249,6 +249,18 @@ def test_a_tiny_space_is_exhausted_without_repeating():
     assert explorer.ask() == []
 
 
+def test_finalists_are_scored_where_generations_have_nothing_new():
+    space = make_space([8], [])
+    budget = Budget(macs=1.0)
+    options = replace(SMALL, generations=6, finalists=2)
+    explorer = search(Explorer(space, [budget], options, 0), lambda c: made_up(c) - c.steps)
+    bred = Counter(s.generation for s in explorer.scored if s.steps == 0)
+    assert set(bred) < set(range(options.generations))  # or nothing is shown here
+    last = [s for s in explorer.scored if s.steps == options.final_steps]
+    assert len(last) == 2 and {s.generation for s in last} == {options.generations}
+    assert explorer.best(budget) in last
+
+
 def test_asking_twice_changes_nothing_and_resuming_replays():
     space = make_space([16, 16], [16])
     budgets = [Budget(macs=0.3), Budget(params=0.6)]
