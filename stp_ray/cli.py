@@ -241,12 +241,16 @@ def describe_data(
     root: Annotated[
         str | None, typer.Option(help="Folder of a named data set that is not built in.")
     ] = None,
+    image_size: Annotated[
+        int | None,
+        typer.Option(help="Height and width in pixels; as they are stored by default.", min=1),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show the classes and the size of a data set."""
     from .data import describe
 
-    summary = dataclasses.asdict(describe(_data_options(source, root)))
+    summary = dataclasses.asdict(describe(_data_options(source, root, image_size)))
     summary["train_rows"] += summary.pop("holdout_rows")
     if as_json:
         print(json.dumps(summary, indent=2))
@@ -541,6 +545,7 @@ def _inspection(
     import torch
 
     from .elastic import Supernet
+    from .method.modes import inspecting
     from .models import OWN, build_model
 
     _see_current_folder()
@@ -548,7 +553,12 @@ def _inspection(
     classes = num_classes or (10 if name in OWN else 1000)
     model = build_model(name, num_classes=classes, image_size=size)
     given = {name: value for name, value in options.items() if value is not None}
-    net = Supernet.trace(model, torch.zeros(1, 3, size, size), **given)
+    example = torch.zeros(1, 3, size, size)
+    net = Supernet.trace(model, example, **given)
+    with inspecting(net):
+        logits = net(example)
+    if isinstance(logits, torch.Tensor) and logits.dim() == 2:  # a factory may take no number
+        classes = logits.shape[1]
     full, least = net.cost(), net.cost(net.space.smallest)
     return {
         "model": name,
@@ -593,13 +603,15 @@ def _print_inspection(content: Mapping[str, Any]) -> None:
 # -- data -------------------------------------------------------------------------------
 
 
-def _data_options(source: str, root: str | None) -> Any:
+def _data_options(source: str, root: str | None, image_size: int | None) -> Any:
     from .config import load_config
 
-    content: dict[str, str | None]
+    content: dict[str, Any]
     if "://" in source or os.sep in source or os.path.isdir(source):
         content = {"name": "parquet", "uri": source}
     else:
         content = {"name": source, "uri": root}
+    if content["name"] != "parquet":
+        content["loading"] = "resident"  # it cannot stream, and a description needs no memory
     # the least: what is held out is a recipe's business, and may be more than a small set has
-    return load_config({"data": {**content, "holdout": 1}}).data
+    return load_config({"data": {**content, "holdout": 1, "image_size": image_size}}).data

@@ -254,6 +254,31 @@ def test_inspect_finds_a_model_of_ones_own_in_the_current_folder(tmp_path, monke
     assert [axis["size"] for axis in content["axes"]] == [32]
 
 
+def test_inspect_counts_the_classes_of_the_model_itself(tmp_path, monkeypatch):
+    (tmp_path / "three_classes_for_inspect.py").write_text(
+        "from torch import nn\n"
+        "class Both(nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.body = build()\n"
+        "    def forward(self, x):\n"
+        "        return self.body(x), x\n"
+        "def build():\n"
+        "    return nn.Sequential(nn.Conv2d(3, 32, 3), nn.BatchNorm2d(32), nn.ReLU(),\n"
+        "                         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 3))\n"
+        "def both():\n"
+        "    return Both()\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    sizes = ("--image-size", "8", "--num-classes", "5")
+    result = stp("inspect", "three_classes_for_inspect:build", *sizes, "--json")
+    assert json.loads(result.stdout)["num_classes"] == 3
+    # one that has no logits is looked at nevertheless
+    result = stp("inspect", "three_classes_for_inspect:both", *sizes)
+    assert result.exit_code == 0, result.output
+
+
 def test_inspect_refuses_an_unknown_model():
     assert "did you mean 'resnet20'?" in refused(stp("inspect", "resnet2"))
 
@@ -264,6 +289,25 @@ def test_data_describe_shows_classes_and_sizes():
     content = json.loads(stp("data", "describe", "digits", "--json").stdout)
     assert content["image_size"] == 8
     assert content["train_rows"] + content["test_rows"] == 1797
+
+
+def test_data_describe_needs_no_square_images_and_no_memory(tmp_path):
+    from PIL import Image
+
+    for place in ("train/cat", "train/dog", "test/cat", "test/dog"):
+        (tmp_path / "photos" / place).mkdir(parents=True)
+        for number in range(3):
+            Image.new("RGB", (8, 6)).save(tmp_path / "photos" / place / f"{number}.png")
+    named = ["data", "describe", "ImageFolder", "--root", str(tmp_path / "photos")]
+    assert "set data.image_size" in refused(stp(*named))
+    found = json.loads(stp(*named, "--image-size", "20000", "--json").stdout)
+    assert found["image_size"] == 20000 and not found["streams"]
+    target = str(tmp_path / "set")
+    assert stp("data", "convert", str(tmp_path / "photos"), target).exit_code == 0
+    for size, streams in ((8, False), (20000, True)):
+        done = stp("data", "describe", target, "--image-size", str(size), "--json")
+        found = json.loads(done.stdout)
+        assert (found["image_size"], found["streams"]) == (size, streams)
 
 
 @pytest.mark.parametrize("source", ["dogits", "./absent", "file:///absent/folder"])

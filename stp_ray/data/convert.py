@@ -3,6 +3,7 @@ storage."""
 
 import contextlib
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any, Protocol
@@ -10,10 +11,11 @@ from typing import Any, Protocol
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from fsspec.implementations.local import LocalFileSystem
 
 from ..errors import DataError
 from .folders import IMAGE_SUFFIXES, TEST_FOLDERS
-from .parquet import ROWS
+from .parquet import ROWS, checked_names
 from .source import Stored
 from .storage import open_filesystem, reading, writing
 
@@ -69,7 +71,9 @@ def dataset_to_parquet(
         dataset: with a "train" split, a "test", "val" or "validation" split, and in both an
             image column ("image" or "img") and a label column ("label" or "fine_label"). Images
             keep the bytes that they are stored as; the order of rows is kept too.
-        uri, on_progress, result and errors: as for `folder_to_parquet`.
+        uri, on_progress, result and errors: as for `folder_to_parquet`. A format or transform
+            of the data set is left out; labels that are ids, negative or beyond the classes are a
+            DataError too.
     """
     return _write(_Dataset(dataset), uri, on_progress)
 
@@ -84,6 +88,7 @@ def is_saved_dataset(uri: str) -> bool:
 class _Folder:
     def __init__(self, uri: str) -> None:
         self._filesystem, root = open_filesystem(uri)
+        self._filesystem.invalidate_cache()  # what was written since the last listing counts
         with reading(uri):
             if not self._filesystem.isdir(root):
                 raise DataError(f"{uri} is not a folder; expected train and test or val in it")
@@ -112,7 +117,16 @@ class _Folder:
 
     def _listed(self, folder: str) -> list[tuple[str, str]]:
         """(class, path) of every image below a split, sorted."""
-        paths = (PurePosixPath(path) for path in self._filesystem.find(folder))
+        if isinstance(self._filesystem, LocalFileSystem):
+            # its `find` passes over linked folders, which torchvision reads, and unreadable ones
+            found = [
+                os.path.join(place, file)
+                for place, _, files in os.walk(folder, onerror=_refuse, followlinks=True)
+                for file in files
+            ]
+        else:
+            found = self._filesystem.find(folder)
+        paths = map(PurePosixPath, found)
         depth = len(PurePosixPath(folder).parts)
         return sorted(
             (path.parts[depth], str(path))
@@ -149,6 +163,8 @@ class _Dataset:
                 f"the data set has the splits {', '.join(dataset) or 'none'}; expected train, and "
                 "test or validation"
             )
+        # rows as they are stored: a format or a transform makes anything of them
+        dataset = {name: rows.with_format(None) for name, rows in dataset.items()}
         features = dataset["train"].features
         image = next((name for name in ("image", "img") if name in features), None)
         label = next((name for name in ("label", "fine_label") if name in features), None)
@@ -170,13 +186,25 @@ class _Dataset:
                 f"the data set has no labels in {' or '.join(tests)}; expected some, from 0 on; "
                 "add a validation split"
             )
+        if image not in dataset[test].features:
+            raise DataError(
+                f"{test} has the columns {', '.join(dataset[test].features)}; expected {image} and "
+                f"{label} as in train; rename the columns"
+            )
         self._columns = image, label
-        self._splits: dict[Stored, Any] = {
-            split: dataset[name]
-            .select_columns([image, label])
-            .cast_column(image, datasets.Image(decode=False))
-            for split, name in zip(_SPLITS, ("train", test), strict=True)
-        }
+        try:
+            self._splits: dict[Stored, Any] = {
+                split: dataset[name]
+                .select_columns([image, label])
+                .cast_column(image, datasets.Image(decode=False))
+                for split, name in zip(_SPLITS, ("train", test), strict=True)
+            }
+        except (TypeError, ValueError, pa.ArrowException) as error:
+            raise DataError(
+                f"the column {image} holds {str(features[image])[:80]} "
+                f"({' '.join(str(error).split())[:160]}); expected one image a row; cast it to "
+                "datasets.Image()"
+            ) from error
         self.rows: Mapping[Stored, int] = {s: len(rows) for s, rows in self._splits.items()}
         names = getattr(features[label], "names", None)
         others = getattr(dataset[test].features[label], "names", None)
@@ -185,10 +213,10 @@ class _Dataset:
                 f"the classes of train are {str(names)[:80]} and those of {test} "
                 f"{str(others)[:80]}; expected the same in the same order; cast one to the other's"
             )
-        if names is None:
-            known = (n for n in self._splits["train"].unique(label) if n is not None)
-            names = [str(i) for i in range(1 + max(known, default=-1))]
-        self.class_names: Sequence[str] = names
+        ranges = {split: _label_range(rows, label) for split, rows in self._splits.items()}
+        self.class_names: Sequence[str] = checked_names(
+            names, ranges, self.rows["train"], "the data set", "a ClassLabel"
+        )
 
     def read(self, split: Stored) -> Iterator[tuple[bytes | None, int]]:
         image, label = self._columns
@@ -237,6 +265,20 @@ def _write(images: _Images, uri: str, on_progress: OnProgress) -> dict[str, int]
     return {str(split): count for split, count in images.rows.items()}
 
 
+def _refuse(error: OSError) -> None:
+    raise error
+
+
 def _has_labels(rows: Any, label: str) -> bool:
     """Whether any row has a label; an empty split is refused later, in its own words."""
-    return not len(rows) or any(value is not None and value >= 0 for value in rows[label])
+    return label in rows.features and (
+        not len(rows) or any(value is not None and value >= 0 for value in rows[label])
+    )
+
+
+def _label_range(rows: Any, label: str) -> tuple[int, int]:
+    """Smallest and largest label, where a missing one is -1 as in `ParquetSource`."""
+    # alone, for what is selected or shuffled is written out first
+    found = rows.select_columns(label).unique(label)
+    labels = [-1 if value is None else value for value in found]
+    return min(labels, default=0), max(labels, default=-1)

@@ -11,6 +11,7 @@ from torchvision import datasets
 from ..errors import DataError
 from .decode import image_shape
 from .source import ArraySource, Chunk, Layout, Stored, fingerprint
+from .storage import reading
 
 #: The folder beside "train", by the first of these names that is there.
 TEST_FOLDERS = ("test", "val")
@@ -24,7 +25,7 @@ def local_folder(name: str, uri: str | None) -> Path:
     """The folder of a torchvision set.
 
     Raises:
-        DataError: it is not given, not local or not there.
+        DataError: it is not given, not local, not there or may not be read.
     """
     if uri is None:
         raise DataError(f"data.name {name} has no data.uri; expected a folder; set data.uri")
@@ -34,10 +35,11 @@ def local_folder(name: str, uri: str | None) -> Path:
             "reads; copy the data or convert it to Parquet"
         )
     folder = Path(uri.removeprefix("file://")).expanduser()
-    if not folder.is_dir():
-        raise DataError(
-            f"data.uri {folder} is not a folder; expected the folder of {name}; change data.uri"
-        )
+    with reading(str(folder)):
+        if not folder.is_dir():
+            raise DataError(
+                f"data.uri {folder} is not a folder; expected the folder of {name}; change data.uri"
+            )
     return folder
 
 
@@ -87,18 +89,20 @@ class FolderSource:
         """List the files.
 
         Raises:
-            DataError: a folder is missing or empty, or the two splits differ in classes.
+            DataError: a folder is missing, empty or unreadable, or the two splits differ in
+                classes.
         """
         folder = local_folder("ImageFolder", uri)
         self._folder = folder
-        test = next((folder / name for name in TEST_FOLDERS if (folder / name).is_dir()), None)
-        if test is None or not (folder / "train").is_dir():
-            found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
-            raise DataError(
-                f"{folder} lacks a split (it holds {found}); expected the folders train, and test "
-                "or val, each with one folder for each class; change data.uri"
-            )
-        listed = {"train": _listed(folder / "train"), "test": _listed(test)}
+        with reading(str(folder)):
+            test = next((folder / name for name in TEST_FOLDERS if (folder / name).is_dir()), None)
+            if test is None or not (folder / "train").is_dir():
+                found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
+                raise DataError(
+                    f"{folder} lacks a split (it holds {found}); expected the folders train, and "
+                    "test or val, each with one folder for each class; change data.uri"
+                )
+            listed = {"train": _listed(folder / "train"), "test": _listed(test)}
         self._classes = tuple(listed["train"].classes)
         if tuple(listed["test"].classes) != self._classes:
             different = sorted(set(listed["test"].classes) ^ set(self._classes))

@@ -6,7 +6,7 @@ under the schema's metadata key `class_names`, or come from the `huggingface` ke
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -87,6 +87,7 @@ class ParquetSource:
         """
         self.uri = uri
         self._filesystem, self._root = open_filesystem(uri)
+        self._filesystem.invalidate_cache()  # what was written since the last listing counts
         with reading(uri):
             folder, entries = self._entries()
             self._files: dict[Stored, list[_File]] = {}
@@ -122,17 +123,9 @@ class ParquetSource:
             self._check_whole(rows)
             names = self._class_names()
             ranges = {split: self._label_range(split) for split in _SPLITS}
-            if names is None:
-                names = _numbered(ranges["train"][1], rows["train"], self.uri)
+            named_in = '"class_names" in the schema metadata'
+            names = checked_names(names, ranges, rows["train"], self.uri, named_in)
             shape = self._first_shape()
-        for split in _SPLITS:
-            low, high = ranges[split]
-            if low < 0 or high >= len(names):
-                raise DataError(
-                    f"the labels of the {_SPLIT_WORDS[split]} split of {self.uri} go from {low} "
-                    f"to {high}; expected 0 to {len(names) - 1} for {len(names)} classes; change "
-                    'the labels or the "class_names" in the schema metadata'
-                )
         return Layout(names, rows["train"], rows["test"], shape, self._fingerprint(names))
 
     def parts(self, split: Stored, rows: NDArray[np.int64]) -> list[ParquetPart]:
@@ -310,15 +303,40 @@ class ParquetSource:
         )
 
 
-def _numbered(last: int, rows: int, uri: str) -> tuple[str, ...]:
-    """Names for classes that have none but their numbers."""
-    if last >= rows:
+def checked_names(
+    names: Sequence[str] | None,
+    ranges: Mapping[Stored, tuple[int, int]],
+    rows: int,
+    found_in: str,
+    named_in: str,
+) -> tuple[str, ...]:
+    """The names of the classes that the labels are numbers of.
+
+    Args:
+        names: None for classes that have none but their numbers.
+        ranges: smallest and largest label of each split.
+        rows: number of training images.
+        found_in, named_in: what holds the labels and what the names, for an error's message.
+
+    Raises:
+        DataError: the labels are ids, negative, or beyond the classes.
+    """
+    last = ranges["train"][1]
+    if names is None and last >= rows:
         raise DataError(
-            f"the labels of {uri} go up to {last} for {rows} training images; expected the numbers "
-            'of classes, from 0 on; change the labels, or name all classes under "class_names" in '
-            "the schema metadata"
+            f"the labels of {found_in} go up to {last} for {rows} training images; expected the "
+            f"numbers of classes, from 0 on; change the labels, or name all classes in {named_in}"
         )
-    return tuple(str(label) for label in range(max(last + 1, 1)))
+    if names is None:
+        names = [str(label) for label in range(max(last + 1, 1))]
+    for split, (low, high) in ranges.items():
+        if low < 0 or high >= len(names):
+            raise DataError(
+                f"the labels of the {_SPLIT_WORDS[split]} split of {found_in} go from {low} to "
+                f"{high}; expected 0 to {len(names) - 1} for {len(names)} classes; change the "
+                f"labels, or name all classes in {named_in}"
+            )
+    return tuple(names)
 
 
 def read_part(filesystem: Any, part: ParquetPart, columns: Columns) -> Iterator[Chunk]:

@@ -19,7 +19,8 @@ def open_filesystem(uri: str) -> tuple[Any, str]:
     and the usual `AWS_*` variables.
 
     Raises:
-        DataError: the protocol is unknown or its package is not installed.
+        DataError: the protocol is unknown, its package is not installed, or its back-end cannot be
+            set up or reached.
         StorageError: the URI carries credentials.
     """
     refuse_credentials(uri)
@@ -30,13 +31,13 @@ def open_filesystem(uri: str) -> tuple[Any, str]:
         extra = EXTRAS.get(protocol)
         remedy = f'pip install "stp_ray[{extra}]"' if extra else f"install the {protocol} back-end"
         raise DataError(
-            f"data.uri {uri} needs a package that is not installed ({error}); "
+            f"data.uri {uri} needs a package that is not installed ({_reason(error)}); "
             f"expected fsspec's back-end for {protocol}://; {remedy}"
         ) from error
-    except ValueError as error:
+    except Exception as error:  # each back-end has its own, and archives are opened at once
         raise DataError(
-            f"data.uri {uri} cannot be opened ({error}); expected a folder or an fsspec URI "
-            "such as s3://bucket/folder; change data.uri"
+            f"data.uri {uri} cannot be opened ({_reason(error)}); expected a folder or an fsspec "
+            "URI such as s3://bucket/folder; change data.uri"
         ) from error
 
 
@@ -46,9 +47,8 @@ def reading(uri: str) -> Iterator[None]:
     try:
         yield
     except (*backend_errors(), pa.ArrowException) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(
-            f"{uri} cannot be read ({reason}); expected readable data; check data.uri, "
+            f"{uri} cannot be read ({_reason(error)}); expected readable data; check data.uri, "
             "the endpoint and the permissions"
         ) from error
 
@@ -59,8 +59,12 @@ def writing(uri: str) -> Iterator[None]:
     try:
         yield
     except (*backend_errors(), pa.ArrowException) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
         raise StorageError(
-            f"{uri} cannot be written ({reason}); expected storage that may be written to; check "
-            "the URI, the endpoint and the permissions"
+            f"{uri} cannot be written ({_reason(error)}); expected storage that may be written to; "
+            "check the URI, the endpoint and the permissions"
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    """What an error says, in one line."""
+    return " ".join(str(error).split()) or type(error).__name__

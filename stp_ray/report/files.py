@@ -1,5 +1,6 @@
 """The report of a run that is finished, from the artifacts it left."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import pyarrow as pa
@@ -7,8 +8,7 @@ import pyarrow as pa
 from ..artifacts import Manifest, Store
 from ..errors import StorageError
 from . import plots
-from .architecture import drawing
-from .page import chosen_candidates, render
+from .page import architecture, render
 
 REPORT = "report.html"
 
@@ -53,13 +53,14 @@ def write_report(store: Store) -> str:
         stages={name: s for name, s in Manifest(store).stages().items() if name != "report"},
         pruned=pruned,
         predictions=predictions,
+        subnets=_subnets(store, summary),
     )
     store.write_bytes(REPORT, page.encode())
     return f"{store.uri}/{REPORT}"
 
 
 def architecture_picture(store: Store) -> bytes | None:
-    """The network before and after as a PNG; None where the run's candidates do not say.
+    """The network before and after as a PNG; None where the run does not say.
 
     Args:
         store: the folder of a finished run.
@@ -68,5 +69,12 @@ def architecture_picture(store: Store) -> bytes | None:
         StorageError: an artifact is missing or damaged.
     """
     candidates = store.read_table("explore/candidates.parquet")
-    drawn = drawing(candidates, chosen_candidates(candidates, store.read_json("summary.json")))
+    summary = store.read_json("summary.json")
+    drawn = architecture(candidates, summary, _subnets(store, summary))
     return None if drawn is None else plots.architecture_png(drawn)
+
+
+def _subnets(store: Store, summary: Mapping[str, Any]) -> dict[str, str]:
+    """Budget -> subnet (JSON) that its folder is about."""
+    names = {budget: f"budget-{budget}/subnet.json" for budget in summary["budgets"]}
+    return {b: store.read_bytes(name).decode() for b, name in names.items() if store.exists(name)}

@@ -17,7 +17,7 @@ from . import plots
 from .architecture import drawing
 from .sides import changed, classes
 from .spending import spending
-from .summary import networks
+from .summary import networks, unequal_epochs
 
 _MOST_POINTS = 400
 _NOT_CURVES = {"epoch", "step", "lr", "time", "seconds", "images_per_s", "steps_per_epoch"}
@@ -28,9 +28,7 @@ _NAMES = {
     "ce": "labels",
     "kd": "main network → subnets",
     "ce_target": "labels → chosen",
-    "kd_target": "expanded → chosen",
 }
-_LADDER = {**_NAMES, "kd": "main network → expanded"}
 _RUNTIMES = {
     "onnx": "ONNX Runtime",
     "pt2": "torch.export",
@@ -48,6 +46,7 @@ def render(
     stages: Mapping[str, Mapping[str, Any]] | None = None,
     pruned: Mapping[str, Mapping[str, Any]] | None = None,
     predictions: Mapping[str, pa.Table] | None = None,
+    subnets: Mapping[str, str] | None = None,
 ) -> str:
     """The report page of a run: one HTML text, no script, no request to anywhere.
 
@@ -63,6 +62,7 @@ def render(
         stages: what manifest.json says of each stage.
         pruned: budget -> what its pruned.json holds.
         predictions: budget -> what its predictions.parquet holds.
+        subnets: budget -> what its subnet.json holds.
 
     Raises:
         StorageError: `candidates` lacks a column that is needed.
@@ -79,12 +79,15 @@ def render(
         lstrip_blocks=True,
     )
     pruned, predictions = pruned or {}, predictions or {}
+    expansion = {"rungs": 1, "main": "train"} | (config.get("finalize") or {}).get("expansion", {})
     return jinja.get_template("page.html.j2").render(
         summary=summary,
         cards=[_card(budget, entry, summary) for budget, entry in summary["budgets"].items()],
         rows=networks(summary),
-        figures=_figures(summary, scored, chosen, curves),
-        architecture=drawing(candidates, chosen),
+        notes=unequal_epochs(config),
+        figures=_figures(summary, scored, chosen, curves, _ladder_names(expansion)),
+        expansion=expansion,
+        architecture=architecture(candidates, summary, subnets or {}),
         classes=classes(predictions),
         reference=_reference(pruned),
         sides={budget: changed(table) for budget, table in predictions.items()},
@@ -99,15 +102,23 @@ def render(
     )
 
 
-def chosen_candidates(
-    candidates: pa.Table, summary: Mapping[str, Any]
-) -> dict[str, dict[str, Any]]:
-    """Budget -> the row of the candidate that was pruned to, at its highest fidelity.
+def architecture(
+    candidates: pa.Table, summary: Mapping[str, Any], subnets: Mapping[str, str]
+) -> dict[str, Any] | None:
+    """The network before and after, as `drawing` returns it.
+
+    Args:
+        candidates: every subnet scored, as `render` takes them.
+        summary: the run's summary.
+        subnets: budget -> subnet (JSON) that was pruned to. One that was cut down to its budget is
+            no candidate; without it the candidate is taken.
 
     Raises:
         StorageError: `candidates` lacks a column that is needed.
     """
-    return _chosen(_best_fidelity(candidates), summary)
+    found = _chosen(_best_fidelity(candidates), summary)
+    found |= {budget: {"subnet": subnet} for budget, subnet in subnets.items()}
+    return drawing(candidates, {b: found[b] for b in summary["budgets"] if b in found})
 
 
 def _chosen(
@@ -166,26 +177,31 @@ def _runtimes(
 
 
 def _best_fidelity(candidates: pa.Table) -> list[dict[str, Any]]:
-    """One row for each subnet, its score of the highest fidelity: after the most steps, or else on
-    the most images; without scores that are not finite."""
+    """One row for each subnet, its score of the highest fidelity; without scores that are not
+    finite."""
     for column in ("macs", "score"):
         if column not in candidates.column_names:
             raise StorageError(
                 f"the table of candidates has the columns {', '.join(candidates.column_names)}; "
                 f"expected {column} as well; run the exploration again"
             )
-    best: dict[Any, tuple[tuple[int, float], dict[str, Any]]] = {}
+    best: dict[Any, tuple[tuple[int, bool], dict[str, Any]]] = {}
     for number, row in enumerate(candidates.to_pylist()):
         if row["score"] is None or not math.isfinite(row["score"]):
             continue
         subnet = row.get("subnet")
         row.setdefault("subnet_id", Subnet.from_json(subnet).id if subnet else None)
         identity = row["subnet_id"] or number
-        # 0 stands for all images
-        fidelity = (row.get("steps", 0), row.get("images", 0) or math.inf)
+        fidelity = _fidelity(row)
         if identity not in best or fidelity >= best[identity][0]:
             best[identity] = (fidelity, row)
     return [row for _, row in best.values()]
+
+
+def _fidelity(row: Mapping[str, Any]) -> tuple[int, bool]:
+    """Steps before the score, and whether it is one on all images: what says most is the largest.
+    As with `Scored.fidelity`, only scores of the same are compared."""
+    return row.get("steps", 0), not row.get("images", 0)
 
 
 def _front(points: plots.Points) -> list[tuple[float, float]]:
@@ -202,21 +218,23 @@ def _figures(
     scored: Sequence[Mapping[str, Any]],
     chosen: Mapping[str, Mapping[str, Any]],
     curves: Mapping[str, pa.Table],
+    ladder: Mapping[str, str],
 ) -> dict[str, list[Markup]]:
     stars = {budget: (row["macs"], row["score"]) for budget, row in chosen.items()}
     cost = [plots.accuracy_svg(summary)]
     if scored:
-        points: dict[int, list[tuple[float, float]]] = {}
-        for row in sorted(scored, key=lambda row: row.get("steps", 0)):
-            points.setdefault(row.get("steps", 0), []).append((row["macs"], row["score"]))
-        # scores after different numbers of steps are not compared
+        points: dict[tuple[int, bool], list[tuple[float, float]]] = {}
+        for row in sorted(scored, key=_fidelity):
+            points.setdefault(_fidelity(row), []).append((row["macs"], row["score"]))
         front = _front(points[max(points)])
         cost.append(plots.front_svg(points, front, stars))
     training, accuracy, sparsity = [], {}, {}
     for folder, table in curves.items():
         x_label, series = _series(table)
         top1 = {name: points for name, points in series.items() if "top1" in name}
-        names = _LADDER if folder.startswith("budget-") else _NAMES
+        names = ladder if folder.startswith("budget-") else _NAMES
+        if not any(y for _, y in series.get("kd", ())):  # nobody learnt by it
+            series.pop("kd", None)
         losses = {
             names.get(name, name): points
             for name, points in series.items()
@@ -249,6 +267,13 @@ def _figures(
         "training": [Markup(svg) for svg in training],
         "sparsity": [Markup(svg) for svg in effect],
     }
+
+
+def _ladder_names(expansion: Mapping[str, Any]) -> dict[str, str]:
+    """Names of a ladder's losses, by who teaches whom on it."""
+    top = "main network" if expansion["main"] == "train" else "expanded"
+    bottom = "expanded" if expansion["rungs"] else "main network"
+    return {**_NAMES, "kd": f"{top} → expanded", "kd_target": f"{bottom} → chosen"}
 
 
 def _stage_title(folder: str) -> str:

@@ -61,27 +61,30 @@ def accuracy_svg(summary: Mapping[str, Any]) -> str:
 
 
 def front_svg(
-    candidates: Mapping[int, Points], front: Points, chosen: Mapping[str, tuple[float, float]]
+    candidates: Mapping[tuple[int, bool], Points],
+    front: Points,
+    chosen: Mapping[str, tuple[float, float]],
 ) -> str:
     """Every candidate's distillation loss against its MACs.
 
     Args:
-        candidates: steps of distillation -> (MACs, score) of every subnet whose last score is one
-            after so many, the fewest steps first.
+        candidates: (steps of distillation, whether on all images) -> (MACs, score) of every subnet
+            whose last score is such a one, what says least first.
         front: those that no other one beats in both, ascending in MACs.
         chosen: budget -> (MACs, score) of the subnet that was pruned to.
     """
     with _style():
         figure, axes = _axes()
         shades = (FAINT, PALETTE[0], PALETTE[2])
-        for shade, (steps, points) in zip(shades, candidates.items(), strict=False):
+        for shade, ((steps, _), points) in zip(shades, candidates.items(), strict=False):
+            words = "candidates" if shade == FAINT else "on all images"
             axes.scatter(
                 *_columns(points),
                 s=9,
                 color=shade,
                 alpha=0.6,
                 linewidths=0,
-                label=f"{len(points):,} {f'after {steps} steps' if steps else 'candidates'}",
+                label=f"{len(points):,} {f'after {steps} steps' if steps else words}",
                 rasterized=len(points) > 3000,
             )
         axes.plot(*_columns(front), color=PALETTE[0], marker=".", label="front")

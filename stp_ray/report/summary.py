@@ -51,5 +51,27 @@ def networks(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [{"retention_dense": None, "retention_main": None, **row} for row in rows]
 
 
+def unequal_epochs(config: Mapping[str, Any]) -> list[str]:
+    """What has to be said, in a sentence if at all, of a retention that is not against a dense
+    network of as many epochs.
+
+    Args:
+        config: the resolved configuration, as in config.json.
+    """
+    baseline = config.get("baseline")
+    if baseline is None:
+        return []
+    dense, begun = baseline["epochs"], config["supernet"].get("from_baseline", False)
+    trainings = (config["supernet"], config["finalize"])
+    seen = dense * begun + sum(training["optimisation"]["epochs"] for training in trainings)
+    if dense == seen:
+        return []
+    started = ", from which the pruned one started" if begun else ""
+    return [
+        f"The dense network that retention is against was trained for {dense} epochs{started}; "
+        f"the weights of the pruned one have seen {seen}."
+    ]
+
+
 def _rounded(value: float | None) -> str | None:
     return None if value is None else f"{value:.2f}"

@@ -25,6 +25,7 @@ from ..report import (
     Summary,
     accuracy_against_macs,
     architecture_picture,
+    unequal_epochs,
     with_space,
     write_report,
 )
@@ -236,7 +237,8 @@ class _Pipeline:
 
         workers = self.config.cluster.explore_workers or self.config.cluster.num_workers
         options = self.config.explore
-        scale = {"total_steps": options.generations, "counts": "generation"}
+        generations = options.generations + (options.finalists > 0)  # they are logged as one
+        scale = {"total_steps": generations, "counts": "generation"}
         inputs = self._inputs("supernet", LATENCY)
         self._stage(
             "explore", inputs, work, lambda: scale, workers, lambda: seconds_searched(self.store)
@@ -304,7 +306,7 @@ class _Pipeline:
         for label in summary["budgets"]:
             home = self.store.child(folder(label))
             pruned, description = home.read_json(PRUNED), home.read_json(export.DESCRIPTION)
-            notes = [*pruned["notes"], *self._unequal_epochs()]
+            notes = [*pruned["notes"], *unequal_epochs(dump_config(self.config))]
             card = export.model_card(
                 summary, label, description, notes, list(pruned.get("programs", ()))
             )
@@ -338,18 +340,6 @@ class _Pipeline:
             tracker.picture("accuracy", lambda: accuracy_against_macs(summary, "png"))
             tracker.artifact(self._artifact("report"))
         self.tracking.complete(list(budgets))
-
-    def _unequal_epochs(self) -> list[str]:
-        """What has to be said of a retention that is not against a network of as many epochs."""
-        config = self.config
-        seen = config.epochs_before("finalize") + config.finalize.optimisation.epochs
-        if config.baseline is None or config.baseline.epochs == seen:
-            return []
-        started = ", from which this one started" if config.supernet.from_baseline else ""
-        return [
-            f"The dense network that retention is against was trained for {config.baseline.epochs} "
-            f"epochs{started}; the weights of this one have seen {seen}."
-        ]
 
     # -- figures --------------------------------------------------------------------
 

@@ -1,5 +1,7 @@
+import os
 import pickle
 from hashlib import md5
+from pathlib import Path
 
 import fsspec
 import numpy as np
@@ -82,6 +84,22 @@ def test_a_broken_file_in_a_folder_is_skipped(tmp_path):
     data = load(options(tmp_path, max_corrupt=0.1))
     assert data.corrupt == 1
     assert len(data.test) == 11
+
+
+def test_a_folder_that_may_not_be_read_is_told(tmp_path, monkeypatch):
+    folder_of_images(tmp_path, "train")
+    folder_of_images(tmp_path, "test")
+
+    def refuses(path, *more):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", refuses)
+        with pytest.raises(DataError, match=r"cannot be read \(.*denied.*/train"):
+            describe(options(tmp_path))
+    monkeypatch.setattr(Path, "is_dir", refuses)
+    with pytest.raises(DataError, match=r"cannot be read \(.*denied"):
+        describe(options(tmp_path))
 
 
 def no_test(root):
@@ -196,6 +214,40 @@ def test_a_folder_becomes_parquet(tmp_path, monkeypatch):
         folder_to_parquet(str(images), str(tmp_path / "file" / "set"))
 
 
+def test_what_links_lead_to_is_converted_and_an_unreadable_folder_ends_it(tmp_path, monkeypatch):
+    folder_of_images(tmp_path / "elsewhere", "train")
+    images = tmp_path / "images"
+    folder_of_images(images, "train", classes=["dog"])
+    folder_of_images(images, "test", each=2, seed=9)
+    (images / "train" / "cat").symlink_to(tmp_path / "elsewhere" / "train" / "cat")
+    (images / "train" / "dog" / "more").symlink_to(tmp_path / "elsewhere" / "train" / "dog")
+    assert folder_to_parquet(str(images), str(tmp_path / "set")) == {"train": 18, "test": 4}
+    converted = load(options(tmp_path / "set", name="parquet"))
+    np.testing.assert_array_equal(converted.train.images, load(options(images)).train.images)
+    scandir = os.scandir
+
+    def refuses(path):
+        if str(path).endswith("train/dog"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuses)
+    with pytest.raises(DataError, match=r"images cannot be read \(.*denied.*train/dog"):
+        folder_to_parquet(str(images), str(tmp_path / "other"))
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_folder_is_listed_anew_for_each_conversion(tmp_path, monkeypatch):
+    bucket = fsspec.filesystem("memory")
+    folder_of_images(tmp_path, "train")
+    folder_of_images(tmp_path, "test")
+    bucket.put(f"{tmp_path}/", "/anew/images/", recursive=True)
+    forgotten = []
+    monkeypatch.setattr(type(bucket), "invalidate_cache", lambda *_: forgotten.append(1))
+    folder_to_parquet("memory://anew/images", "memory://anew/set")
+    assert forgotten
+
+
 def test_folders_are_converted_between_object_stores(tmp_path):
     folder_of_images(tmp_path, "train")
     folder_of_images(tmp_path, "test", each=2, seed=9)
@@ -288,6 +340,73 @@ def test_classes_that_differ_between_splits_are_refused(tmp_path):
     whole = hugging.DatasetDict(train=split("cat", "dog"), test=split("dog", "cat"))
     with pytest.raises(DataError, match=r"classes of train .*cat.*those of test .*the same"):
         dataset_to_parquet(whole, str(tmp_path / "set"))
+
+
+def hugging_split(hugging, labels):
+    images = [Image.fromarray(each.transpose(1, 2, 0)) for each in pixels(len(labels), 8, 0)]
+    kinds = {"image": hugging.Image(), "label": hugging.Value("int64")}
+    return hugging.Dataset.from_dict(
+        {"image": images, "label": labels}, features=hugging.Features(kinds)
+    )
+
+
+def test_a_test_split_without_labels_or_images(tmp_path):
+    hugging = pytest.importorskip("datasets")
+    split = hugging_split(hugging, [0, 1, 0])
+    without = split.remove_columns("label")
+    whole = hugging.DatasetDict(train=split, test=without, validation=split)
+    assert dataset_to_parquet(whole, str(tmp_path / "set")) == {"train": 3, "test": 3}
+    for test, message in (
+        (without, "no labels in test"),
+        (split.remove_columns("image"), "test has the columns label; expected image and label"),
+    ):
+        whole = hugging.DatasetDict(train=split, test=test)
+        with pytest.raises(DataError, match=message):
+            dataset_to_parquet(whole, str(tmp_path / "other"))
+
+
+def test_a_format_of_a_data_set_is_left_out(tmp_path):
+    hugging = pytest.importorskip("datasets")
+    split = hugging_split(hugging, [0, 1, 0])
+    for number, other in enumerate(
+        (split.with_format("pandas"), split.with_transform(lambda batch: {"x": batch["label"]}))
+    ):
+        whole = hugging.DatasetDict(train=other, test=other)
+        target = str(tmp_path / str(number))
+        assert dataset_to_parquet(whole, target) == {"train": 3, "test": 3}
+        converted = load(options(target, name="parquet", holdout=1))
+        np.testing.assert_array_equal(converted.test.images, pixels(3, 8, 0))
+
+
+def test_a_column_of_several_images_a_row_is_refused(tmp_path):
+    hugging = pytest.importorskip("datasets")
+    images = [[Image.fromarray(each.transpose(1, 2, 0))] for each in pixels(2, 8, 0)]
+    split = hugging.Dataset.from_dict({"image": images, "label": [0, 1]})
+    whole = hugging.DatasetDict(train=split, test=split)
+    with pytest.raises(DataError, match=r"holds .*; expected one image a row") as found:
+        dataset_to_parquet(whole, str(tmp_path / "set"))
+    assert "\n" not in str(found.value)
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "message"),
+    [
+        ([0, 3_000_000], [0, 1], r"go up to 3000000 for 2 training .*; .* all classes in a Class"),
+        ([0, 1], [0, 2], r"labels of the test split of the data set go from 0 to 2; expected 0 to"),
+        ([0, 1], [-1, 1], r"test split of the data set go from -1 to 1; expected 0 to 1"),
+        ([0, 1, None], [0, 1], r"training split of the data set go from -1 to 1; expected 0 to 1"),
+    ],
+)
+def test_numbers_that_are_no_classes_are_refused_before_anything_is_written(
+    tmp_path, train, test, message
+):
+    hugging = pytest.importorskip("datasets")
+    whole = hugging.DatasetDict(
+        train=hugging_split(hugging, train), test=hugging_split(hugging, test)
+    )
+    with pytest.raises(DataError, match=message):
+        dataset_to_parquet(whole, str(tmp_path / "set"))
+    assert not (tmp_path / "set").exists()
 
 
 def test_a_conversion_that_was_cut_off_is_told(tmp_path):

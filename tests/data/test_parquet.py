@@ -320,12 +320,25 @@ def test_no_readable_held_out_image_is_told(tmp_path):
         ({"name": "cifar10"}, 'did you mean "CIFAR10"'),
         ({"name": "qqqq"}, r"expected one of digits, parquet, .*; change data\.name"),
         ({"uri": "nothing://x"}, "cannot be opened"),
+        ({"uri": "ftp://127.0.0.1:9/x"}, "cannot be opened .*refused"),
+        ({"uri": "zip://train::/nowhere.zip"}, "cannot be opened .*No such file"),
+        ({"uri": "reference://x"}, "cannot be opened .*argument"),
+        ({"uri": f"zip://train::{__file__}"}, "cannot be opened .*not a zip file"),
     ],
 )
 def test_a_mistake_in_the_options_is_named(tmp_path, changes, message):
     write_parquet(tmp_path)
     with pytest.raises(DataError, match=message):
         describe(options(tmp_path, **changes))
+
+
+def test_a_back_end_that_does_not_start_is_told_in_one_line(monkeypatch):
+    def fails(uri):
+        raise OSError("Unable to load libjvm\ndlopen failed")
+
+    monkeypatch.setattr(fsspec.core, "url_to_fs", fails)
+    with pytest.raises(DataError, match=r"opened \(Unable to load libjvm dlopen failed\)"):
+        describe(options("hdfs://nowhere/x"))
 
 
 def test_a_file_is_not_a_folder(tmp_path):
@@ -398,6 +411,18 @@ def test_s3_by_the_endpoint_of_the_environment(s3, tmp_path):
         describe(options("s3://images/b"))
     with pytest.raises(DataError, match="s3://nobucket/b does not exist"):
         describe(options("s3://nobucket/b"))
+
+
+def test_a_split_that_was_added_since_is_found(s3, tmp_path):
+    boto3 = pytest.importorskip("boto3")
+    write_parquet(tmp_path)
+    bucket = boto3.client("s3")
+    bucket.create_bucket(Bucket="later")
+    bucket.upload_file(str(tmp_path / "train.parquet"), "later", "a/train.parquet")
+    with pytest.raises(DataError, match="has no test split"):
+        describe(options("s3://later/a"))
+    bucket.upload_file(str(tmp_path / "test.parquet"), "later", "a/test.parquet")
+    assert describe(options("s3://later/a")).test_rows == 12
 
 
 def test_cifar10_is_read_quickly():

@@ -4,18 +4,22 @@ from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 import yaml
 from markupsafe import Markup
 
 from stp_ray.artifacts import Store
+from stp_ray.elastic.subnet import Subnet
 from stp_ray.errors import StorageError
 from stp_ray.report import (
     Summary,
     accuracy_against_macs,
+    architecture_picture,
     page,
     plots,
     render,
+    unequal_epochs,
     with_space,
     write_report,
 )
@@ -163,6 +167,27 @@ def test_the_drawing_is_on_the_page(text):
     assert "Architecture before and after" in text
 
 
+def test_a_subnet_that_was_cut_down_to_its_budget_is_drawn(
+    tmp_path, summary, config, candidates, monkeypatch
+):
+    cut = Subnet({"stem": 4, "block.inner": 8}, frozenset({"block"}))
+    summary["budgets"]["0.5"]["subnet_id"] = cut.id
+    scored = candidates.filter(pc.field("subnet_id") != cut.id)
+    store = Store(tmp_path / "run")
+    store.write_json("summary.json", summary)
+    store.write_json("config.json", config)
+    store.write_table("explore/candidates.parquet", scored)
+    store.write_bytes("budget-0.5/subnet.json", f"{cut.to_json()}\n".encode())
+    write_report(store)
+    text = store.read_bytes("report.html").decode()
+    assert "Budget 0.5 keeps 0 of 1 residual blocks; dropped: block." in text
+    drawn = []
+    monkeypatch.setattr(plots, "architecture_png", lambda found: drawn.append(found) or b"")
+    assert architecture_picture(store) == b""
+    assert drawn[0]["budgets"] == ["0.5", "0.15"]
+    assert [cells[0]["width"] for cells in (row["cells"] for row in drawn[0]["rows"])] == [4, 0, 0]
+
+
 def test_classes_show_what_they_lost_and_won(text, predictions):
     found = classes(predictions)
     cat, dog = found["rows"]
@@ -214,7 +239,8 @@ def test_scores_of_tuned_candidates_are_drawn_apart_and_make_the_front(
     drawn = {}
 
     def front_svg(candidates, front, chosen):
-        drawn.update(points=candidates[0], again=candidates.get(25), front=front)
+        drawn.update(front=front, again=candidates.get((25, True)))
+        drawn.update(points=candidates[0, False])
         assert list(candidates) == sorted(candidates)
         return Markup("")
 
@@ -225,6 +251,21 @@ def test_scores_of_tuned_candidates_are_drawn_apart_and_make_the_front(
     assert len(drawn["points"]) == len(rows) - 1 - tuned
     assert drawn["again"] == ([(rows[-1]["macs"], 0.123)] if tuned else None)
     assert (drawn["front"] == drawn["again"]) == tuned
+
+
+def test_scores_on_all_images_are_drawn_apart_and_make_the_front(summary, candidates, monkeypatch):
+    rows = candidates.to_pylist()[:-1]
+    again = {**rows[-1], "images": 0, "score": 2.0}  # worse than others on some of the images
+    svg = plots.front_svg
+
+    def front_svg(candidates, front, chosen):
+        assert list(candidates) == [(0, False), (0, True)]
+        assert front == candidates[0, True] == [(again["macs"], 2.0)]
+        return svg(candidates, front, chosen)
+
+    monkeypatch.setattr(page.plots, "front_svg", front_svg)
+    text = render(summary, {}, pa.Table.from_pylist([*rows, again]), {})
+    assert f"{len(rows) - 1} candidates" in text and "1 on all images" in text
 
 
 def test_the_front_holds_what_nothing_beats():
@@ -265,6 +306,57 @@ def test_a_card_says_how_a_latency_budget_was_met(summary, config, candidates):
     text = render(summary, config, candidates, {})
     Page(text)
     assert "latency budget" in text and "of at most 1.25; 1 CPU thread" in text
+
+
+@pytest.mark.parametrize(
+    ("baseline", "begun", "told"),
+    [
+        (None, False, None),
+        (7, False, None),  # 3 + 4
+        (6, False, "for 6 epochs; the weights of the pruned one have seen 7."),
+        (7, True, "for 7 epochs, from which the pruned one started; the weights of the pruned one "
+                  "have seen 14."),
+    ],
+)  # fmt: skip
+def test_a_dense_network_of_other_epochs_is_told_of(
+    summary, config, candidates, baseline, begun, told
+):
+    config = {
+        **config,
+        "baseline": None if baseline is None else {"epochs": baseline},
+        "supernet": {"from_baseline": begun, "optimisation": {"epochs": 3}},
+        "finalize": {"optimisation": {"epochs": 4}},
+    }
+    found = unequal_epochs(config)
+    text = render(summary, config, candidates, {})
+    if told is None:
+        assert found == [] and "retention is against" not in text
+    else:
+        (sentence,) = found
+        assert sentence.endswith(told)
+        assert text.index('id="cost"') < text.index(sentence) < text.index("<table>")
+
+
+@pytest.mark.parametrize(
+    ("expansion", "told", "kd"),
+    [
+        ({}, "the main network teaches an expanded network, and", "main network → expanded"),
+        ({"rungs": 0}, "the main network teaches the chosen one", None),
+        ({"main": "drop"}, "an expanded network teaches the chosen one", None),
+        ({"main": "drop", "rungs": 2}, "an expanded network teaches", "expanded → expanded"),
+    ],
+)
+def test_a_ladder_says_who_teaches_whom(summary, config, candidates, expansion, told, kd):
+    config = {**config, "finalize": {"expansion": expansion}}
+    losses = {"ce": [2.0, 1.0], "kd": [0.0, 0.0], "kd_target": [0.5, 0.25]}
+    if kd is not None:
+        losses["kd"] = [1.0, 0.0]
+    ladder = pa.table({"epoch": [0, 1], **losses})
+    text = render(summary, config, candidates, {"budget-0.15": ladder})
+    assert f"On the ladder {told}" in text
+    teacher = "main network" if expansion.get("rungs") == 0 else "expanded"
+    assert f"{teacher} → chosen" in text
+    assert set(re.findall(r"\w[\w ]* → expanded", text)) == ({kd} if kd else set())
 
 
 def test_missing_columns_are_named(summary, config):

@@ -208,6 +208,17 @@ def test_people_find_what_they_need(finished):
     for budget in finished.summary["budgets"].values():
         card = Path(budget["uri"].removeprefix("file://"), "README.md").read_text()
         assert f'stp_ray.load("{budget["uri"]}")' in card
+        told = "trained for 1 epochs; the weights of the pruned one have seen 6."
+        assert told in card and told in page
+
+
+def test_a_search_is_as_long_as_it_was_said_to_be(finished):
+    lines = (finished.folder / "logs/explore.jsonl").read_text().splitlines()
+    events = [json.loads(line) for line in lines]
+    (start,) = [event for event in events if event["event"] == "start"]
+    steps = [event["step"] for event in events if event["event"] == "log"]
+    assert steps == [1, 2, 3, 4]  # three generations and the finalists
+    assert start["config"]["total_steps"] == steps[-1]
 
 
 def test_every_candidate_is_in_the_table_once(finished):
