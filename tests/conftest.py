@@ -8,6 +8,7 @@ from stp_ray.artifacts import Store
 STAGES = Path(__file__).parent / "stages"
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks for groups
 def pytest_collection_modifyitems(items):
     """The stages' tests, which start whole clusters, run one at a time and share the run that
     nothing disturbs; all others run beside them."""

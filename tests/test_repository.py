@@ -1,6 +1,7 @@
 """What the repository says of itself stays true."""
 
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -79,17 +80,20 @@ def test_files_of_the_package_are_declared():
 
 
 @pytest.mark.timeout(120)
-def test_a_group_of_tests_stays_on_one_worker(tmp_path):
-    """Clusters are started one at a time only if it does."""
-    (tmp_path / "test_group.py").write_text(
-        "import os, pathlib, time\n"
-        "import pytest\n"
-        "pytestmark = pytest.mark.xdist_group('together')\n"
-        "@pytest.mark.parametrize('number', range(6))\n"
-        "def test_one(number):\n"
-        "    time.sleep(0.3)\n"
-        "    pathlib.Path(f'{number}.worker').write_text(os.environ['PYTEST_XDIST_WORKER'])\n"
-    )
+def test_the_tests_of_the_stages_stay_on_one_worker(tmp_path):
+    """Clusters are started one at a time only if they do."""
+    shutil.copy(ROOT / "tests" / "conftest.py", tmp_path)
+    (tmp_path / "stages").mkdir()
+    for name in ("one", "two"):
+        (tmp_path / "stages" / f"test_{name}.py").write_text(
+            "import os, pathlib, time\n"
+            "import pytest\n"
+            "@pytest.mark.parametrize('number', range(4))\n"
+            "def test_it(number):\n"
+            "    time.sleep(0.3)\n"
+            f"    path = pathlib.Path(f'{name}-{{number}}.worker')\n"
+            "    path.write_text(os.environ['PYTEST_XDIST_WORKER'])\n"
+        )
     options = ["-q", "-n", "2", "--dist", "loadgroup", "-p", "no:cacheprovider"]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *options], cwd=tmp_path, capture_output=True, text=True,
@@ -97,4 +101,4 @@ def test_a_group_of_tests_stays_on_one_worker(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stdout
     workers = [path.read_text() for path in tmp_path.glob("*.worker")]
-    assert len(workers) == 6 and len(set(workers)) == 1
+    assert len(workers) == 8 and len(set(workers)) == 1

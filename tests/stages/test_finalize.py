@@ -37,7 +37,7 @@ def test_an_interruption_ends_the_tasks(job, monkeypatch):
     """In a session that the user opened, they would go on and write to the run's folder."""
     cancelled = []
 
-    def interrupted(references, num_returns):
+    def interrupted(references, **options):
         raise KeyboardInterrupt
 
     task = SimpleNamespace(remote=lambda jobs, *others: jobs[0].stage)
