@@ -91,8 +91,8 @@ def render() -> None:
         "Written by `python benchmarks/results.py render` from the runs recorded in "
         "`benchmarks/results/`. Top-1 and retention in per cent; retention is against a dense "
         "network trained separately for the same epochs (what starts as that network has its own "
-        "besides), and main is the run's own main network. A single seed is an observation, not a "
-        "claim.",
+        "besides), and main is the run's own main network. Fewer than three seeds are an "
+        "observation, not a claim.",
         "",
     ]
     parts += verdict(KEPT / "accuracy", KEPT / "proxy")

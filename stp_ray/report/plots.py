@@ -76,8 +76,8 @@ def front_svg(
     with _style():
         figure, axes = _axes()
         shades = (FAINT, PALETTE[0], PALETTE[2])
-        for shade, ((steps, _), points) in zip(shades, candidates.items(), strict=False):
-            words = "candidates" if shade == FAINT else "on all images"
+        for shade, ((steps, whole), points) in zip(shades, candidates.items(), strict=False):
+            words = "on all images" if whole and len(candidates) > 1 else "candidates"
             axes.scatter(
                 *_columns(points),
                 s=9,

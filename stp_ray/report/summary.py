@@ -62,6 +62,7 @@ def unequal_epochs(config: Mapping[str, Any]) -> list[str]:
     if baseline is None:
         return []
     dense, begun = baseline["epochs"], config["supernet"].get("from_baseline", False)
+    # as `RunConfig.epochs_before` counts; what an earlier version wrote may be none of today's
     trainings = (config["supernet"], config["finalize"])
     seen = dense * begun + sum(training["optimisation"]["epochs"] for training in trainings)
     if dense == seen:

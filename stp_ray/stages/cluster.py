@@ -194,10 +194,11 @@ def result(reference: Any, what: str, options: "ClusterOptions") -> Any:
     """
     try:
         first([reference], options)
-        return ray.get(reference)
     except RunError:
         ray.cancel(reference, force=True)
         raise
+    try:  # apart: what a task raised may be a RunError of Ray's making, with all of its traceback
+        return ray.get(reference)
     except ray.exceptions.RayError as error:
         cause = getattr(error, "cause", None)
         if isinstance(cause, StpError):

@@ -27,12 +27,14 @@ def test_a_worker_has_room_on_one_machine_or_none(monkeypatch):
     ("raised", "told", "words"),
     [
         (DataError("no images"), DataError, "no images"),
+        (RunError("the loss is not finite"), RunError, "^the loss is not finite$"),
         (ValueError("out of memory"), RunError, "looking failed.*out of memory.*goes on"),
     ],
 )
 def test_what_ends_a_task_is_told_in_one_line(monkeypatch, raised, told, words):
     def get(reference):
-        raise ray.exceptions.RayTaskError("look", f"Traceback\n{raised!r}", raised)
+        error = ray.exceptions.RayTaskError("look", f"Traceback\n{raised!r}", raised)
+        raise error.as_instanceof_cause()  # as Ray does
 
     monkeypatch.setattr(ray, "get", get)
     monkeypatch.setattr(ray, "wait", lambda waiting, **_: (waiting, []))

@@ -124,7 +124,7 @@ def test_a_submitted_run_shows_progress_and_a_failing_one_fails(head, checkout, 
     assert "error: " in failed.stdout and "seed" in failed.stdout
 
 
-@pytest.mark.timeout(600, func_only=True)  # what it is given has limits of its own
+@pytest.mark.timeout(600)
 def test_a_stopped_job_is_finished_by_another_driver(head, checkout, undisturbed, start, tmp_path):
     shutil.copy(undisturbed.recipe, checkout / "recipe.yaml")
     storage, named = tmp_path / "runs", ("--no-wait", "--submission-id", "first")
