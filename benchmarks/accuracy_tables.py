@@ -178,12 +178,13 @@ def section(kept: Path, docs: Path) -> list[str]:
 
 
 EXPLANATION = """\
-`python benchmarks/accuracy.py PROTOCOL --data FOLDER`. Mean ± standard deviation over seeds,
-their number in brackets: where numbers differ, read the differences within a seed, not those of
-the means. Which options of STP are good was judged by these same test images and seeds, but for
-the section of fresh seeds. All but that section, and what starts as the teacher or has twice the
-epochs, was recorded before two changes: second phases saw the order and crops of the first
-epochs again, and searches started from uniform widths that were not filled.
+`python benchmarks/accuracy.py PROTOCOL --data FOLDER`. Mean ± standard deviation over seeds, their
+number in brackets: where numbers differ, read the differences within a seed, not those of the
+means. A revision with a + had changes that were not committed yet. Which options of STP are good
+was judged by these same test images and seeds, but for the section of fresh seeds. All but that
+section, and what starts as the teacher or has twice the epochs, was recorded before two changes:
+second phases saw the order and crops of the first epochs again, and searches started from uniform
+widths that were not filled.
 
 - *Equal epochs*: every method passes over the images equally often; one that trains, prunes and
   tunes splits them. Teachers are a gift: distillation from the finished dense network does not
@@ -202,7 +203,9 @@ epochs again, and searches started from uniform widths that were not filled.
 - *Tuned scores*: the search scores what it promotes again after 50 steps of distillation, on 512
   images and from half of the learning rate. *Finals*: after 25, and the three best of each budget
   once more in the end after 200, on 4,096 images and from the rate that the second phase starts
-  with.
+  with. What these steps train are copies, which are thrown away. For both budgets together they
+  read as many images as nine epochs have, and no labels: equal epochs do not count them, training
+  costs do.
 - *Wide expansion*: the probability that a layer of an expanded network is wider falls from 1 to
   0, and not from 0.5.
 - *Target without labels*: what is pruned to learns from the network above it alone, as the paper
@@ -381,13 +384,15 @@ def _is_compared(ours: str, other: str) -> bool:
 
 
 def _differences(title: str, questions: list[Question], budgets: list[float]) -> list[str]:
-    out = [f"{title}, differences within a seed:", "", row(["", *map(str, budgets)])]
-    out.append(_rule(budgets))
+    rows = []
     for text, ask in questions:
         figures = [spread(ask(budget), sign=True) for budget in budgets]
         if any(figure != NOT_MEASURED for figure in figures):
-            out.append(row([text, *figures]))
-    return [*out, ""]
+            rows.append(row([text, *figures]))
+    if not rows:  # measured, but at no budget at which the other was
+        return []
+    heading = row(["", *map(str, budgets)])
+    return [f"{title}, differences within a seed:", "", heading, _rule(budgets), *rows, ""]
 
 
 def _rule(budgets: list[float]) -> str:

@@ -3,18 +3,16 @@
 import statistics
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
 
 from accuracy_tables import save
 from differences import NOT_MEASURED
-from filling import read
+from filling import Line, read
 from markdown_table import row
 from matplotlib.figure import Figure
 from scipy.stats import kendalltau
 
 from stp_ray.method import Exploration
 
-Line = dict[str, Any]
 Group = tuple[str, int, float]
 """Method, seed, budget."""
 

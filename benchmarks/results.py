@@ -152,9 +152,10 @@ def _section(recipe: str, runs: list[dict[str, Any]]) -> list[str]:
         RECIPES[recipe],
         "",
         f"Command: `{first['command']}`. {first['hardware']['cpus']} CPU cores "
-        f"({first['hardware']['machine']}), no GPU, {first['workers']} data-parallel workers, "
-        f"torch {first['packages']['torch']}, ray {first['packages']['ray']}. Epochs: baseline "
-        f"{epochs['baseline']}, supernet {epochs['supernet']} + finalize {epochs['finalize']}.",
+        f"({first['hardware']['machine']}), {first['hardware']['gpu'] or 'no GPU'}, "
+        f"{first['workers']} data-parallel workers, torch {first['packages']['torch']}, "
+        f"ray {first['packages']['ray']}. Epochs: baseline {epochs['baseline']}, "
+        f"supernet {epochs['supernet']} + finalize {epochs['finalize']}.",
         "",
     ]
     lines += [f"Note: {run['note']}" for run in runs if run["note"]]

@@ -8,6 +8,12 @@ import pytest
 FRESH = "cifar10_resnet20_fresh"
 
 
+def rows(page):
+    """The cells of a table, without its heading."""
+    tables = [text for text in page if text.startswith("|")]
+    return [[cell.strip() for cell in text.strip("|").split("|")] for text in tables[2:]]
+
+
 @pytest.fixture
 def verdicts(tmp_path, on_path):
     """The rows of lines that a test gives: aim, form, where, a cell for each budget, verdict."""
@@ -21,11 +27,8 @@ def verdicts(tmp_path, on_path):
             (tmp_path / folder).mkdir()
             text = "\n".join(json.dumps(line) for line in content)
             (tmp_path / folder / f"{name}.jsonl").write_text(text)
-        return [
-            [cell.strip() for cell in text.strip("|").split("|")]
-            for text in section(tmp_path / "accuracy", tmp_path / "proxy")
-            if text.startswith("|") and "---" not in text
-        ][1:]
+        page = section(tmp_path / "accuracy", tmp_path / "proxy")
+        return rows(page[page.index("### Every form") :])
 
     return render
 
@@ -40,16 +43,16 @@ def line(seed, method, top1, budget=0.15, cost=10):
 def test_an_aim_is_met_at_the_budgets_at_which_the_mean_reaches_it(verdicts):
     from contenders import TUNED
 
-    lines = [line(seed, "dense", 70.0, 1.0) for seed in (3, 4)]
-    for seed in (3, 4):
+    lines = [line(seed, "dense", 70.0, 1.0) for seed in (3, 4, 5)]
+    for seed in (3, 4, 5):
         for budget in (0.15, 0.05):
-            lines.append(line(seed, TUNED, 62.0 + seed / 2, budget))
+            lines.append(line(seed, TUNED, 62.75 + seed / 4, budget))
             lines.append(line(seed, "scratch", 62.0, budget))
     ahead, kept, main, cost = verdicts(lines)
     # one point is wanted at 0.15, two at 0.05
     assert ahead[1:3] == kept[1:3] == ["(d)", "ResNet-20, fresh seeds"]
-    assert ahead[3:] == ["–", "–", "+1.75 ± 0.35 (2)", "+1.75 ± 0.35 (2)", "at 0.15"]
-    assert kept[3:] == ["–", "–", "91.07 ± 0.51 (2)", "–", "no"]
+    assert ahead[3:] == ["–", "–", "+1.75 ± 0.25 (3)", "+1.75 ± 0.25 (3)", "at 0.15"]
+    assert kept[3:] == ["–", "–", "91.07 ± 0.36 (3)", "–", "no"]
     assert (main[-1], cost[-1]) == ("yes", "yes")
 
 
@@ -66,12 +69,13 @@ def test_a_part_has_to_be_worth_more_than_its_spread(verdicts):
     from contenders import STARTED
 
     lines = []
-    for seed, (large, small) in ((3, (0.5, 0.1)), (4, (0.7, 0.9))):
+    for seed, (large, small) in ((3, (0.5, 0.0)), (4, (0.6, 0.4)), (5, (0.7, 1.1))):
         for budget, gain in ((0.15, large), (0.05, small)):
             lines.append(line(seed, STARTED, 60.0 + gain, budget))
             lines.append(line(seed, f"{STARTED}, no expansion", 60.0, budget))
-    (row,) = verdicts(lines)
-    assert row[3:] == ["–", "–", "+0.60 ± 0.14 (2)", "+0.50 ± 0.57 (2)", "at 0.15"]
+    row, growing = verdicts(lines)
+    assert row[3:] == ["–", "–", "+0.60 ± 0.10 (3)", "+0.50 ± 0.56 (3)", "at 0.15"]
+    assert growing[3:] == ["–", "–", "–", "-0.10 ± 0.46 (3)", "no"]
 
 
 def test_one_seed_shows_nothing_of_a_part(verdicts):
@@ -79,7 +83,7 @@ def test_one_seed_shows_nothing_of_a_part(verdicts):
 
     lines = [line(3, STARTED, 61.0), line(3, f"{STARTED}, no expansion", 60.0)]
     (row,) = verdicts(lines)
-    assert row[3:] == ["–", "–", "+1.00 (1)", "–", "no"]
+    assert row[3:] == ["–", "–", "+1.00 (1)", "–", "(no)"]
 
 
 def test_costs_are_told_with_and_without_the_teacher(verdicts):
@@ -87,8 +91,8 @@ def test_costs_are_told_with_and_without_the_teacher(verdicts):
 
     rows = verdicts([line(3, "dense", 70.0, 1.0), line(3, STARTED_FINALS, 64.0, cost=29)])
     assert [(row[2], *row[5:]) for row in rows[-2:]] == [
-        ("ResNet-20, fresh seeds, the teacher's training not counted", "1.90 (1)", "–", "yes"),
-        ("ResNet-20, fresh seeds, all counted", "2.90 (1)", "–", "no"),
+        ("ResNet-20, fresh seeds, the teacher's training not counted", "1.90 (1)", "–", "(yes)"),
+        ("ResNet-20, fresh seeds, all counted", "2.90 (1)", "–", "(no)"),
     ]
 
 
@@ -103,8 +107,8 @@ def test_at_equal_macs_others_get_what_ours_spent(verdicts):
     lines += [line(0, "scratch", 57.0), line(0, TRIED, 56.0), line(0, QUARTER, 61.0)]
     rows = verdicts(lines, place=CHOSEN)
     assert [row[1:] for row in rows if "`scratch`" in row[2]] == [
-        ["`stp`", "ResNet-20, `scratch`", "–", "–", "-10.00 (1)", "–", "no"],
-        [f"`{TRIED}`", "ResNet-20, `scratch`", "–", "–", "-0.50 (1)", "–", "no"],
+        ["`stp`", "ResNet-20, `scratch`", "–", "–", "-10.00 (1)", "–", "(no)"],
+        [f"`{TRIED}`", "ResNet-20, `scratch`", "–", "–", "-0.50 (1)", "–", "(no)"],
     ]
 
 
@@ -113,21 +117,21 @@ def test_norms_are_judged_by_how_they_grow(verdicts):
     from verdict_table import CHOSEN
 
     course = [{"ratio": 2.0, "dropped_norm": 4.0}, {"ratio": 3.0, "dropped_norm": 1.0}]
-    lines = [{**line(seed, OURS, 58.0), "sparsity": course} for seed in (0, 1)]
+    lines = [{**line(seed, OURS, 58.0), "sparsity": course} for seed in (0, 1, 2)]
     ratio, held = verdicts(lines, place=CHOSEN)
-    assert ratio[3:] == ["–", "–", "1.50 ± 0.00 (2)", "–", "yes"]
-    assert held[3:] == ["–", "–", "0.25 ± 0.00 (2)", "–", "no"]
+    assert ratio[3:] == ["–", "–", "1.50 ± 0.00 (3)", "–", "yes"]
+    assert held[3:] == ["–", "–", "0.25 ± 0.00 (3)", "–", "no"]
 
 
 def test_every_row_has_figures_in_what_is_recorded(on_path):
-    from verdict_table import ROWS, SCORES, section
+    from verdict_table import ROWS, SCORES, SHORT, section
 
     recorded = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
     page = section(recorded / "accuracy", recorded / "proxy")
-    rows = [text for text in page if text.startswith("|")]
-    heading, scores = 2, sum(f"seed {n}" in row for row in rows for n in (0, 1))
-    assert scores >= len(SCORES)
-    assert len(rows) == heading + len(ROWS) + scores
+    at = page.index("### Every form")
+    short, whole = rows(page[:at]), rows(page[at:])
+    assert len(short) == len(SHORT) + 1  # and how the finalists' score ranks
+    assert len(whole) == len(ROWS) + 2 * len(SCORES)  # of all shapes, and of random ones
 
 
 def test_scores_are_judged_by_how_they_rank(verdicts):
@@ -135,15 +139,31 @@ def test_scores_are_judged_by_how_they_rank(verdicts):
 
     steps = "200 on 4096"
     shapes = [
-        {"method": TUNED, "seed": 1, "budget": budget, "top1": top1, "scores": {steps: score}}
-        for budget, scores in ((0.15, (0.1, 0.2, 0.3)), (0.05, (0.2, 0.1, 0.3)))
-        for top1, score in zip((62.0, 61.0, 60.0), scores, strict=True)
-    ]
+        {"method": TUNED, "seed": 1, "budget": budget, "top1": top1, "how": how,
+         "scores": {steps: score}}
+        for budget, scores in ((0.15, (0.1, 0.2, 0.3)), (0.05, (0.1, 0.3, 0.2)))
+        for top1, how, score in zip((62.0, 61.0, 60.0), ("explored", "random", "random"), scores,
+                                    strict=True)
+    ]  # fmt: skip
     others = [{**shapes[0], "seed": 0, "scores": {"0": 0.1}}]
-    (row,) = verdicts([], [*shapes, *others])
-    assert row[1] == "(d)"
-    assert row[2].startswith("ResNet-20, seed 1, that of finalists")
-    assert row[3:] == ["–", "–", "1.00 (1)", "0.33 (1)", "at 0.15"]
+    every, drawn = verdicts([], [*shapes, *others])
+    assert every[1] == drawn[1] == "(d)"
+    assert every[2].startswith("ResNet-20, seed 1, that of finalists")
+    assert every[3:] == ["–", "–", "1.00 (1)", "0.33 (1)", "(at 0.15)"]
+    assert drawn[3:] == ["–", "–", "1.00 (1)", "-1.00 (1)", "(at 0.15)"]
+
+
+def test_verdicts_on_few_seeds_are_in_brackets(verdicts):
+    from contenders import STARTED
+
+    lines = []
+    for seed in (3, 4, 5):
+        for budget in (0.15, 0.05) if seed < 5 else (0.05,):
+            lines.append(line(seed, STARTED, 61.0 + seed / 10, budget))
+            lines.append(line(seed, f"{STARTED}, no expansion", 60.0, budget))
+    expanded, growing = verdicts(lines)
+    assert expanded[5:] == ["+1.35 ± 0.07 (2)", "+1.40 ± 0.10 (3)", "yes (yes)"]
+    assert growing[3:] == ["–", "–", "–", "+0.00 ± 0.00 (2)", "(no)"]
 
 
 def test_nothing_measured_says_nothing(tmp_path, on_path):
