@@ -223,13 +223,12 @@ widths that were not filled.
 - *Uniform widths*: one ratio for all layers, rounded, which leaves some of a budget unused (the
   table of MACs that are left says how much); *filled*: the narrowest layers are a step wider,
   one after the other, until none fits.
-- *Torch-pruning*: half of the epochs dense, then tuned with a teacher; *even*: all layers lose
-  the same share; *sparse learning*: the last half of its dense training is under group sparsity;
-  *labels alone* (not trained yet): one dense epoch and no teacher, so that equal MACs buy the
-  most epochs; *of the teacher*: the finished dense network is pruned, and tuning has all epochs,
-  so that among the best of all others it counts only against what starts as the teacher too, as
-  does what has twice the epochs. At equal MACs its teacher is its own past before
-  it was pruned.
+- *Torch-pruning*: half of the epochs dense, then tuned with a teacher; *even*: all layers lose the
+  same share; *sparse learning*: the last half of its dense training is under group sparsity;
+  *labels alone*: one dense epoch and no teacher, so that equal MACs buy the most epochs; *of the
+  teacher*: the finished dense network is pruned, and tuning has all epochs, so that among the best
+  of all others it counts only against what starts as the teacher too, as does what has twice the
+  epochs. At equal MACs its teacher is its own past before it was pruned.
 - *Dense + distillation*: the dense network once more, taught by a finished one. STP's main network
   is taught so too, wherever STP is.
 - *Twice the epochs*: what starts as the teacher has weights that have seen the teacher's epochs

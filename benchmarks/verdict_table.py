@@ -170,6 +170,8 @@ LADDERS = (
     (TAUGHT, DEEP),
 )  # fmt: skip
 SMALL_LADDERS = ((PLAIN, CHOSEN), (QUARTER, FRESH), (QUARTER, MOBILE))
+#: Torch-Pruning that spends least before it has pruned.
+LEAN_PRUNING = "torch-pruning, even, labels alone"
 #: The sparsification that shrinks what it drops.
 PENALTY = "group lasso"
 
@@ -197,10 +199,11 @@ ROWS: list[Row] = [
     *(
         (LEVEL, form, place, other, _at_equal_macs(form, other))
         for form, place, others in (
-            (OURS, CHOSEN, ("torch-pruning, even", "scratch at uniform widths", "scratch")),
+            (OURS, CHOSEN, (LEAN_PRUNING, "torch-pruning, even", "scratch at uniform widths",
+                            "scratch")),
             (QUARTER, FEW, ("scratch, shape of a quarter",)),
-            (TRIED, CHOSEN, ("torch-pruning, even", "scratch at uniform widths", "scratch",
-                             "scratch, shape that was tried")),
+            (TRIED, CHOSEN, (LEAN_PRUNING, "torch-pruning, even", "scratch at uniform widths",
+                             "scratch", "scratch, shape that was tried")),
         )
         for other in others
     ),

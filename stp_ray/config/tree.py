@@ -173,7 +173,8 @@ class ClusterOptions(_Section):
     """How often a stage is restarted from its last checkpoint after a worker was lost."""
     schedule_timeout_s: float = Field(default=300.0, gt=0)
     """Seconds to wait for the cluster to offer the requested workers, or one of them again where a
-    search or the budgets of one worker each have lost all machines."""
+    search or the budgets of one worker each have lost all machines. A training of several workers
+    that lost some of them waits so long `max_failures` + 1 times."""
     address: str | None = None
     """Ray cluster to join; null: the one that RAY_ADDRESS or the job names, else a local one."""
     device_price: float | None = Field(default=None, ge=0)

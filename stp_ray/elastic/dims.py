@@ -94,6 +94,10 @@ class Dims:
                 atom.variable.producers.append(layer)
         return dim
 
+    def size_of(self, layer: str) -> int:
+        """The full width of a layer that produces a dimension, in what was counted there."""
+        return self._sizes[layer]
+
     def producers(self, variable: Variable) -> list[str]:
         """The layers that produce a variable, in the order in which they were visited."""
         return sorted(variable.producers, key=self._order.__getitem__)
@@ -164,11 +168,11 @@ class Dims:
             left, right = self._substituted(left), self._substituted(right)
         return self.resolve(one)
 
-    def coarsen(self, dim: Dim, factor: int, reason: str) -> None:
-        """Let the dimension move in steps of `factor` elements only (whole heads, groups)."""
+    def coarsen(self, dim: Dim, factor: int, reason: str, unit: str) -> None:
+        """Let the dimension move in steps of `factor` elements only: whole units."""
         total = length(dim)
         if factor > 1 and total % factor == 0:
-            self.unify(dim, self.fresh(total // factor, factor=factor), reason)
+            self.unify(dim, self.fresh(total // factor, factor=factor, unit=unit), reason)
         elif factor > 1:
             self.freeze([dim], reason)
 

@@ -2,13 +2,14 @@
 
 import copy
 from collections.abc import Mapping
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, fx, nn
 
 from .cost import Extent
-from .slicing import Layout, Merge, arguments, measured, narrowed
+from .slicing import Layout, Merge, arguments, measured, narrowed, sized
 from .subnet import Subnet
 
 if TYPE_CHECKING:
@@ -47,9 +48,12 @@ def extract(
             else:
                 copied.update_kwarg(key, _rewritten(kwargs[key], env, subnet))
         target = str(node.target)
+        if node.op == "call_module" and target in root and _another(root[target], layout, subnet):
+            # a layer without weights that is called on another width, such as a norm
+            target = copied.target = f"{target}_{node.name}"
         if node.op == "call_module" and target not in root:
-            module = model.get_submodule(target)
-            root[target] = _layer(target, module, layout, subnet, stats, copies)
+            module = model.get_submodule(str(node.target))
+            root[target] = _layer(str(node.target), module, layout, subnet, stats, copies)
         elif node.op == "call_module" and layout.borrows_without in subnet.dropped:
             root[target].inplace = False
         elif node.op == "get_attr":
@@ -60,6 +64,14 @@ def extract(
             root[target] = value
     small = fx.GraphModule(root, graph, class_name=model.__class__.__name__)
     return small.train(model.training)
+
+
+def _another(made: nn.Module, layout: Layout, subnet: Subnet) -> bool:
+    """Whether a layer that was made for one call does not have the sizes of another one."""
+    if layout.tensors:  # they have one size for all calls
+        return False
+    sizes = {name: sized(value, subnet) for name, value in layout.attributes.items()}
+    return any(attrgetter(name)(made) != value for name, value in sizes.items())
 
 
 def _layer(

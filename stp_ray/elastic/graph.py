@@ -35,6 +35,12 @@ def symbolic_graph(model: nn.Module, example: Tensor) -> fx.GraphModule:
             f"{type(model).__name__} cannot be copied: {str(error).splitlines()[0]}; expected a "
             "model that copy.deepcopy takes"
         ) from error
+    if "forward" in vars(model) or model._forward_hooks or model._forward_pre_hooks:
+        raise TraceError(
+            f"{type(model).__name__} has forward hooks, or a forward of its own that is not its "
+            "class's, which a graph would leave out; expected neither on the outermost module; "
+            "give it to a module whose forward calls it, and trace that one"
+        )
     was_training = model.training
     writing = [module for module in model.modules() if getattr(module, "inplace", False)]
     for module in writing:
@@ -63,6 +69,7 @@ def symbolic_graph(model: nn.Module, example: Tensor) -> fx.GraphModule:
     differing = {
         name for name, value in constants.items() if not _equal(value, getattr(model, name, None))
     }
+    _require_one_mode(model, graph)
     in_place = {name for name, module in model.named_modules() if module in writing}
     training_only = _follow_mode(training, graph, differing, in_place)
     if any(node.target == TRAINING for node in graph.nodes):
@@ -91,6 +98,26 @@ def _both_modes(
     constants = {name: getattr(model, name) for name in set(vars(model)) - known}
     _forget(model, known)  # so that the second trace gives the same names
     return training, _trace_once(model.eval(), example, buffers), constants
+
+
+def _require_one_mode(model: nn.Module, graph: fx.Graph) -> None:
+    """Raise TraceError where a `train()` of the model's own holds modules back, such as norms whose
+    statistics stay: the graph has not got it. Those within a layer that is kept whole follow it."""
+    whole = {str(node.target) for node in graph.nodes if node.op == "call_module"}
+    model.train()
+    held = [
+        name
+        for name, module in model.named_modules()
+        if not module.training and not any(name.startswith(f"{layer}.") for layer in whole)
+    ]
+    model.eval()
+    if held:
+        raise TraceError(
+            f"{held[0]} stays in evaluation mode while {type(model).__name__} trains, because of a "
+            "train() that is not torch.nn.Module's and that a graph would leave out; expected all "
+            "modules to follow; for norms whose statistics stay, use "
+            "torchvision.ops.FrozenBatchNorm2d"
+        )
 
 
 def _forget(model: nn.Module, known: Collection[str]) -> None:

@@ -55,7 +55,9 @@ class Supernet(nn.Module):
     """A traced classifier that runs as its main network or as any subnet of it.
 
     A subnet is an argument of `forward`, never a state of the module. `state_dict()` of
-    `model` has the parameter names of the network that was traced.
+    `model` has the names of the network that was traced, each tensor once, without those that
+    its forward does not use and with all that `rank` puts in another order: load trained weights
+    into the network before it is traced.
 
     Attributes:
         model: the main network.
@@ -73,6 +75,9 @@ class Supernet(nn.Module):
         self._layouts: Mapping[str, Layout] = traced.layouts
         self._merges: Mapping[str, Merge] = traced.merges
         self._last_uses = _last_uses(self.model.graph)
+        for name in self.segments:  # a state dict has to tell what `rank` puts in another order
+            owner, _, leaf = name.rpartition(".")
+            self.model.get_submodule(owner)._non_persistent_buffers_set.discard(leaf)
         self.train(self.model.training)
 
     @classmethod

@@ -121,9 +121,11 @@ class _Analysis:
                     self.values[node] = self._declare(str(node.target))
                     step.tensors[str(node.target)] = self.values[node]
             elif node.op == "output":
+                logits = isinstance(node.args[0], fx.Node)
+                reason = "network output" if logits else "the model returns more than its logits"
                 for source in node.all_input_nodes:
                     for tensor in ops.tensors(self.values.get(source)):
-                        self.dims.freeze(tensor, "network output", report=False)
+                        self.dims.freeze(tensor, reason, report=not logits)
             else:
                 self.values[node] = self._visit(node, step)
         self._forget_decisions()
@@ -301,8 +303,9 @@ class _Analysis:
             choices = tuple(dict.fromkeys([*range(floor, variable.size, step_size), variable.size]))
             if len(choices) < 2:
                 self.dims.frozen += [
-                    Frozen(layer, variable.size, f"no width below {variable.size} is admissible")
+                    Frozen(layer, size, f"no width below {size} is admissible")
                     for layer in producers
+                    for size in (self.dims.size_of(layer),)
                 ]
                 continue
             axis = WidthAxis(name, variable.size, choices, variable.unit, tuple(producers))

@@ -21,13 +21,21 @@ if TYPE_CHECKING:
 _LOOK_EVERY_S = 1.0
 
 
+#: What Ray Train reads, and the values of it that this process has set: any other is the user's.
+_LIMIT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
+_set_here: set[str] = set()
+
+
 def wait_for_workers(options: "ClusterOptions") -> None:
-    """Have the trainings that this process starts, driver or task, wait for lost machines as long
-    as `schedule_timeout_s` says. Ray's default is a minute. An elastic training does not wait for
-    one, and a short limit ends what Ray promised it wrongly."""
+    """Have the next training that this process starts, driver or task, wait for lost machines as
+    long as `schedule_timeout_s` says, in each of its attempts. Ray's default is a minute. An
+    elastic training does not wait for one, and a short limit ends what Ray promised it wrongly."""
+    if os.environ.get(_LIMIT) not in {None, *_set_here}:
+        return
+    os.environ.pop(_LIMIT, None)
     if options.min_workers is None:
-        limit = str(options.schedule_timeout_s)
-        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", limit)
+        os.environ[_LIMIT] = limit = str(options.schedule_timeout_s)
+        _set_here.add(limit)
 
 
 @contextlib.contextmanager
@@ -44,9 +52,9 @@ def connected(options: "ClusterOptions") -> Iterator[None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     address = _address(options)
     settings: dict[str, Any] = {"logging_level": "warning", "log_to_driver": True}
-    if address:
-        settings["address"] = address
-    else:
+    # "local", or Ray joins whatever cluster was started on this machine.
+    settings["address"] = address or "local"
+    if not address:
         # A local worker group is watched five times a second instead of every two seconds.
         os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
         settings["include_dashboard"] = False

@@ -282,13 +282,15 @@ class _Generations(Searcher):
         self._search, self._most, self._failures = search, most, failures
         self._batches: dict[str, list[Candidate]] = {}
         self._lost: Counter[str] = Counter()
+        #: Why scores could not be kept.
+        self.failure: Exception | None = None
 
     def gave_up(self) -> bool:
         """Whether some candidate was lost too often."""
         return max(self._lost.values(), default=0) > self._failures
 
     def suggest(self, trial_id: str) -> Any:
-        if not self._search.open() or self.gave_up():
+        if not self._search.open() or self.gave_up() or self.failure:
             return Searcher.FINISHED
         batch = self._search.take() if len(self._batches) < self._most else []
         if not batch:
@@ -310,7 +312,10 @@ class _Generations(Searcher):
             self._search.give_back(batch)
         else:
             keys = [candidate.key for candidate in batch]
-            self._search.put(batch, dict(zip(keys, result["scores"], strict=True)))
+            try:
+                self._search.put(batch, dict(zip(keys, result["scores"], strict=True)))
+            except Exception as reason:  # Tune would log it and wait for the scores for ever
+                self.failure = reason
 
     def __getstate__(self) -> dict[str, Any]:
         """Tune pickles its searcher into scratch that is never read; trackers and storage have
@@ -412,11 +417,12 @@ def _tune(
         _Trial, run_config=config, images=images, weights=weights, main_logits=main_logits
     )
     patience = cluster.Patience(options)
+    generations = _Generations(search, workers, options.max_failures)
     with cluster.scratch() as folder:
         tuner = tune.Tuner(
             tune.with_resources(trial, resources),
             tune_config=tune.TuneConfig(
-                search_alg=_Generations(search, workers, options.max_failures),
+                search_alg=generations,
                 scheduler=_Keeping(),
                 num_samples=-1,
                 reuse_actors=True,
@@ -431,6 +437,8 @@ def _tune(
             ),
         )
         tuner.fit()
+    if generations.failure:
+        raise generations.failure
     if search.open():
         if patience.over():
             raise patience.error()

@@ -68,7 +68,7 @@ def test_three_dimensions_agree_in_whatever_order_they_meet(one, other, third):
 def test_coarse_dimensions_move_in_whole_steps(parts, factor):
     dims = Dims()
     dim = build(dims, parts)
-    dims.coarsen(dim, factor, "heads")
+    dims.coarsen(dim, factor, "heads", unit="heads")
     resolved = dims.resolve(dim)
     assert length(resolved) == length(dim)
     for atom in resolved:

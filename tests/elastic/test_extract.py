@@ -273,3 +273,22 @@ def test_an_extraction_that_is_saved_follows_train_and_eval():
             one, other = (small.train(now)(pixels(2)) for _ in range(2))
             assert torch.equal(one, other) != now
         assert torch.equal(small(pixels(2)), net.eval()(pixels(2), net.space.smallest))
+
+
+@pytest.mark.parametrize(
+    "norm", [nn.GroupNorm(4, 8, affine=False), nn.LayerNorm(8, elementwise_affine=False)]
+)
+def test_a_norm_without_weights_that_is_called_on_two_widths_has_a_size_for_each(norm):
+    def over(m, x):
+        if isinstance(norm, nn.GroupNorm):
+            return m.norm(x)
+        return m.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+    net = supernet(
+        Written(lambda m, x: over(m, m.b(over(m, x).relu())), norm=norm, b=nn.Conv2d(8, 8, 1))
+    )
+    stem, b = (next(a for a in net.space.axes if name in a.layers) for name in ("stem", "b"))
+    assert stem is not b
+    assert_exact(net)
+    small = net.extract(net.space.canonical(Subnet({stem.name: 2, b.name: 3})))
+    assert len([m for m in small.modules() if type(m) is type(norm)]) == 2

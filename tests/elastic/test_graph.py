@@ -2,6 +2,7 @@
 
 import math
 import random
+import types
 
 import numpy as np
 import pytest
@@ -266,3 +267,66 @@ def test_auxiliary_heads_are_left_out_and_named():
     assert not torch.equal(one, net(images))  # dropout draws anew
     net.eval()
     assert torch.equal(net(images), net(images))
+
+
+def normalised():
+    model = Own()
+    model.register_forward_pre_hook(lambda module, given: ((given[0] - 0.5) / 0.25,))
+    return model
+
+
+def doubled():
+    model = Own()
+    model.register_forward_hook(lambda module, given, out: 2 * out)
+    return model
+
+
+def own_forward():
+    model = Own()
+    model.forward = types.MethodType(lambda self, images: Own.forward(self, -images), model)
+    return model
+
+
+@pytest.mark.parametrize("build", [normalised, doubled, own_forward])
+def test_what_is_hung_on_the_outermost_module_is_refused_and_may_be_within(build):
+    model = build().double().eval()
+    with pytest.raises(
+        TraceError, match=r"Own has forward hooks, or a forward of its own .* trace"
+    ):
+        Supernet.trace(model, pixels(2))
+    images = pixels(2)
+    net = Supernet.trace(nn.Sequential(model), images).eval()
+    torch.testing.assert_close(net(images), model(images))
+
+
+class Held(nn.Module):
+    """Its norm keeps the statistics that it came with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm, self.head = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(self.stem(x)).mean((2, 3)))
+
+    def train(self, mode: bool = True) -> "Held":
+        super().train(mode)
+        self.norm.eval()
+        return self
+
+
+def test_a_train_that_holds_a_norm_back_is_refused():
+    with pytest.raises(TraceError, match=r"norm stays in evaluation mode while Held trains"):
+        supernet(Held())
+
+
+class Counting(nn.Conv2d):
+    """A `train()` that holds nothing back."""
+
+    def train(self, mode: bool = True) -> "Counting":
+        self.asked = getattr(self, "asked", 0) + 1
+        return super().train(mode)
+
+
+def test_a_train_that_holds_nothing_back_is_no_matter():
+    assert_exact(supernet(Written(lambda m, x: m.a(x).relu(), a=Counting(8, 8, 1))))

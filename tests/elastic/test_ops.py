@@ -302,3 +302,43 @@ def test_a_frozen_layer_of_a_sequential_names_no_line_of_whoever_traces_it():
     layers = [nn.Conv2d(3, 8, 1), nn.LocalResponseNorm(3), nn.Flatten(), nn.Linear(512, 4)]
     (frozen,) = Supernet.trace(nn.Sequential(*layers), torch.zeros(1, 3, 8, 8)).frozen
     assert frozen.reason.endswith("no rule for LocalResponseNorm: 1")
+
+
+@pytest.mark.parametrize("unbatched", [False, True])
+def test_a_pool_that_reaches_the_channels_freezes_them(unbatched):
+    def over_pixels_and_channels(m, x):
+        return m.pool(x)
+
+    def over_channels(m, x):
+        return m.pool(x.mean((2, 3)))[:, :, None, None]
+
+    pool = nn.AvgPool1d(3, 1, 1) if unbatched else nn.MaxPool3d(3, 1, 1)
+    model = Written(over_channels if unbatched else over_pixels_and_channels, pool=pool)
+    net = supernet(model)
+    assert [(f.name, f.reason.split(":")[0]) for f in net.frozen] == [
+        ("stem", "works across an elastic dimension")
+    ]
+    assert_exact(net, model=model)
+
+
+def test_groups_are_counted_as_groups():
+    net = supernet(Written(lambda m, x: m.norm(x), norm=nn.GroupNorm(4, 8)))
+    (axis,) = (axis for axis in net.space.axes if "stem" in axis.layers)
+    assert (axis.size, axis.unit) == (4, "groups")
+    kept = Supernet.trace(
+        nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.Flatten(), nn.Linear(288, 4)),
+        torch.zeros(1, 3, 8, 8), min_ratio=0.6,
+    )  # fmt: skip
+    assert [(f.name, f.size) for f in kept.frozen] == [("0", 8)]
+
+
+def test_squeeze_and_excitation_by_expand_as_and_a_comparison_are_elastic():
+    def gated(m, x):
+        gate = m.up(m.down(x.mean((2, 3))).relu()).sigmoid().view(x.size(0), x.size(1), 1, 1)
+        x = x * gate.expand_as(x)
+        return torch.where(x > 0, x, 0.1 * x)
+
+    net = supernet(Written(gated, 8, down=nn.Linear(8, 4), up=nn.Linear(4, 8)))
+    assert not net.frozen
+    assert {layer for axis in net.space.axes for layer in axis.layers} == {"stem", "down", "up"}
+    assert_exact(net)

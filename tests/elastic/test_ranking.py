@@ -109,3 +109,24 @@ def test_mistakes_are_named():
         importance(net, "magic")
     with pytest.raises(ValueError, match=r"no gradient.*backward"):
         importance(net, "taylor")
+
+
+def test_a_buffer_that_is_put_in_order_too_is_in_the_state_dict():
+    class Positions(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8, 4)
+            self.register_buffer("table", torch.randn(1, 8, 1, 1), persistent=False)
+            self.register_buffer("scale", torch.tensor(2.0), persistent=False)
+
+        def forward(self, x):
+            return self.head((self.scale * self.stem(x) + self.table).relu().mean((2, 3)))
+
+    images, model = pixels(2), Positions().double()
+    net, again = (Supernet.trace(model, images).eval() for _ in range(2))
+    net.rank(random_scores(net))
+    state = net.model.state_dict()
+    assert "table" in state and "scale" not in state
+    assert not torch.equal(state["table"], model.table)
+    again.model.load_state_dict(state)
+    torch.testing.assert_close(again(images), model.eval()(images))

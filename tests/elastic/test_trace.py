@@ -157,3 +157,23 @@ def test_a_pattern_that_matches_nothing_is_named():
     model = build_model("resnet20", num_classes=4)
     with pytest.raises(ValueError, match=r"pattern 'layer9' matches no layer; expected"):
         Supernet.trace(model, torch.zeros(1, 3, 8, 8), ignore=["layer9"])
+
+
+class Features(nn.Module):
+    """Returns what its head saw besides the logits."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8, 4)
+
+    def forward(self, x):
+        features = self.stem(x).relu().mean((2, 3))
+        return self.head(features), features
+
+
+def test_what_a_second_output_keeps_whole_is_listed():
+    net = Supernet.trace(Features(), torch.zeros(1, 3, 8, 8))
+    assert not net.space.axes
+    assert {f.name: f.reason for f in net.frozen} == dict.fromkeys(
+        ("stem", "head"), "the model returns more than its logits"
+    )

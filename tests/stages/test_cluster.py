@@ -43,6 +43,19 @@ def test_what_ends_a_task_is_told_in_one_line(monkeypatch, raised, told, words):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("address", [None, "10.0.0.1:6379"])
+def test_only_a_cluster_that_is_named_is_joined(monkeypatch, address):
+    """Ray itself would join one that somebody has started on this machine."""
+    given = {}
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **settings: given.update(settings))
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    monkeypatch.setattr(cluster.os, "environ", {})
+    with cluster.connected(ClusterOptions(address=address)):
+        assert given["address"] == (address or "local")
+        assert ("num_cpus" in given) == (address is None)
+
+
 class Clock:
     """Time that passes while a cluster is asked, and what it has room for."""
 

@@ -10,6 +10,7 @@ from ray.tune.search import Searcher
 
 from stp_ray.artifacts import Store
 from stp_ray.elastic import Budget
+from stp_ray.errors import StorageError
 from stp_ray.method import Exploration, Explorer
 from stp_ray.stages.explore import _Generations, _Search
 from stp_ray.tracking import MultiTracker
@@ -79,6 +80,20 @@ def test_a_candidate_that_is_lost_again_and_again_ends_the_search(failures):
             tune.on_trial_complete(f"{number}", scores)
     assert lost == failures + 1
     assert tune.gave_up() and search.open()
+
+
+def test_scores_that_cannot_be_kept_end_the_search(monkeypatch):
+    search, tune = batches(failures=2)
+    away = StorageError("cannot write: no space left")
+
+    def full(*_):
+        raise away
+
+    monkeypatch.setattr(Store, "write_table", full)
+    suggested = tune.suggest("0")
+    tune.on_trial_complete("0", {"scores": [0.5] * len(suggested["candidates"])})
+    assert tune.failure is away
+    assert tune.suggest("1") == Searcher.FINISHED and search.open()
 
 
 class Kept:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from ..dims import Dim, constant, length
-from .visit import Size, Value, Visit, spread, tensors_in, unknown
+from .visit import Rule, Size, Value, Visit, spread, tensors_in, unknown
 
 
 def elementwise(visit: Visit) -> Value:
@@ -39,11 +39,23 @@ def passive(visit: Visit) -> Value:
     return None
 
 
-def spatial(visit: Visit) -> Value:
-    """Works on the trailing dimensions, leaves [N, C] alone: pooling, interpolation."""
+def interpolation(visit: Visit) -> Value:
+    """Works on all dimensions but [N, C]."""
+    return _across(visit, len(visit.shape) - 2)
+
+
+def pooling(dimensions: int) -> Rule:
+    """Works on so many of the last dimensions."""
+    return lambda visit: _across(visit, dimensions)
+
+
+def _across(visit: Visit, dimensions: int) -> Value:
     x = visit.x
+    first = len(visit.shape) - dimensions
     changed = [
-        place for place, size in enumerate(visit.shape) if length(x[place]) != size or place > 1
+        place
+        for place, size in enumerate(visit.shape)
+        if length(x[place]) != size or place >= first
     ]
     visit.freeze(
         tuple(x[place] for place in changed if not visit.dims.is_constant(x[place])),

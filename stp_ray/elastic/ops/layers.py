@@ -89,6 +89,7 @@ def group_norm(visit: Visit) -> Value:
         visit.tensor(name, x[1])
     visit.step.attributes["num_channels"] = Size(x[1])
     if module.num_groups > 1:  # a single group spans all channels, however many they are
-        visit.dims.coarsen(x[1], per_group, f"groups that its pieces do not fit: {visit.source}")
+        reason = f"groups that its pieces do not fit: {visit.source}"
+        visit.dims.coarsen(x[1], per_group, reason, unit="groups")
         visit.step.attributes["num_groups"] = Size(x[1], per=per_group)
     return x

@@ -186,6 +186,19 @@ def expand(visit: Visit) -> Value:
     return out
 
 
+def expand_as(visit: Visit) -> Value:
+    """As long as another tensor, which may shrink."""
+    x, other = visit.x, visit.value(visit.argument(1, "other"))
+    if not isinstance(other, tuple):
+        return unknown(visit)
+    lead = len(other) - len(x)
+    out: list[Dim] = list(other)
+    for place, dim in enumerate(x, start=lead):
+        if length(dim) == length(other[place]):
+            out[place] = visit.unify(dim, other[place])
+    return tuple(out)
+
+
 def repeat(visit: Visit) -> Value:
     """Copies along some dimensions; the others stay as they are."""
     x = visit.x

@@ -53,12 +53,12 @@ MODULES: dict[type[nn.Module], Rule] = {
     nn.Flatten: reshaping.regroup,
     nn.Softmax: functions.along,
     **{
-        getattr(nn, f"{adaptive}{kind}Pool{d}d"): functions.spatial
+        getattr(nn, f"{adaptive}{kind}Pool{d}d"): functions.pooling(d)
         for adaptive in ("", "Adaptive")
         for kind in ("Max", "Avg")
         for d in (1, 2, 3)
     },
-    nn.Upsample: functions.spatial,
+    nn.Upsample: functions.interpolation,
     **{getattr(nn, name): functions.elementwise for name in _ELEMENTWISE_MODULES},
 }
 
@@ -89,13 +89,13 @@ FUNCTIONS: dict[Any, Rule] = {
         function: functions.arithmetic
         for function in (
             operator.add, operator.sub, operator.mul, operator.truediv, operator.neg, operator.pow,
+            operator.lt, operator.le, operator.gt, operator.ge,
         )
     },
     **{
         function: functions.passive
         for function in (
-            operator.floordiv, operator.mod, operator.eq, operator.ne, operator.lt, operator.le,
-            operator.gt, operator.ge, torch._assert, getattr,
+            operator.floordiv, operator.mod, operator.eq, operator.ne, torch._assert, getattr,
         )
     },
     operator.getitem: reshaping.index,
@@ -106,11 +106,11 @@ FUNCTIONS: dict[Any, Rule] = {
     F.scaled_dot_product_attention: attention.scaled_dot_product,
     torch.einsum: functions.einsum,
     F.layer_norm: functions.functional_layer_norm,
-    F.adaptive_avg_pool2d: functions.spatial,
-    F.adaptive_max_pool2d: functions.spatial,
-    F.avg_pool2d: functions.spatial,
-    F.max_pool2d: functions.spatial,
-    F.interpolate: functions.spatial,
+    F.adaptive_avg_pool2d: functions.pooling(2),
+    F.adaptive_max_pool2d: functions.pooling(2),
+    F.avg_pool2d: functions.pooling(2),
+    F.max_pool2d: functions.pooling(2),
+    F.interpolate: functions.interpolation,
     F.pad: functions.padding,
     F.normalize: functions.normalised,
     F.glu: reshaping.gated,
@@ -158,6 +158,7 @@ METHODS: dict[str, Rule] = {
     "unsqueeze": reshaping.unsqueeze,
     "squeeze": reshaping.squeeze,
     "expand": reshaping.expand,
+    "expand_as": reshaping.expand_as,
     "repeat": reshaping.repeat,
     "mean": functions.reduction,
     "sum": functions.reduction,
