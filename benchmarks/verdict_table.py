@@ -268,12 +268,19 @@ SHORT = (
     (COST, STARTED_FINALS, FRESH, "all counted"),
 )
 
-FINAL = f"{Exploration().final_steps} on {Exploration().tuning_images}"
+PROMOTED, FINAL = (
+    f"{steps} on {Exploration().tuning_images}"
+    for steps in (Exploration().tuning_steps, Exploration().final_steps)
+)
 #: Scores of `proxy.py`: the form whose supernet they were measured on, steps, and who uses them.
+OF_RECIPES = (
+    (TUNED, PROMOTED, "after 25 steps on 4,096 images, which (f) searches by; chosen on this seed"),
+    (TUNED, FINAL, "that of finalists, which (f) chooses by; chosen on this seed"),
+)
 SCORES = (
     (TAUGHT, "0", "as the slice is, which (b) and (c) search by"),
     (TUNED, "50", "after 50 steps on 512 images, which (d) and (e) search by"),
-    (TUNED, FINAL, "that of finalists, which (f) chooses by, and this seed chose"),
+    *OF_RECIPES,
     (TAUGHT, "100", "after 100 steps on 512 images, which no form uses"),
     (TUNED, "100", "after 100 steps on 512 images, which no form uses"),
 )
@@ -293,9 +300,8 @@ def section(comparisons: Path, proxies: Path) -> list[str]:
             whole.append((aim, _name(form), where, figures))
             if (aim, form, place, against) in SHORT:
                 short.append(whole[-1])
-    taus = _taus(proxies / f"{CHOSEN}.jsonl")
-    whole += taus
-    short += [verdict for verdict in taus if verdict[0] is TAU and "(f)" in verdict[2]]
+    whole += _taus(proxies / f"{CHOSEN}.jsonl", SCORES, (TAU, TAU_DRAWN))
+    short += _taus(proxies / f"{CHOSEN}.jsonl", OF_RECIPES, (TAU,))
     if not whole:
         return []
     return [
@@ -321,10 +327,10 @@ forms of STP*:
 
 - `stp`: the method without a teacher, one subnet a step.
 - (b): the dense network, trained before, says half of every label; four subnets a step.
-- (c): a quarter of the epochs is stimulative, in place of half.
-- (d): candidates of the search are tuned for some steps before they are scored.
-- (e): and training starts as that dense network, which is the teacher.
-- (f): and the best candidates are tuned for longer before one is chosen: what the recipes
+- (c): (b), a quarter of whose epochs is stimulative, in place of half.
+- (d): (c), and candidates of the search are tuned for some steps before they are scored.
+- (e): (d), and training starts as that dense network, which is the teacher.
+- (f): (e), and the best candidates are tuned for longer before one is chosen: what the recipes
   `cifar10_resnet20_cpu`, `cifar10_resnet56` and `imagenet_resnet50` do.
 
 [The method](method.md#what-each-part-gives) has the settings of each; *target alone* is no part of
@@ -350,10 +356,13 @@ def _cells(aim: Aim, figures: dict[float, list[float]]) -> list[str]:
     signed = 0.0 in aim.least.values()
     firm = {budget: found for budget, found in figures.items() if len(found) >= ENOUGH}
     loose = {budget: found for budget, found in figures.items() if budget not in firm}
-    holds = [_holds(aim, firm)] if firm else []
-    holds += [f"({_holds(aim, loose)})"] if loose else []
+    if firm and loose:
+        parts = [f"{', '.join(map(str, of))}: {_holds(aim, of)}" for of in (firm, loose)]
+        holds = f"{parts[0]} ({parts[1]})"
+    else:
+        holds = _holds(aim, firm) if firm else f"({_holds(aim, loose)})"
     cells = [spread(figures.get(budget, []), sign=signed) for budget in BUDGETS]
-    return [*cells, " ".join(holds)]
+    return [*cells, holds]
 
 
 def _holds(aim: Aim, figures: dict[float, list[float]]) -> str:
@@ -361,16 +370,18 @@ def _holds(aim: Aim, figures: dict[float, list[float]]) -> str:
     return "yes" if len(met) == len(figures) else f"at {', '.join(map(str, met))}" if met else "no"
 
 
-def _taus(path: Path) -> list[Verdict]:
+def _taus(
+    path: Path, scores: tuple[tuple[str, str, str], ...], aims: tuple[Aim, ...]
+) -> list[Verdict]:
     """Of each score that is judged, by the supernets that it was measured on."""
     recorded = read(path) if path.exists() else []
     verdicts: list[Verdict] = []
-    for aim, chosen in ((TAU, True), (TAU_DRAWN, False)):
-        for method, steps, use in SCORES:
+    for aim in aims:
+        for method, steps, use in scores:
             lines = [
                 line for line in recorded
                 if line["method"] == method and steps in line["scores"]
-                and (chosen or line["how"] == "random")
+                and (aim is TAU or line["how"] == "random")
             ]  # fmt: skip
             for seed in sorted({line["seed"] for line in lines}):
                 of = [line for line in lines if line["seed"] == seed]

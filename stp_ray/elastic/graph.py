@@ -69,7 +69,6 @@ def symbolic_graph(model: nn.Module, example: Tensor) -> fx.GraphModule:
     differing = {
         name for name, value in constants.items() if not _equal(value, getattr(model, name, None))
     }
-    _require_one_mode(model, graph)
     in_place = {name for name, module in model.named_modules() if module in writing}
     training_only = _follow_mode(training, graph, differing, in_place)
     if any(node.target == TRAINING for node in graph.nodes):
@@ -77,6 +76,7 @@ def symbolic_graph(model: nn.Module, example: Tensor) -> fx.GraphModule:
     graph._tracer_cls = None  # a pickled network is read with fx's own
     traced = fx.GraphModule(model, graph, class_name=type(model).__name__)
     traced.graph.lint()
+    _require_same_modes(model, traced)
     traced.meta[TRAINING_ONLY] = training_only
     for node in traced.graph.nodes:
         if node.op == "call_module":
@@ -100,24 +100,28 @@ def _both_modes(
     return training, _trace_once(model.eval(), example, buffers), constants
 
 
-def _require_one_mode(model: nn.Module, graph: fx.Graph) -> None:
-    """Raise TraceError where a `train()` of the model's own holds modules back, such as norms whose
-    statistics stay: the graph has not got it. Those within a layer that is kept whole follow it."""
-    whole = {str(node.target) for node in graph.nodes if node.op == "call_module"}
-    model.train()
-    held = [
-        name
-        for name, module in model.named_modules()
-        if not module.training and not any(name.startswith(f"{layer}.") for layer in whole)
-    ]
-    model.eval()
-    if held:
-        raise TraceError(
-            f"{held[0]} stays in evaluation mode while {type(model).__name__} trains, because of a "
-            "train() that is not torch.nn.Module's and that a graph would leave out; expected all "
-            "modules to follow; for norms whose statistics stay, use "
-            "torchvision.ops.FrozenBatchNorm2d"
-        )
+def _require_same_modes(model: nn.Module, traced: fx.GraphModule) -> None:
+    """Raise TraceError where a `train()` of the model's own sets modes that the graph, which has
+    not got it, would not: for norms whose statistics stay, or dropout that does."""
+    for mode in (True, False):
+        model.train(mode)
+        modes = {id(module): module.training for module in model.modules()}
+        traced.train(mode)
+        for name, module in traced.named_modules():
+            differs = modes.get(id(module), module.training) != module.training
+            if differs and _has_modes(module):
+                raise TraceError(
+                    f"{name} is in {'evaluation' if mode else 'training'} mode where "
+                    f"{type(model).__name__} is not, because of a train() of the model's own that "
+                    "a graph would leave out; expected all layers to follow it; give the layer a "
+                    "train() of its own that holds it, or use torchvision.ops.FrozenBatchNorm2d"
+                )
+
+
+def _has_modes(module: nn.Module) -> bool:
+    """Whether a layer itself computes something else while it trains."""
+    code = getattr(type(module).forward, "__code__", None)
+    return code is None or "training" in code.co_names
 
 
 def _forget(model: nn.Module, known: Collection[str]) -> None:

@@ -55,9 +55,9 @@ class Supernet(nn.Module):
     """A traced classifier that runs as its main network or as any subnet of it.
 
     A subnet is an argument of `forward`, never a state of the module. `state_dict()` of
-    `model` has the names of the network that was traced, each tensor once, without those that
-    its forward does not use and with all that `rank` puts in another order: load trained weights
-    into the network before it is traced.
+    `model` has the names of the network that was traced (of a layer that has two, the first),
+    without what its forward does not use and with all that `rank` puts in another order: load
+    trained weights into the network before it is traced.
 
     Attributes:
         model: the main network.

@@ -121,11 +121,10 @@ class _Analysis:
                     self.values[node] = self._declare(str(node.target))
                     step.tensors[str(node.target)] = self.values[node]
             elif node.op == "output":
-                logits = isinstance(node.args[0], fx.Node)
-                reason = "network output" if logits else "the model returns more than its logits"
-                for source in node.all_input_nodes:
+                for place, source in enumerate(node.all_input_nodes):  # first the logits
                     for tensor in ops.tensors(self.values.get(source)):
-                        self.dims.freeze(tensor, reason, report=not logits)
+                        reason = "the model returns more than its logits"
+                        self.dims.freeze(tensor, reason, report=place > 0)
             else:
                 self.values[node] = self._visit(node, step)
         self._forget_decisions()

@@ -50,6 +50,10 @@ def connected(options: "ClusterOptions") -> Iterator[None]:
         yield
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if (
+        os.environ.get(_LIMIT) in _set_here
+    ):  # an earlier run's; workers would take it for the user's
+        del os.environ[_LIMIT]
     address = _address(options)
     settings: dict[str, Any] = {"logging_level": "warning", "log_to_driver": True}
     # "local", or Ray joins whatever cluster was started on this machine.

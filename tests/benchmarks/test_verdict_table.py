@@ -124,13 +124,13 @@ def test_norms_are_judged_by_how_they_grow(verdicts):
 
 
 def test_every_row_has_figures_in_what_is_recorded(on_path):
-    from verdict_table import ROWS, SCORES, SHORT, section
+    from verdict_table import OF_RECIPES, ROWS, SCORES, SHORT, section
 
     recorded = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
     page = section(recorded / "accuracy", recorded / "proxy")
     at = page.index("### Every form")
     short, whole = rows(page[:at]), rows(page[at:])
-    assert len(short) == len(SHORT) + 1  # and how the finalists' score ranks
+    assert len(short) == len(SHORT) + len(OF_RECIPES)
     assert len(whole) == len(ROWS) + 2 * len(SCORES)  # of all shapes, and of random ones
 
 
@@ -162,7 +162,7 @@ def test_verdicts_on_few_seeds_are_in_brackets(verdicts):
             lines.append(line(seed, STARTED, 61.0 + seed / 10, budget))
             lines.append(line(seed, f"{STARTED}, no expansion", 60.0, budget))
     expanded, growing = verdicts(lines)
-    assert expanded[5:] == ["+1.35 ± 0.07 (2)", "+1.40 ± 0.10 (3)", "yes (yes)"]
+    assert expanded[5:] == ["+1.35 ± 0.07 (2)", "+1.40 ± 0.10 (3)", "0.05: yes (0.15: yes)"]
     assert growing[3:] == ["–", "–", "–", "+0.00 ± 0.00 (2)", "(no)"]
 
 

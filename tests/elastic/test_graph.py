@@ -300,33 +300,50 @@ def test_what_is_hung_on_the_outermost_module_is_refused_and_may_be_within(build
 
 
 class Held(nn.Module):
-    """Its norm keeps the statistics that it came with."""
+    """Its `train()` leaves a layer in one mode.
 
-    def __init__(self) -> None:
+    Args:
+        layer: between stem and head.
+        mode: the one that it stays in.
+    """
+
+    def __init__(self, layer: nn.Module, mode: bool) -> None:
         super().__init__()
-        self.stem, self.norm, self.head = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Linear(8, 4)
+        self.stem, self.layer, self.head = nn.Conv2d(3, 8, 3), layer, nn.Linear(8, 4)
+        self.unused, self.mode = nn.BatchNorm2d(8), mode
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.norm(self.stem(x)).mean((2, 3)))
+        return self.head(self.layer(self.stem(x)).mean((2, 3)))
 
     def train(self, mode: bool = True) -> "Held":
         super().train(mode)
-        self.norm.eval()
+        self.layer.train(self.mode)
+        self.unused.eval()
         return self
 
 
-def test_a_train_that_holds_a_norm_back_is_refused():
-    with pytest.raises(TraceError, match=r"norm stays in evaluation mode while Held trains"):
-        supernet(Held())
+@pytest.mark.parametrize(
+    ("layer", "mode", "words"),
+    [
+        (nn.BatchNorm2d(8), False, "layer is in evaluation mode where Held is not"),
+        (nn.Sequential(nn.ReLU(), nn.Dropout(0.5)), True, "layer.1 is in training mode where Held"),
+    ],
+)
+def test_a_train_that_holds_a_layer_is_refused(layer, mode, words):
+    with pytest.raises(TraceError, match=words):
+        supernet(Held(layer, mode))
 
 
-class Counting(nn.Conv2d):
-    """A `train()` that holds nothing back."""
+class Still(nn.BatchNorm2d):
+    """Holds itself, which the graph keeps."""
 
-    def train(self, mode: bool = True) -> "Counting":
-        self.asked = getattr(self, "asked", 0) + 1
-        return super().train(mode)
+    def train(self, mode: bool = True) -> "Still":
+        return super().train(False)
 
 
-def test_a_train_that_holds_nothing_back_is_no_matter():
-    assert_exact(supernet(Written(lambda m, x: m.a(x).relu(), a=Counting(8, 8, 1))))
+@pytest.mark.parametrize("layer", [nn.Conv2d(8, 8, 1), Still(8)])
+def test_a_train_that_changes_nothing_that_the_graph_does_is_no_matter(layer):
+    net = supernet(Held(layer, False))
+    assert_exact(net)
+    net.train()
+    assert net.model.get_submodule("layer").training is isinstance(layer, nn.Conv2d)

@@ -56,6 +56,20 @@ def test_only_a_cluster_that_is_named_is_joined(monkeypatch, address):
         assert ("num_cpus" in given) == (address is None)
 
 
+def test_workers_do_not_get_the_limit_of_an_earlier_run(monkeypatch):
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    monkeypatch.setattr(cluster.os, "environ", environment := {})
+    limit, seen = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", []
+    monkeypatch.setattr(ray, "init", lambda **_: seen.append(environment.get(limit)))
+    cluster.wait_for_workers(ClusterOptions(schedule_timeout_s=60))
+    assert environment[limit] == "60.0"
+    with cluster.connected(ClusterOptions()):
+        environment[limit] = "7"  # the user's
+    with cluster.connected(ClusterOptions()):
+        assert seen == [None, "7"]
+
+
 class Clock:
     """Time that passes while a cluster is asked, and what it has room for."""
 

@@ -89,13 +89,14 @@ FUNCTIONS: dict[Any, Rule] = {
         function: functions.arithmetic
         for function in (
             operator.add, operator.sub, operator.mul, operator.truediv, operator.neg, operator.pow,
-            operator.lt, operator.le, operator.gt, operator.ge,
+            operator.lt, operator.le, operator.gt, operator.ge, operator.eq, operator.ne,
+            operator.and_, operator.or_,
         )
     },
     **{
         function: functions.passive
         for function in (
-            operator.floordiv, operator.mod, operator.eq, operator.ne, torch._assert, getattr,
+            operator.floordiv, operator.mod, torch._assert, getattr,
         )
     },
     operator.getitem: reshaping.index,
