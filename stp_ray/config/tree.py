@@ -176,7 +176,8 @@ class ClusterOptions(_Section):
     search or the budgets of one worker each have lost all machines. A training of several workers
     that lost some of them waits so long `max_failures` + 1 times."""
     address: str | None = None
-    """Ray cluster to join; null: the one that RAY_ADDRESS or the job names, else a local one."""
+    """Ray cluster to join, "auto" for one that was started on this machine; null: the one that
+    RAY_ADDRESS or the job names, else a local one."""
     device_price: float | None = Field(default=None, ge=0)
     """Price of one device-hour (a GPU, or a CPU core where use_gpu is off), in any currency; null:
     the report and `--dry-run` show device-hours alone."""
