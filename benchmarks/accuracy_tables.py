@@ -20,6 +20,7 @@ from contenders import (
     OURS,
     OWN_SHAPE,
     PARTS,
+    PENALTY,
     PLAIN,
     QUARTER,
     SCRATCH_TWICE,
@@ -131,8 +132,6 @@ CHANGED: dict[str, tuple[str, ...]] = {
         THEIRS,
     ),
 }
-#: The sparsification that shrinks what it drops.
-PENALTY = "group lasso"
 #: Ours at its cheapest, which equal MACs buy the most epochs of.
 LEAN = ("stp, target alone", TRIED)
 #: Trainings of a shape that STP found, and the same of shapes that nobody has to find.

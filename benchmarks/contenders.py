@@ -641,6 +641,8 @@ TUNED = f"{QUARTER}, tuned scores"
 STARTED = f"{TUNED}, of the teacher"
 STARTED_FINALS = f"{QUARTER}, finals, of the teacher"
 UNDECAYED = f"{QUARTER}, no weight decay"
+#: The sparsification that shrinks what it drops.
+PENALTY = "group lasso"
 #: What someone else makes of the same start.
 THEIRS = "torch-pruning, even, of the teacher"
 #: As many epochs as its weights have seen, for a dense network and for its own shape from scratch.
@@ -724,7 +726,7 @@ OWN_SHAPE: dict[str, Any] = {
     "stp, taught, four subnets a step, tuned scores": replace(BEST, tuning_steps=50),
     "stp, taught at first, four subnets a step": replace(BEST, to_the_end=False),
     "slimmable": slimmable,
-    "group lasso": group_lasso,
+    PENALTY: group_lasso,
     "torch-pruning": torch_pruning,
     "torch-pruning, even": partial(torch_pruning, even=True),
     "torch-pruning, even, sparse learning": partial(torch_pruning, even=True, sparse=True),

@@ -13,6 +13,7 @@ from contenders import (
     OPTIONS,
     OURS,
     OWN_SHAPE,
+    PENALTY,
     PLAIN,
     QUARTER,
     STARTED,
@@ -118,17 +119,12 @@ def _more_of_it(form: str, other: str) -> Ask:
     """How much more a form gains over another one at a budget than at 0.15."""
 
     def ask(lines: list[Line], budget: float) -> list[float]:
-        runs = _epochs(lines)
-        gains = [
-            {
-                line["seed"]: line["top1"] - against["top1"]
-                for line in runs_of(runs, form, at)
-                for against in runs_of(runs, other, at)
-                if line["seed"] == against["seed"]
-            }
-            for at in (budget, 0.15)
-        ]
-        return [gains[0][seed] - gains[1][seed] for seed in gains[0] if seed in gains[1]]
+        found = []
+        for seed in sorted({line["seed"] for line in lines}):
+            of = [line for line in lines if line["seed"] == seed]
+            there, here = (_minus(form, other)(of, at) for at in (budget, 0.15))
+            found += [a - b for a, b in zip(there, here, strict=False)]  # one or none of each
+        return found
 
     return ask
 
@@ -172,12 +168,9 @@ LADDERS = (
 SMALL_LADDERS = ((PLAIN, CHOSEN), (QUARTER, FRESH), (QUARTER, MOBILE))
 #: Torch-Pruning that spends least before it has pruned.
 LEAN_PRUNING = "torch-pruning, even, labels alone"
-#: The sparsification that shrinks what it drops.
-PENALTY = "group lasso"
 
 #: What is aimed at, of which form, where, against what if that is not in the aim, and how to ask.
-Row = tuple[Aim, str, str, str, Ask]
-ROWS: list[Row] = [
+ROWS: list[tuple[Aim, str, str, str, Ask]] = [
     *((AHEAD, *of, "", _ahead(of[0])) for of in (PAPER, AS_CHOSEN, (TUNED, FRESH), *ELSEWHERE)),
     *(
         (LONG, form, place, "", _ahead(form))
@@ -268,15 +261,18 @@ SHORT = (
     (COST, STARTED_FINALS, FRESH, "all counted"),
 )
 
+SEARCH = Exploration()
 PROMOTED, FINAL = (
-    f"{steps} on {Exploration().tuning_images}"
-    for steps in (Exploration().tuning_steps, Exploration().final_steps)
+    f"{steps} on {SEARCH.tuning_images}" for steps in (SEARCH.tuning_steps, SEARCH.final_steps)
 )
 #: Scores of `proxy.py`: the form whose supernet they were measured on, steps, and who uses them.
 OF_RECIPES = (
-    (TUNED, PROMOTED, "after 25 steps on 4,096 images, which (f) searches by; chosen on this seed"),
+    (
+        TUNED, PROMOTED, f"after {SEARCH.tuning_steps} steps on {SEARCH.tuning_images:,} images, "
+        "which (f) searches by; chosen on this seed",
+    ),
     (TUNED, FINAL, "that of finalists, which (f) chooses by; chosen on this seed"),
-)
+)  # fmt: skip
 SCORES = (
     (TAUGHT, "0", "as the slice is, which (b) and (c) search by"),
     (TUNED, "50", "after 50 steps on 512 images, which (d) and (e) search by"),

@@ -4,6 +4,7 @@ import copy
 import operator
 import random
 from collections.abc import Collection
+from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -119,9 +120,14 @@ def _require_same_modes(model: nn.Module, traced: fx.GraphModule) -> None:
 
 
 def _has_modes(module: nn.Module) -> bool:
-    """Whether a layer itself computes something else while it trains."""
-    code = getattr(type(module).forward, "__code__", None)
-    return code is None or "training" in code.co_names
+    """Whether a layer itself asks whether it trains."""
+    return any(
+        "training" in member.__code__.co_names
+        for kind in type(module).__mro__
+        if kind is not nn.Module
+        for member in vars(kind).values()
+        if isinstance(member, FunctionType)
+    )
 
 
 def _forget(model: nn.Module, known: Collection[str]) -> None:

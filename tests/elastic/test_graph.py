@@ -326,6 +326,11 @@ class Held(nn.Module):
     ("layer", "mode", "words"),
     [
         (nn.BatchNorm2d(8), False, "layer is in evaluation mode where Held is not"),
+        (
+            nn.InstanceNorm2d(8, track_running_stats=True),  # asks in a method of its base class
+            False,
+            "layer is in evaluation mode where Held is not",
+        ),
         (nn.Sequential(nn.ReLU(), nn.Dropout(0.5)), True, "layer.1 is in training mode where Held"),
     ],
 )
