@@ -221,8 +221,8 @@ def test_a_wrong_value_names_path_found_and_expected(override, path, found, expe
 
 
 def test_the_checks_of_an_option_class_carry_the_dotted_path():
-    message = refusal(None, "supernet.optimisation.epochs=0")
-    assert message.startswith("supernet.optimisation.epochs is 0; expected")
+    message = refusal(None, "supernet.optimisation.epochs=-1")
+    assert message.startswith("supernet.optimisation.epochs is -1; expected")
 
 
 @pytest.mark.parametrize(
@@ -258,6 +258,25 @@ def test_a_supernet_that_starts_from_the_baseline_needs_one():
         None, "supernet.from_baseline=true"
     )
     load_config({"supernet": {"from_baseline": True}, "baseline": {"epochs": 1}})
+
+
+@pytest.mark.parametrize("training", ["supernet", "finalize"])
+def test_subnets_have_to_be_trained(training):
+    message = refusal(None, f"{training}.optimisation.epochs=0")
+    assert message.startswith(f"{training}.optimisation.epochs is 0; expected at least 1")
+
+
+def test_a_baseline_without_training_needs_trained_weights():
+    assert "baseline.epochs is 0 and the weights of 'resnet20' are random; expected" in refusal(
+        None, "baseline.epochs=0"
+    )
+    for model in (
+        {"weights": "mine.safetensors"},
+        {"name": "resnet18", "kwargs": {"weights": "IMAGENET1K_V1"}},
+        {"name": "mynet:build"},
+    ):
+        config = load_config({"model": model, "baseline": {"epochs": 0}, "teacher_weight": 0.5})
+        assert config.epochs_before("finalize") == config.supernet.optimisation.epochs
 
 
 def test_trainings_that_go_on_from_each_other_count_their_epochs_on():

@@ -102,6 +102,12 @@ class ModelOptions(_Section):
     that narrow subnets keep the best ones; null: they stay as they are. Random weights have no
     order."""
 
+    @property
+    def trained(self) -> bool:
+        """Whether its weights may be trained ones: from a URI, from torchvision, or from a function
+        of yours, of which only you know."""
+        return bool(self.weights or self.kwargs.get("weights") or ":" in self.name)
+
 
 #: What is trained: the dense network alone, the supernet, the ladder towards a target, or the
 #: target's shape from scratch.
@@ -129,7 +135,7 @@ class SupernetOptions(_Section):
     stimulation: Stimulation = Field(default_factory=Stimulation)
     """Which subnets are trained beside the main network, and how."""
     from_baseline: bool = False
-    """Start as the trained baseline, its units in the order of `model.ranking`, and go on with the
+    """Start as the baseline, its units in the order of `model.ranking`, and go on with the
     epochs that come after its own; false: start as the baseline did [ours]."""
 
 
@@ -235,9 +241,10 @@ class RunConfig(_Section):
     data: DataOptions = Field(default_factory=DataOptions)
     """Images, labels and augmentation."""
     baseline: Optimisation | None = None
-    """Train the dense network alone, to compare with; null: not trained."""
+    """Train the dense network alone, to compare with; `epochs: 0` takes the weights that
+    were given as they are; null: there is none."""
     teacher_weight: float = Field(default=0.0, ge=0, le=1)
-    """The part of every label that the trained baseline says in supernet, in finalize with
+    """The part of every label that the baseline says in supernet, in finalize with
     `finalize.taught`, and in finalize's control [ours]; 0: the labels are those of the data."""
     supernet: SupernetOptions = Field(default_factory=SupernetOptions)
     """Stage 1: stimulative training."""
@@ -284,6 +291,17 @@ class RunConfig(_Section):
             raise ValueError(
                 "supernet.from_baseline is true and baseline null; expected a baseline to start "
                 "from; give baseline.epochs, or model.weights for weights that you have"
+            )
+        for path, training in (("supernet", self.supernet), ("finalize", self.finalize)):
+            if not training.optimisation.epochs:
+                raise ValueError(
+                    f"{path}.optimisation.epochs is 0; expected at least 1, because the subnets "
+                    "have to learn; raise it"
+                )
+        if self.baseline and not self.baseline.epochs and not self.model.trained:
+            raise ValueError(
+                f"baseline.epochs is 0 and the weights of {self.model.name!r} are random; expected "
+                "weights that were trained; give them as model.weights, or raise baseline.epochs"
             )
         for path, options, key, workers in (
             ("baseline", self.baseline, "cluster.num_workers", self.cluster.num_workers),

@@ -46,7 +46,7 @@ class Optimisation:
     __pydantic_config__ = {"extra": "forbid", "use_attribute_docstrings": True}  # noqa: RUF012
 
     epochs: int = 10
-    """Passes over the training images."""
+    """Passes over the training images; 0 leaves the weights as they are."""
     batch_size: int = 128
     """Images in one optimiser step, over all workers together."""
     optimizer: Literal["sgd", "adamw"] = "sgd"
@@ -79,7 +79,7 @@ class Optimisation:
         def check(holds: bool, name: str, expected: str, change: str) -> None:
             require(holds, name, getattr(self, name), expected, change)
 
-        check(self.epochs >= 1, "epochs", "at least 1", "raise it")
+        check(self.epochs >= 0, "epochs", "0 or more", "raise it")
         check(self.batch_size >= 1, "batch_size", "at least 1", "raise it")
         check(self.optimizer in ("sgd", "adamw"), "optimizer", "sgd or adamw", "choose one")
         check(0 < self.lr < math.inf, "lr", "a positive number", "0.1 is usual for sgd")
@@ -88,7 +88,7 @@ class Optimisation:
             0 <= self.weight_decay < math.inf, "weight_decay", "0 or more", "5e-4 is usual for sgd"
         )
         check(
-            0 <= self.warmup_epochs <= self.epochs,
+            0 <= self.warmup_epochs <= (self.epochs or math.inf),
             "warmup_epochs",
             f"between 0 and epochs ({self.epochs})",
             "shorten the warm-up or train longer",

@@ -67,6 +67,11 @@ def unequal_epochs(config: Mapping[str, Any]) -> list[str]:
     seen = dense * begun + sum(training["optimisation"]["epochs"] for training in trainings)
     if dense == seen:
         return []
+    if not dense:
+        return [
+            "The dense network that retention is against has the weights that were given; the "
+            f"pruned one started from them and was trained for {seen} epochs more."
+        ]
     started = ", from which the pruned one started" if begun else ""
     return [
         f"The dense network that retention is against was trained for {dense} epochs{started}; "

@@ -299,7 +299,7 @@ def _objective(job: Job, net: Supernet) -> tuple[nn.Module, Draw]:
 
 
 def _teacher(job: Job, net: Supernet, device: torch.device) -> Teacher | None:
-    """The trained baseline, where it has a say in the labels."""
+    """The baseline, where it has a say in the labels."""
     weight = job.config.teacher_weight_in(job.kind)
     if not weight:
         return None
@@ -344,7 +344,8 @@ def _finish(
     with trainer.averaged(), inspecting(network):
         metrics = evaluate(network, images.batches("test", trainer.device))
         outputs = {weights: store.save_tensors(weights, network.state_dict())}
-    outputs[METRICS] = store.write_table(METRICS, history)
+    if history:  # a baseline that was given has none
+        outputs[METRICS] = store.write_table(METRICS, history)
     store.write_json(
         RESULT,
         {

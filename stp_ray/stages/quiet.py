@@ -1,6 +1,7 @@
 """What Ray says that a person who runs a local cluster can do nothing about."""
 
 import logging
+import threading
 
 
 def driver() -> None:
@@ -8,8 +9,20 @@ def driver() -> None:
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
 
 
+#: Ray Train's thread that asks the dashboard about the controller of a training, and its logger.
+_CLEANER = "PlacementGroupCleanerMonitor"
+_CLEANERS_LOG = "ray.train.v2._internal.execution.controller.placement_group_cleaner"
+
+
 def worker() -> None:
-    """Ray Train asks the dashboard about its controller once a second; where there is none it
-    tells so every time."""
-    cleaner = "ray.train.v2._internal.execution.controller.placement_group_cleaner"
-    logging.getLogger(cleaner).setLevel(logging.ERROR)
+    """Where there is no dashboard, the cleaner tells so once a second; where there are two clusters
+    on the machine, it ends in a traceback. There is nothing to clean where the cluster ends with
+    the run."""
+    logging.getLogger(_CLEANERS_LOG).setLevel(logging.ERROR)
+    told = threading.excepthook
+
+    def unless_it_is_the_cleaner(error: threading.ExceptHookArgs) -> None:
+        if error.thread is None or error.thread.name != _CLEANER:
+            told(error)
+
+    threading.excepthook = unless_it_is_the_cleaner

@@ -5,7 +5,7 @@ import pytest
 from stp_ray.method import Expansion, Exploration, Optimisation, Stimulation
 
 WRONG = [
-    (Optimisation, {"epochs": 0}),
+    (Optimisation, {"epochs": -1}),
     (Optimisation, {"batch_size": 0}),
     (Optimisation, {"optimizer": "adam"}),
     (Optimisation, {"lr": 0.0}),

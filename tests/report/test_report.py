@@ -316,6 +316,8 @@ def test_a_card_says_how_a_latency_budget_was_met(summary, config, candidates):
         (6, False, "for 6 epochs; the weights of the pruned one have seen 7."),
         (7, True, "for 7 epochs, from which the pruned one started; the weights of the pruned one "
                   "have seen 14."),
+        (0, False, "has the weights that were given; the pruned one started from them and was "
+                   "trained for 7 epochs more."),
     ],
 )  # fmt: skip
 def test_a_dense_network_of_other_epochs_is_told_of(

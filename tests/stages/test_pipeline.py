@@ -550,6 +550,23 @@ def test_a_supernet_can_start_as_the_trained_baseline(tmp_path, monkeypatch):
     assert stages["supernet"]["inputs"]["baseline"] == stages["baseline"]["outputs"]
 
 
+def test_weights_that_were_given_teach_as_they_are(finished, tmp_path, heard):
+    given = str(finished.folder / "baseline/model.safetensors")
+    baseline = {**TAUGHT["baseline"], "epochs": 0}
+    same = {"data": {"limit": 320}, "model": {"weights": given}}
+    run = Run(tmp_path, minimal(**{**TAUGHT, "baseline": baseline}, **same))
+    run()
+    assert run.summary["dense_top1"] == finished.summary["dense_top1"]
+    dense = build_supernet(run.config, describe(run.config.data)).model.eval()
+    images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for teacher in heard:
+            torch.testing.assert_close(teacher.network(images), dense(images))
+    assert [teacher.steps for teacher in heard] == [9, 9], "in the supernet and the ladder"
+    assert not (run.folder / "baseline/metrics.parquet").exists(), "there is no curve"
+    assert "has the weights that were given" in (run.folder / "budget-0.5/README.md").read_text()
+
+
 # -- a training that goes on ---------------------------------------------------------------
 
 
