@@ -18,6 +18,7 @@ from stp_ray.stages.jobs import Place
 from tests.stages.runs import (
     ROOT,
     WEIGHTS,
+    Process,
     environment,
     minimal,
     stp,
@@ -54,28 +55,32 @@ class Head:
     dashboard: str
 
 
-@pytest.fixture
-def head(start, tmp_path):
+@pytest.fixture(scope="module")
+def head(tmp_path_factory):
     """A Ray head with a dashboard on free ports, in a session of its own."""
+    if not sys.platform.startswith("linux"):
+        pytest.skip("finds the processes of a session through /proc")
     if not Path(RAY).exists():
         pytest.skip("the ray command is not installed beside python")
     pytest.importorskip("aiohttp_cors", reason="needs ray[default]")
     gcs, dashboard, agent = free_ports(3)
     with tempfile.TemporaryDirectory(prefix="stp-", dir="/tmp") as temporary:
-        process = start(
+        process = Process(
             [
                 RAY, "start", "--head", "--block", f"--port={gcs}", "--num-cpus=2",
                 "--include-dashboard=true", "--dashboard-host=127.0.0.1",
                 f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}",
                 f"--temp-dir={temporary}", "--disable-usage-stats",
             ],
-            tmp_path / "head.log",
+            tmp_path_factory.mktemp("head") / "log",
             env=variables(),
         )  # fmt: skip
         found = Head(f"127.0.0.1:{gcs}", f"http://127.0.0.1:{dashboard}")
-        wait_for(lambda: job(found, "list").returncode == 0, 120, "the head", process.running)
-        yield found
-        process.end()
+        try:
+            wait_for(lambda: job(found, "list").returncode == 0, 120, "the head", process.running)
+            yield found
+        finally:
+            process.end()
 
 
 def job(head, command, *arguments, **options):
