@@ -279,6 +279,29 @@ def test_a_baseline_without_training_needs_trained_weights():
         assert config.epochs_before("finalize") == config.supernet.optimisation.epochs
 
 
+def test_a_baseline_without_training_leaves_its_settings_to_the_supernet():
+    mine = {"epochs": 4, "batch_size": 30, "optimizer": "adamw", "lr": 1e-3, "min_lr": 0.5}
+    config = load_config({
+        "model": {"weights": "mine.safetensors"},
+        "baseline": {"epochs": 0},
+        "cluster": {"num_workers": 3},  # which do not divide a baseline's usual 128
+        "supernet": {"optimisation": mine},
+        "finalize": {"optimisation": {"epochs": 3}, "control": True},
+    })  # fmt: skip
+    dense, control = config.baseline_options(), config.control_options()
+    assert (dense.epochs, dense.batch_size) == (0, 30)
+    assert (control.optimizer, control.lr, control.min_lr, control.epochs) == ("adamw", 1e-3, 0, 7)
+    trained = {"baseline": {"epochs": 2, "lr": 0.3}}
+    assert load_config(trained).baseline_options() == load_config(trained).baseline
+    assert load_config({}).baseline_options() is None
+
+
+def test_what_computes_in_this_process_has_no_gpu():
+    assert "use_gpu is true and in_process too; expected one" in refusal(
+        None, "cluster.in_process=true", "cluster.use_gpu=true"
+    )
+
+
 def test_trainings_that_go_on_from_each_other_count_their_epochs_on():
     epochs = {
         "baseline": {"epochs": 5},

@@ -285,12 +285,13 @@ class RunConfig(_Section):
         if self.teacher_weight and self.baseline is None:
             raise ValueError(
                 f"teacher_weight is {self.teacher_weight} and baseline null; expected a baseline, "
-                "which is the teacher; give baseline.epochs or set teacher_weight to 0"
+                "which is the teacher; give baseline.epochs, 0 for weights that you have, or set "
+                "teacher_weight to 0"
             )
         if self.supernet.from_baseline and self.baseline is None:
             raise ValueError(
                 "supernet.from_baseline is true and baseline null; expected a baseline to start "
-                "from; give baseline.epochs, or model.weights for weights that you have"
+                "from; give baseline.epochs, 0 for weights that you have"
             )
         for path, training in (("supernet", self.supernet), ("finalize", self.finalize)):
             if not training.optimisation.epochs:
@@ -303,8 +304,14 @@ class RunConfig(_Section):
                 f"baseline.epochs is 0 and the weights of {self.model.name!r} are random; expected "
                 "weights that were trained; give them as model.weights, or raise baseline.epochs"
             )
+        if self.cluster.in_process and self.cluster.use_gpu:
+            raise ValueError(
+                "cluster.use_gpu is true and in_process too; expected one of them, because this "
+                "process computes on the CPU; set in_process to false"
+            )
+        own = self.baseline if self.baseline and self.baseline.epochs else None
         for path, options, key, workers in (
-            ("baseline", self.baseline, "cluster.num_workers", self.cluster.num_workers),
+            ("baseline", own, "cluster.num_workers", self.cluster.num_workers),
             (
                 "supernet.optimisation",
                 self.supernet.optimisation,
@@ -318,7 +325,7 @@ class RunConfig(_Section):
                 self.finalize.num_workers,
             ),
             (
-                "supernet.optimisation" if self.baseline is None else "baseline",
+                "baseline" if own else "supernet.optimisation",
                 self.control_options() if self.finalize.control else None,
                 "finalize.num_workers",
                 self.finalize.num_workers,
@@ -336,13 +343,22 @@ class RunConfig(_Section):
             )
         return self
 
+    def baseline_options(self) -> Optimisation | None:
+        """How the baseline is trained: one of no epochs has nothing but the supernet's batches."""
+        if self.baseline is None or self.baseline.epochs:
+            return self.baseline
+        return Optimisation(epochs=0, batch_size=self.supernet.optimisation.batch_size)
+
     def control_options(self) -> Optimisation:
-        """How the control is trained: as the baseline, or else as the supernet but down to the
-        ladder's last learning rate, for all epochs that the pruned network's weights see."""
+        """How the control is trained: as the baseline, or where that is not trained as the supernet
+        but down to the ladder's last learning rate, for all epochs that the pruned network's
+        weights see in this run."""
         epochs = self.epochs_before("finalize") + self.finalize.optimisation.epochs
-        options = self.baseline or dataclasses.replace(
-            self.supernet.optimisation, min_lr=self.finalize.optimisation.min_lr
-        )
+        options = self.baseline
+        if options is None or not options.epochs:
+            options = dataclasses.replace(
+                self.supernet.optimisation, min_lr=self.finalize.optimisation.min_lr
+            )
         return dataclasses.replace(
             options, epochs=epochs, warmup_epochs=min(options.warmup_epochs, epochs)
         )

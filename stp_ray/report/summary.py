@@ -70,7 +70,8 @@ def unequal_epochs(config: Mapping[str, Any]) -> list[str]:
     if not dense:
         return [
             "The dense network that retention is against has the weights that were given; the "
-            f"pruned one started from them and was trained for {seen} epochs more."
+            f"pruned one started from them and was trained for {seen} epochs more, as long as its "
+            "shape from scratch where there is one."
         ]
     started = ", from which the pruned one started" if begun else ""
     return [

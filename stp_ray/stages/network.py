@@ -1,6 +1,9 @@
 """The supernet that a configuration describes, the same on driver and workers."""
 
 import copy
+import pickle
+from collections.abc import Mapping
+from typing import Any
 
 import fsspec
 import torch
@@ -147,7 +150,7 @@ def check_images(config: RunConfig, net: Supernet, size: int) -> None:
                 f"({_short(error)}); expected scales that it takes; [1.0] keeps their size"
             ) from error
     for options, workers, seen in (
-        (config.baseline, config.cluster.num_workers, [example]),
+        (config.baseline_options(), config.cluster.num_workers, [example]),
         (config.supernet.optimisation, config.cluster.num_workers, [example, *sizes]),
         (config.finalize.optimisation, config.finalize.num_workers, [example]),
     ):
@@ -187,9 +190,22 @@ def load_weights(model: nn.Module, uri: str) -> None:
                 state = safetensors.torch.load(file.read())
             else:
                 state = torch.load(file, map_location="cpu", weights_only=True)
+        _require_names(model, state)
         model.load_state_dict(state)
     except Exception as error:  # every backend and format has errors of its own
+        # torch's text is long, and tells how code in the file could be run
+        pickled = isinstance(error, pickle.UnpicklingError)
+        reason = "it is damaged, or holds more than tensors" if pickled else _short(error)
         raise StorageError(
-            f"weights {uri} cannot be loaded: {_short(error)}; expected a "
-            "state dict of the model as safetensors or torch.save; change model.weights"
+            f"weights {uri} cannot be loaded: {reason}; expected a state dict of the model, as "
+            "safetensors or by torch.save(model.state_dict(), ...); change model.weights"
         ) from error
+
+
+def _require_names(model: nn.Module, state: Any) -> None:
+    """Raise ValueError where a state dict has none of the model's names, for torch would list all
+    of them: it is that of a wrapped model, or stands in a larger file."""
+    wanted, found = list(model.state_dict()), list(state) if isinstance(state, Mapping) else []
+    if wanted and not set(wanted) & set(found):
+        holds = ", ".join(map(repr, found[:3])) or type(state).__name__
+        raise ValueError(f"it holds {holds}, and the model begins with {wanted[0]!r}")

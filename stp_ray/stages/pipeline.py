@@ -44,6 +44,9 @@ log = logging.getLogger(__name__)
 SUMMARY = "summary.json"
 REPORT = "report.html"
 
+#: The least way from a guess to all right that weights which were given have to have gone.
+_LEARNT = 0.05
+
 #: What stages leave, where it is not called as they are.
 _ARTIFACTS = {"explore": "subnet", "finalize": "export"}
 
@@ -115,6 +118,22 @@ def preflight(config: RunConfig) -> tuple[DataSummary, Supernet]:
     return summary, net
 
 
+def _require_better_than_chance(top1: float, images: DataSummary) -> None:
+    """That weights which were given fit the data, by what they get right of its test images in per
+    cent: they would teach.
+
+    Raises:
+        ConfigError: they get hardly more right than a guess would.
+    """
+    guess = 100 / images.num_classes
+    if top1 - guess < _LEARNT * (100 - guess):
+        raise ConfigError(
+            f"the network that was given gets {top1:.1f} % of the test images right, and a guess "
+            f"{guess:.1f} %; expected weights that know this data; check model.weights, data.mean "
+            "and data.std and the order of the classes, or raise baseline.epochs"
+        )
+
+
 def finished(manifest: Manifest) -> bool:
     """Whether a run is at its end and all of its artifacts are there, undamaged."""
     stages = manifest.stages()
@@ -122,8 +141,9 @@ def finished(manifest: Manifest) -> bool:
 
 
 def _trainings(config: RunConfig) -> list[Optimisation]:
+    dense = config.baseline_options()
     options = [config.supernet.optimisation, config.finalize.optimisation]
-    return [*options, config.baseline] if config.baseline else options
+    return [*options, dense] if dense else options
 
 
 @contextlib.contextmanager
@@ -165,8 +185,9 @@ class _Pipeline:
         _describe(self.config, self.store)
         if timed(self.config):
             self._tabulate()
-        if self.config.baseline is not None:
-            self._training("baseline", self.config.baseline)
+        dense = self.config.baseline_options()
+        if dense is not None:
+            self._training("baseline", dense)
         if until != "baseline":
             self._training("supernet", self.config.supernet.optimisation)
         if until not in ("baseline", "supernet"):
@@ -199,6 +220,8 @@ class _Pipeline:
 
         def work(tracker: Tracker) -> tuple[dict[str, str], dict[str, Any]]:
             result = fit(job, self.images, workers, tracker)
+            if not options.epochs:
+                _require_better_than_chance(result["metrics"]["top1"], self.images_summary)
             outputs = {f"{kind}/{name}": digest for name, digest in result["outputs"].items()}
             return outputs, {**result["metrics"], "macs": self.net.cost().macs}
 

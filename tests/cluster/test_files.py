@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -142,10 +143,48 @@ def test_launcher_stops_paying(cloud):
     assert cloud["provider"]["cache_stopped_nodes"] is False
 
 
-def test_machines_of_ones_own_are_all_started():
+def test_machines_of_ones_own_are_all_started(tmp_path):
     # The autoscaler starts from zero only what it knows to have the resources asked for.
     config = read("onprem.yaml")
     assert config["min_workers"] == config["max_workers"] == len(config["provider"]["worker_ips"])
+    # Its second version, which `ray up` turns on, takes the head for one of them.
+    assert "RAY_enable_autoscaler_v2=0" in start_head(
+        config, tmp_path, RAY_enable_autoscaler_v2="1", RAY_NODE_TYPE_NAME="local.cluster.node"
+    )
+
+
+@pytest.mark.parametrize("gpu", [True, False])
+@pytest.mark.parametrize("there", [True, False])
+def test_a_machine_of_google_gets_what_its_image_lacks(tmp_path, gpu, there):
+    """The commands themselves, on a machine of stand-ins that write down how they were called."""
+    stand_ins = {
+        "sudo": 'echo "$@" >> "$0.calls"',
+        "curl": "echo deb https://source /",
+        "sleep": ":",
+    }
+    stand_ins["lspci"] = f"echo {'NVIDIA L4' if gpu else 'a disk'}"
+    stand_ins["nvidia-smi"] = f"exit {0 if gpu else 1}"
+    if there:
+        stand_ins |= {"docker": ":", "nvidia-ctk": ":"}
+    for name in ("bash", "grep", "sed", "timeout"):
+        (tmp_path / name).symlink_to(shutil.which(name))
+    for name, text in stand_ins.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    for command in read("gcp.yaml")["initialization_commands"]:
+        subprocess.run(
+            ["bash", "-c", command], env={"PATH": str(tmp_path), "USER": "ubuntu"}, timeout=60,
+            check=True,
+        )  # fmt: skip
+    calls = (tmp_path / "sudo.calls").read_text()
+    assert ("install docker.io" in calls) == (not there)
+    for word in (
+        "install nvidia-container-toolkit",
+        "nvidia-ctk runtime configure",
+        "restart docker",
+    ):
+        assert (word in calls) == (gpu and not there)
+    assert calls.splitlines()[-1] == "usermod -aG docker ubuntu"
 
 
 def test_launcher_is_locked(launcher):

@@ -317,7 +317,8 @@ def test_a_card_says_how_a_latency_budget_was_met(summary, config, candidates):
         (7, True, "for 7 epochs, from which the pruned one started; the weights of the pruned one "
                   "have seen 14."),
         (0, False, "has the weights that were given; the pruned one started from them and was "
-                   "trained for 7 epochs more."),
+                   "trained for 7 epochs more, as long as its shape from scratch where there is "
+                   "one."),
     ],
 )  # fmt: skip
 def test_a_dense_network_of_other_epochs_is_told_of(

@@ -1,11 +1,12 @@
 import pytest
+import torch
 from torch import nn
 
 from stp_ray.config import load_config
 from stp_ray.data import DataSummary
 from stp_ray.elastic import Supernet
-from stp_ray.errors import ConfigError
-from stp_ray.stages.network import build_supernet, check_images
+from stp_ray.errors import ConfigError, StorageError
+from stp_ray.stages.network import build_supernet, check_images, load_weights
 
 
 def of_8_px(num_classes):
@@ -105,3 +106,38 @@ def test_a_model_with_nothing_to_train_is_refused(summary):
     config = load_config({"model": {"name": f"{__name__}:frozen"}})
     with pytest.raises(ConfigError, match="no parameter that is trained; expected some"):
         build_supernet(config, summary)
+
+
+def in_a_larger_file(model):
+    return {"epoch": 3, "state_dict": model.state_dict()}
+
+
+def of_a_wrapped_model(model):
+    return {f"module.{name}": tensor for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize(
+    ("saved", "told"),
+    [
+        (in_a_larger_file, "it holds 'epoch', 'state_dict', and the model begins with '0.weight'"),
+        (of_a_wrapped_model, "it holds 'module.0.weight', 'module.0.bias', 'module.1.weight'"),
+        (lambda model: model, "it is damaged, or holds more than tensors"),
+        (lambda model: 3, "it holds int"),
+        (lambda model: of_8_px(11).state_dict(), "size mismatch for 4.weight"),
+    ],
+)
+def test_weights_that_do_not_fit_say_what_they_are(tmp_path, saved, told):
+    model = of_8_px(10)
+    torch.save(saved(model), tmp_path / "mine.pt")
+    with pytest.raises(StorageError) as refused:
+        load_weights(model, str(tmp_path / "mine.pt"))
+    line = str(refused.value)
+    assert told in line and "expected a state dict of the model" in line and "\n" not in line
+
+
+def test_weights_of_a_state_dict_are_loaded(tmp_path):
+    given, model = of_8_px(10), of_8_px(10)
+    torch.save(given.state_dict(), tmp_path / "mine.pt")
+    load_weights(model, str(tmp_path / "mine.pt"))
+    for name, tensor in given.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor)
