@@ -138,19 +138,21 @@ class Lease:
             if found is not None and not found.released:
                 self._wait_for_lapse(found)
             self._number = found.number if found else 0
-            # read back: the number may have been used and deleted since it was looked up
-            if self._renew() and (now := holder(self._run)) and now.owner == self._owner:
+            if self._renew():
                 break
         here = threading.current_thread()
         self._thread = threading.Thread(target=self._keep, args=(here,), name="lease", daemon=True)
         self._thread.start()
 
     def require(self) -> None:
-        """Raise RunError unless this driver still holds the run; before anything final is
-        written."""
+        """Before anything final is written.
+
+        Raises:
+            RunError: this driver does not hold the run any more.
+            StorageError: it has not renewed its lease for too long, and cannot now.
+        """
         if time.monotonic() - self._renewed > self._duration and not self.lost:
-            with contextlib.suppress(StorageError):
-                self.lost = not self._renew()
+            self.lost = not self._renew()
         if self.lost:
             found = holder(self._run)
             raise RunError(
@@ -201,6 +203,13 @@ class Lease:
                     return False
                 # ours: it was written, though the storage answered with an error
                 self._number = found.number
+            # The number may have been there and be gone again, for a holder deletes those that it
+            # has used: then it has left newer ones.
+            newest = holder(self._run)
+            if newest is not None and newest.owner != self._owner:
+                with contextlib.suppress(StorageError):
+                    self._store.delete(_name(self._number + 1))
+                return False
             self._number += 1
             self._renewed = started
             with contextlib.suppress(StorageError):

@@ -80,16 +80,22 @@ def test_the_lease_of_a_dead_driver_lapses(other, tmp_path, caplog):
     assert f"process {other.pid}" in caplog.text
 
 
-def test_a_driver_that_stood_still_finds_that_it_was_replaced(tmp_path):
+@pytest.mark.parametrize("renewals", [0, 1, 4])
+def test_a_driver_that_stood_still_finds_that_it_was_replaced(tmp_path, renewals):
+    """However far the other one has come, which deletes the numbers that it has used."""
     store = Store(tmp_path)
     still = Lease(store, SHORT)
     still._renew()  # holds it, and then renews it no more, as if it were stopped
     with held(store, SHORT) as lease:
+        first = holder(store).number
+        while holder(store).number < first + renewals:
+            time.sleep(SHORT / 20)
         with pytest.raises(RunError, match=f"process {os.getpid()} on .* took over"):
             still.require()
         lease.require()
         still.release()
         lease.require()
+        assert holder(store).owner == lease._owner
 
 
 @pytest.fixture(params=[signal.default_int_handler, signal.SIG_IGN], ids=["terminal", "background"])

@@ -96,6 +96,12 @@ class Manifest:
         self._write(stages)
         return record
 
+    def forget(self, stage: str) -> None:
+        """Take back that a stage is done; it runs again. Nothing happens where it is not."""
+        stages = self.stages()
+        if stages.pop(stage, None) is not None:
+            self._write(stages)
+
     def rewritten(self, stage: str, name: str) -> None:
         """Record that an output of a stage was written again after it, or it would pass for
         damaged. Nothing happens where the stage is not done.

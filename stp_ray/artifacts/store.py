@@ -141,7 +141,13 @@ class Store:
     def exists(self, name: str) -> bool:
         """Whether a file or a folder of this name exists."""
         with self._explained("look for", name):
-            return bool(self._call("exists", self._at(name)))
+            if self.local_path is None:
+                return bool(self._call("exists", self._at(name)))
+            try:  # fsspec's own takes every error of a disk for "no"
+                os.stat(self._at(name))
+            except (FileNotFoundError, NotADirectoryError):
+                return False
+            return True
 
     def names(self, prefix: str = "") -> list[str]:
         """Names of the files and folders directly in this folder, sorted; [] without it."""

@@ -158,7 +158,10 @@ def _listed(folder: Path) -> datasets.ImageFolder:
 
 
 def _file(path: str) -> bytes | None:
-    try:
-        return Path(path).read_bytes()
-    except OSError:
-        return None
+    """None where there is no such file for us; what a disk says that does not answer is no reason
+    to go on without an image."""
+    with reading(path):
+        try:
+            return Path(path).read_bytes()
+        except (FileNotFoundError, PermissionError):
+            return None

@@ -6,6 +6,7 @@ under the schema's metadata key `class_names`, or come from the `huggingface` ke
 """
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -186,7 +187,12 @@ class ParquetSource:
             path = f"{folder}/{name}"
             if entries[name]:
                 inside = self._filesystem.find(path)
-                paths += [p for p in sorted(inside) if p.endswith(".parquet") and not _hidden(p)]
+                paths += [
+                    found
+                    for found in sorted(inside)
+                    if found.endswith(".parquet")
+                    and not _hidden(found.strip("/").removeprefix(path.strip("/")))
+                ]
             else:
                 paths.append(path)
         if not paths:
@@ -432,15 +438,19 @@ def _label_statistics(footer: pq.FileMetaData, label: str) -> list[tuple[int, in
 
 
 def _matching(prefix: str, entries: dict[str, bool]) -> list[str]:
-    """Names of a split: the exact one if it is there, else all that begin like it."""
+    """Names of a split: the exact one if it is there, else its numbered parts, else all that begin
+    like it."""
     for exact in (f"{prefix}.parquet", prefix):
         if exact in entries and entries[exact] == (exact == prefix):
             return [exact]
-    return sorted(
+    alike = sorted(
         name
         for name, folder in entries.items()
         if name.startswith(prefix) and (folder or name.endswith(".parquet"))
     )
+    # beside train-00000.parquet, trainval-00000.parquet is of another split
+    parts = re.compile(rf"{prefix}[-_.]?\d")
+    return [name for name in alike if parts.match(name)] or alike
 
 
 def _name(path: str) -> str:
@@ -452,4 +462,6 @@ def _same(path: str, other: str) -> bool:
 
 
 def _hidden(path: str) -> bool:
-    return _name(path).startswith(("_", "."))
+    """Whether a file, or a folder that it is in, is another program's: of a write that was killed,
+    for example."""
+    return any(part.startswith(("_", ".")) for part in path.split("/"))

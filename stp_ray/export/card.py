@@ -68,17 +68,22 @@ def model_card(
         "|---|---:|---:|",
         *(f"| {label} | {_cell(a, form)} | {_cell(b, form)} |" for label, a, b, form in rows),
         "",
-        f"Retention: {_cell(entry.get('retention_dense'), '{:.2f} %')} of the separately trained "
-        f"dense network, {_cell(entry.get('retention_main'), '{:.2f} %')} of the run's own main "
-        f"network (top-1 {_cell(summary.get('main_top1'), '{:.2f} %')}).",
+        f"Retention: {_cell(entry.get('retention_dense'), '{:.2f} %')} of the dense network, "
+        f"{_cell(entry.get('retention_main'), '{:.2f} %')} of the run's own main network (top-1 "
+        f"{_cell(summary.get('main_top1'), '{:.2f} %')}).",
         *(["", _met(entry["measured"])] if entry.get("measured") else []),
         "",
         "## Input and output",
         "",
-        f"RGB images `[N, 3, {size}, {size}]` in float32, scaled to 0..1, less the mean "
-        f"`{description.get('mean')}` and divided by `{description.get('std')}` of each channel. "
+        f"RGB images `[N, 3, {size}, {size}]` in float32{_resized(description)}, scaled to 0..1, "
+        f"less the mean `{description.get('mean')}` and divided by `{description.get('std')}` of "
+        "each channel. "
         f"Logits `[N, {description['num_classes']}]`"
-        + (f" of the classes {', '.join(classes)}." if 0 < len(classes) <= 20 else ".")
+        + (
+            f" of the classes {', '.join(map(_quoted, classes))}."
+            if 0 < len(classes) <= 20
+            else "."
+        )
         + (f" `{DESCRIPTION}` names the classes." if len(classes) > 20 else ""),
         "",
         "## Load it",
@@ -161,6 +166,19 @@ _LOADING = {
         ),
     ),
 }
+
+
+def _resized(description: Mapping[str, Any]) -> str:
+    """How an image of any size becomes the one that was tested."""
+    shorter = description.get("resize")
+    if not shorter:
+        return ""
+    return f" (the shorter side brought to {shorter} px, bilinear and antialiased, then the centre)"
+
+
+def _quoted(name: str) -> str:
+    """A class name as code, which no renderer takes for markup."""
+    return "`" + " ".join(name.split()).replace("`", "'") + "`"
 
 
 def _cell(value: float | int | None, form: str) -> str:

@@ -52,31 +52,41 @@ def networks(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def unequal_epochs(config: Mapping[str, Any]) -> list[str]:
-    """What has to be said, in a sentence if at all, of a retention that is not against a dense
-    network of as many epochs.
+    """What has to be said of a retention, in sentences, for those that it is against have not seen
+    as many epochs.
 
     Args:
-        config: the resolved configuration, as in config.json.
+        config: the resolved configuration, as in config.json; nothing is said of one without
+            epochs.
     """
-    baseline = config.get("baseline")
-    if baseline is None:
-        return []
-    dense, begun = baseline["epochs"], config["supernet"].get("from_baseline", False)
     # as `RunConfig.epochs_before` counts; what an earlier version wrote may be none of today's
-    trainings = (config["supernet"], config["finalize"])
-    seen = dense * begun + sum(training["optimisation"]["epochs"] for training in trainings)
-    if dense == seen:
+    trainings = (config.get("supernet"), config.get("finalize"))
+    supernet, ladder = (
+        ((each or {}).get("optimisation") or {}).get("epochs") for each in trainings
+    )
+    if supernet is None or ladder is None:
         return []
+    baseline, begun = config.get("baseline"), config["supernet"].get("from_baseline", False)
+    dense = baseline["epochs"] if baseline else 0
+    seen = dense * begun + supernet + ladder
+    told = [
+        f"The main network was measured before the last {ladder} of the {seen} epochs that the "
+        "weights of the pruned one have seen."
+    ]
+    if baseline is None or dense == seen:
+        return told
     if not dense:
         return [
             "The dense network that retention is against has the weights that were given; the "
             f"pruned one started from them and was trained for {seen} epochs more, as long as its "
-            "shape from scratch where there is one."
+            "shape from scratch where there is one.",
+            *told,
         ]
     started = ", from which the pruned one started" if begun else ""
     return [
         f"The dense network that retention is against was trained for {dense} epochs{started}; "
-        f"the weights of the pruned one have seen {seen}."
+        f"the weights of the pruned one have seen {seen}.",
+        *told,
     ]
 
 

@@ -255,6 +255,7 @@ def prune(job: Job, images: Images, device: torch.device) -> dict[str, Any]:
         "num_classes": images.summary.num_classes,
         "class_names": list(images.summary.class_names),
         "image_size": size,
+        "resize": images.summary.held_size if config.data.image_size else None,
         "mean": list(config.data.mean),
         "std": list(config.data.std),
         "space": {

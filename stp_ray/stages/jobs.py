@@ -19,7 +19,7 @@ from ..config import RunConfig, Training
 from ..data import steps_per_epoch
 from ..data.split import derive_seed
 from ..elastic import Subnet, Supernet, importance
-from ..errors import StorageError
+from ..errors import DataError, StorageError
 from ..method import (
     DenseObjective,
     ExpansionObjective,
@@ -176,9 +176,10 @@ def train(job: Job, images: Images | SharedImages, place: Place, report: Report)
     found = checkpoints.latest()
     if found is not None:
         _, tensors, meta = found
+        _require_images(meta.get("images"), local.summary.train_rows, store)
         trainer.load(tensors, meta)
         history = list(meta["history"])
-        # A checkpoint of an earlier version has neither of these.
+        # A checkpoint of an earlier version has none of these.
         means, spent_s = _Means.of(meta.get("means", {})), meta.get("seconds", 0.0)
     place.require_same_step(trainer.step)
     reference = _reference_slice(job, net)
@@ -210,6 +211,7 @@ def train(job: Job, images: Images | SharedImages, place: Place, report: Report)
             if progress.checkpoint_due or leaving:
                 tensors, meta = trainer.state()
                 meta |= {"history": list(history), "means": means.state()}
+                meta["images"] = local.summary.train_rows
                 meta["seconds"] = time.monotonic() - started
                 saver.save(progress.step, tensors, meta)
             now = time.monotonic()
@@ -218,6 +220,16 @@ def train(job: Job, images: Images | SharedImages, place: Place, report: Report)
                 report(progress.step, row or {"lr": progress.lr, **progress.metrics})
     if place.rank == 0:
         _finish(job, store, trainer, local, history, time.monotonic() - started)
+
+
+def _require_images(before: int | None, now: int, store: Store) -> None:
+    """Raise DataError if the checkpoint saw another number of training images: each epoch's order
+    would be another, and images would be seen twice or never."""
+    if before not in (None, now):
+        raise DataError(
+            f"the newest checkpoint of {store.uri} was trained on {before} images, and {now} can "
+            "be read; expected as many; mend the data, or delete that folder to train anew"
+        )
 
 
 def seconds_spent(store: Store) -> float:

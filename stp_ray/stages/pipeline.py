@@ -330,6 +330,7 @@ class _Pipeline:
             home = self.store.child(folder(label))
             pruned, description = home.read_json(PRUNED), home.read_json(export.DESCRIPTION)
             notes = [*pruned["notes"], *unequal_epochs(dump_config(self.config))]
+            notes.append(f"Latency is the median on a CPU, threads: {self._threads}.")
             card = export.model_card(
                 summary, label, description, notes, list(pruned.get("programs", ()))
             )
@@ -371,7 +372,7 @@ class _Pipeline:
         dense = stages["baseline"]["metrics"]["top1"] if "baseline" in stages else None
         main = stages["supernet"]["metrics"]["top1"]
         cost, size = self.net.cost(), self.images_summary.image_size
-        image, threads = torch.randn(1, 3, size, size), self.config.cluster.threads_per_worker
+        image, threads = torch.randn(1, 3, size, size), self._threads
         dense_ms = 1e3 * export.latency(self.net.model, image, threads=threads)
         met = self.store.read_json(f"explore/{FRONT}").get("latency", {})
         budgets = {}
@@ -406,6 +407,11 @@ class _Pipeline:
             "budgets": budgets,
             "seconds": sum(before) + max(together, default=0.0),
         }
+
+    @property
+    def _threads(self) -> int:
+        """With which latency is measured: as many as a worker has, if this machine has them."""
+        return min(self.config.cluster.threads_per_worker, os.cpu_count() or 1)
 
     def _latency(self, uri: str, image: torch.Tensor, threads: int) -> float:
         """Seconds of one image through the artifact, as a person would load it."""
@@ -445,10 +451,11 @@ class _Pipeline:
 
     def _forget(self, stage: str, home: str) -> None:
         """Where a stage was done and its outputs are lost or damaged, it has to believe that it
-        is not."""
+        is not, and so has who asks for the run's status."""
         if stage in self.manifest.stages():
             for name in (PRUNED, RESULT):
                 self.store.child(home).delete(name)
+            self.manifest.forget(stage)
 
     @contextlib.contextmanager
     def _tracked(self, stage: str, scale: dict[str, Any]) -> Iterator[Tracker]:

@@ -46,6 +46,16 @@ def test_a_stage_whose_output_was_lost_or_changed_is_not_done(store, caplog):
     assert "explore runs again" in caplog.text
 
 
+def test_a_stage_that_is_taken_back_is_not_done(store):
+    manifest = Manifest(store)
+    manifest.forget("supernet")
+    finish(manifest, "supernet", {})
+    finish(manifest, "explore", {})
+    manifest.forget("supernet")
+    assert manifest.done("supernet") is None
+    assert list(Manifest(store).stages()) == ["explore"]
+
+
 def test_a_damaged_manifest_is_told(store):
     for content in (b"[]", b'{"stages": 1}', b"{"):
         store.write_bytes("manifest.json", content)

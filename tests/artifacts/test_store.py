@@ -58,6 +58,23 @@ def test_storage_that_replaces_what_is_to_be_created_is_warned_of(tmp_path, monk
     assert store.names() == []
 
 
+def test_a_disk_that_does_not_answer_is_not_an_absent_file(tmp_path, monkeypatch):
+    """Or training would begin anew, beside a checkpoint that is there."""
+    store = Store(tmp_path)
+    store.write_bytes("a.bin", b"there")
+    assert not store.exists("a.bin/b")
+    monkeypatch.setattr("stp_ray.artifacts.store.PAUSES", (0.01,))
+
+    def stat(path, **more):
+        raise OSError(5, "Input/output error", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("stp_ray.artifacts.store.os.stat", stat)
+        with pytest.raises(StorageError, match="Input/output error"):
+            store.exists("a.bin")
+    assert store.exists("a.bin")
+
+
 def test_bytes_come_back(store):
     digest = store.write_bytes("a/b.bin", b"first")
     assert digest == hashlib.sha256(b"first").hexdigest() == store.checksum("a/b.bin")

@@ -86,6 +86,22 @@ def test_a_broken_file_in_a_folder_is_skipped(tmp_path):
     assert len(data.test) == 11
 
 
+def test_a_disk_that_does_not_answer_is_not_a_broken_file(tmp_path, monkeypatch):
+    """Or a run would go on without the image, in another order."""
+    folder_of_images(tmp_path, "train")
+    folder_of_images(tmp_path, "test")
+    lost, real = tmp_path / "train" / "cat" / "3.png", Path.read_bytes
+
+    def read_bytes(path):
+        if path == lost:
+            raise OSError(116, "Stale file handle", str(path))
+        return real(path)
+
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    with pytest.raises(DataError, match=r"3\.png cannot be read \(.*Stale file handle"):
+        load(options(tmp_path, max_corrupt=0.5))
+
+
 def test_a_folder_that_may_not_be_read_is_told(tmp_path, monkeypatch):
     folder_of_images(tmp_path, "train")
     folder_of_images(tmp_path, "test")

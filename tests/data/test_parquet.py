@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -55,6 +56,9 @@ def test_part_files_are_read_in_the_order_of_their_names(tmp_path):
         pq.write_table(whole.slice(start, 15), parted / "train-parts" / f"{index:03}.parquet")
     (parted / "train-parts" / "_SUCCESS").touch()
     (parted / "train-parts" / "_metadata.parquet").touch()
+    for left in ("_temporary/0", ".ipynb_checkpoints"):  # by a write that was killed, by an editor
+        (parted / "train-parts" / left).mkdir(parents=True)
+        pq.write_table(whole, parted / "train-parts" / left / "000.parquet")
     test = pq.read_table(tmp_path / "flat" / "test.parquet")
     pq.write_table(test, parted / "val" / "deep" / "0.parquet")
     flat, split = load(options(tmp_path / "flat")), load(options(parted))
@@ -76,6 +80,16 @@ def test_the_files_of_a_hugging_face_repository(tmp_path):
     assert summary.class_names == ["cat", "dog"]
     assert (summary.train_rows, summary.test_rows) == (7, 6)
     assert len(load(options(tmp_path)).train) == 7
+
+
+@pytest.mark.parametrize("other", ["trainval-00000-of-00001", "train_eval-00000-of-00001"])
+def test_a_split_is_not_taken_for_another_that_begins_like_it(tmp_path, other):
+    write_parquet(tmp_path, train=20, test=12)
+    (tmp_path / "train.parquet").rename(tmp_path / "train-00000-of-00001.parquet")
+    (tmp_path / "test.parquet").rename(tmp_path / "test-00000-of-00001.parquet")
+    shutil.copy(tmp_path / "test-00000-of-00001.parquet", tmp_path / f"{other}.parquet")
+    found = describe(options(tmp_path))
+    assert (found.train_rows + found.holdout_rows, found.test_rows) == (20, 12)
 
 
 def test_plain_binary_images_and_no_class_names(tmp_path):

@@ -69,7 +69,20 @@ def test_model_card_says_what_was_not_measured():
     summary = {**SUMMARY, "dense_top1": None, "budgets": {"0.15": entry}}
     card = export.model_card(summary, "0.15", DESCRIPTION)
     assert "| Top-1, % | 96.10 | not measured |" in card
-    assert "Retention: not measured of" in card
+    assert "Retention: not measured of the dense network, 98.56 % of" in card
+
+
+def test_model_card_names_classes_as_they_are():
+    names = ["<img src=x>", "__background__", "tench, Tinca tinca", "tick`\ned", "fifth"]
+    card = export.model_card(SUMMARY, "0.15", {**DESCRIPTION, "class_names": names})
+    told = "`<img src=x>`, `__background__`, `tench, Tinca tinca`, `tick' ed`, `fifth`."
+    assert f"of the classes {told}" in card
+
+
+def test_model_card_says_how_images_are_brought_to_size():
+    assert "shorter side" not in export.model_card(SUMMARY, "0.15", DESCRIPTION)
+    card = export.model_card(SUMMARY, "0.15", {**DESCRIPTION, "resize": 14})
+    assert "`[N, 3, 12, 12]` in float32 (the shorter side brought to 14 px, bilinear" in card
 
 
 def test_model_card_says_how_a_latency_budget_was_met():

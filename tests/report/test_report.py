@@ -330,14 +330,29 @@ def test_a_dense_network_of_other_epochs_is_told_of(
         "supernet": {"from_baseline": begun, "optimisation": {"epochs": 3}},
         "finalize": {"optimisation": {"epochs": 4}},
     }
-    found = unequal_epochs(config)
+    *sentences, main = unequal_epochs(config)
+    seen = 14 if begun else 7
+    assert f"before the last 4 of the {seen} epochs that the weights of the pruned one" in main
     text = render(summary, config, candidates, {})
     if told is None:
-        assert found == [] and "retention is against" not in text
+        assert sentences == [] and "retention is against" not in text
     else:
-        (sentence,) = found
+        (sentence,) = sentences
         assert sentence.endswith(told)
+    for sentence in (*sentences, main):
         assert text.index('id="cost"') < text.index(sentence) < text.index("<table>")
+
+
+def test_nothing_is_said_of_epochs_that_nobody_wrote_down():
+    assert unequal_epochs({"baseline": {"epochs": 3}, "supernet": {}, "finalize": None}) == []
+
+
+@pytest.mark.parametrize(("wanted", "there", "told"), [(4, 8, 4), (8, 2, 2)])
+def test_a_latency_is_told_with_its_threads(summary, config, candidates, wanted, there, told):
+    assert "that finished the run." in render(summary, config, candidates, {})
+    config = {**config, "cluster": {"threads_per_worker": wanted}}
+    text = render(summary, config, candidates, {}, environment={"cpus": there})
+    assert f"that finished the run, threads: {told}." in text
 
 
 @pytest.mark.parametrize(

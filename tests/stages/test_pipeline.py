@@ -25,7 +25,7 @@ from stp_ray.config import load_config, run_id
 from stp_ray.data import describe, eval_batches, load
 from stp_ray.data.split import derive_seed
 from stp_ray.elastic import Budget, Subnet, importance
-from stp_ray.errors import ConfigError, RunError
+from stp_ray.errors import ConfigError, DataError, RunError
 from stp_ray.lease import held
 from stp_ray.method import Candidate, Teacher, evaluate, reference_logits, training
 from stp_ray.models import build_model
@@ -34,6 +34,7 @@ from stp_ray.stages import images as stage_images
 from stp_ray.stages import jobs, pipeline
 from stp_ray.stages.images import share
 from stp_ray.stages.network import build_supernet
+from stp_ray.status import status
 from tests.stages.runs import (
     ARTIFACTS,
     BOOKKEEPING,
@@ -358,14 +359,24 @@ def test_a_folder_in_the_place_of_the_link_to_the_latest_run_ends_none(finished,
 @pytest.mark.parametrize(
     "lost", ["supernet/model.safetensors", "budget-0.5/model.safetensors", "explore/front.json"]
 )
-def test_a_lost_output_is_made_again_to_the_bit(finished, tmp_path, lost):
+def test_a_lost_output_is_made_again_to_the_bit(finished, tmp_path, monkeypatch, lost):
     run = finished.copied(tmp_path)
     path = run.folder / lost
     wanted = path.read_bytes()
     path.unlink() if lost.startswith("supernet") else path.write_bytes(wanted[:-9])
     others = set(WEIGHTS) - {lost}
     before = times(run.folder, others)
+    seen = []  # by somebody who asks meanwhile
+    for name in ("fit", "explore", "finalize"):
+        made = getattr(pipeline, name)
+
+        def watched(*given, _made=made):
+            seen.append(status(Store(run.folder)).finished)
+            return _made(*given)
+
+        monkeypatch.setattr(pipeline, name, watched)
     run()
+    assert seen == [False]
     assert path.read_bytes() == wanted
     assert times(run.folder, others) == before
 
@@ -630,12 +641,24 @@ def test_a_checkpoint_without_the_losses_so_far_goes_on(tmp_path, interrupted):
     interrupted(run, 2)
     checkpoints = Checkpoints(Store(run.folder).child("supernet"))
     step, tensors, meta = checkpoints.latest()
-    del meta["means"], meta["seconds"]
+    del meta["means"], meta["seconds"], meta["images"]
     checkpoints.save(step, tensors, meta)
     pipeline.run(run.config, until="supernet")
     rows = Store(run.folder).read_table("supernet/metrics.parquet").to_pylist()
     assert [row["step"] for row in rows] == [3, 6]
     assert all(row["loss"] > 0 for row in rows)
+
+
+def test_a_training_does_not_go_on_with_fewer_images(tmp_path, interrupted):
+    """They would come in another order."""
+    run = Run(tmp_path, minimal(supernet=EVERY_STEP))
+    interrupted(run, 2)
+    checkpoints = Checkpoints(Store(run.folder).child("supernet"))
+    step, tensors, meta = checkpoints.latest()
+    assert meta["images"] == 128 - 32
+    checkpoints.save(step, tensors, {**meta, "images": 97})
+    with pytest.raises(DataError, match="was trained on 97 images, and 96 can be read"):
+        pipeline.run(run.config, until="supernet")
 
 
 @pytest.fixture
