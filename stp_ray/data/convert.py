@@ -70,7 +70,7 @@ def dataset_to_parquet(
     Args:
         dataset: with a "train" split, a "test", "val" or "validation" split, and in both an
             image column ("image" or "img") and a label column ("label" or "fine_label"). Images
-            keep the bytes that they are stored as; the order of rows is kept too.
+            keep the bytes that they are stored as; those to train on come in a random order.
         uri, on_progress, result and errors: as for `folder_to_parquet`. A format or transform
             of the data set is left out; labels that are ids, negative or beyond the classes are a
             DataError too.
@@ -219,8 +219,11 @@ class _Dataset:
         )
 
     def read(self, split: Stored) -> Iterator[tuple[bytes | None, int]]:
+        """Those to train on in a random order: where they are sorted by class, a stream would mix
+        few of the classes."""
         image, label = self._columns
-        for row in self._splits[split]:
+        rows = self._splits[split]
+        for row in rows.shuffle(seed=0, keep_in_memory=True) if split == "train" else rows:
             found = row[image] or {"bytes": None, "path": None}
             data = found["bytes"]
             if data is None and found["path"]:

@@ -331,6 +331,23 @@ def test_a_hugging_face_data_set_becomes_parquet(tmp_path):
     assert is_saved_dataset(str(tmp_path / "saved"))
 
 
+def test_a_set_that_is_sorted_by_class_is_mixed(tmp_path):
+    """For a stream shuffles no further than its buffer."""
+    hugging = pytest.importorskip("datasets")
+    labels = [i // 50 for i in range(200)]
+    kinds = hugging.Features({"image": hugging.Image(), "label": hugging.Value("int64")})
+    images = [Image.fromarray(each.transpose(1, 2, 0)) for each in pixels(200, 8, 0)]
+    split = hugging.Dataset.from_dict({"image": images, "label": labels}, features=kinds)
+    dataset_to_parquet(hugging.DatasetDict(train=split, test=split), str(tmp_path))
+    stored = {
+        name: pq.read_table(tmp_path / name).column("label").to_pylist()
+        for name in ("train", "test")
+    }
+    assert stored["test"] == labels and sorted(stored["train"]) == labels
+    for start in range(0, 200, 50):
+        assert len(set(stored["train"][start : start + 50])) == 4
+
+
 @pytest.mark.parametrize(
     ("labels", "kind"), [(["cat", "dog"], "string"), ([0.5, 1.0], "float"), ([True, False], "bool")]
 )
