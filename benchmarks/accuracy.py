@@ -85,7 +85,7 @@ PROTOCOLS = {
         batch_size=64, calibration_images=64, seeds=(0,), budgets=(0.3,),
         exploration=Exploration(
             generations=2, population=4, parents=2, calibration_images=64, scoring_images=32,
-            final_steps=20,
+            final_steps=30,
         ),
     ),
 }  # fmt: skip
