@@ -309,9 +309,9 @@ class RunConfig(_Section):
                 "cluster.use_gpu is true and in_process too; expected one of them, because this "
                 "process computes on the CPU; set in_process to false"
             )
-        own = self.baseline if self.baseline and self.baseline.epochs else None
+        trained = self._trained_baseline
         for path, options, key, workers in (
-            ("baseline", own, "cluster.num_workers", self.cluster.num_workers),
+            ("baseline", trained, "cluster.num_workers", self.cluster.num_workers),
             (
                 "supernet.optimisation",
                 self.supernet.optimisation,
@@ -325,7 +325,7 @@ class RunConfig(_Section):
                 self.finalize.num_workers,
             ),
             (
-                "baseline" if own else "supernet.optimisation",
+                "baseline" if trained else "supernet.optimisation",
                 self.control_options() if self.finalize.control else None,
                 "finalize.num_workers",
                 self.finalize.num_workers,
@@ -343,22 +343,26 @@ class RunConfig(_Section):
             )
         return self
 
+    @property
+    def _trained_baseline(self) -> Optimisation | None:
+        """The baseline's training, where there is any."""
+        return self.baseline if self.baseline and self.baseline.epochs else None
+
     def baseline_options(self) -> Optimisation | None:
         """How the baseline is trained: one of no epochs has nothing but the supernet's batches."""
-        if self.baseline is None or self.baseline.epochs:
-            return self.baseline
-        return Optimisation(epochs=0, batch_size=self.supernet.optimisation.batch_size)
+        if self.baseline is None:
+            return None
+        given = Optimisation(epochs=0, batch_size=self.supernet.optimisation.batch_size)
+        return self._trained_baseline or given
 
     def control_options(self) -> Optimisation:
         """How the control is trained: as the baseline, or where that is not trained as the supernet
         but down to the ladder's last learning rate, for all epochs that the pruned network's
         weights see in this run."""
         epochs = self.epochs_before("finalize") + self.finalize.optimisation.epochs
-        options = self.baseline
-        if options is None or not options.epochs:
-            options = dataclasses.replace(
-                self.supernet.optimisation, min_lr=self.finalize.optimisation.min_lr
-            )
+        options = self._trained_baseline or dataclasses.replace(
+            self.supernet.optimisation, min_lr=self.finalize.optimisation.min_lr
+        )
         return dataclasses.replace(
             options, epochs=epochs, warmup_epochs=min(options.warmup_epochs, epochs)
         )

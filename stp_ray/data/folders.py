@@ -158,8 +158,8 @@ def _listed(folder: Path) -> datasets.ImageFolder:
 
 
 def _file(path: str) -> bytes | None:
-    """None where there is no such file for us; what a disk says that does not answer is no reason
-    to go on without an image."""
+    """None where there is no such file for us, which counts as corrupt. A disk that does not answer
+    is an error: on another day the image would be there, and the order of all others another."""
     with reading(path):
         try:
             return Path(path).read_bytes()

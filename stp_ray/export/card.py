@@ -53,7 +53,7 @@ def model_card(
             "{:.2f}",
         ),
     ]
-    size, classes = description["image_size"], description.get("class_names") or ()
+    size = description["image_size"]
     lines = [
         "---",
         yaml.safe_dump(metadata, sort_keys=False).strip(),
@@ -79,12 +79,7 @@ def model_card(
         f"less the mean `{description.get('mean')}` and divided by `{description.get('std')}` of "
         "each channel. "
         f"Logits `[N, {description['num_classes']}]`"
-        + (
-            f" of the classes {', '.join(map(_quoted, classes))}."
-            if 0 < len(classes) <= 20
-            else "."
-        )
-        + (f" `{DESCRIPTION}` names the classes." if len(classes) > 20 else ""),
+        + _classes(description.get("class_names") or ()),
         "",
         "## Load it",
         "",
@@ -176,9 +171,14 @@ def _resized(description: Mapping[str, Any]) -> str:
     return f" (the shorter side brought to {shorter} px, bilinear and antialiased, then the centre)"
 
 
-def _quoted(name: str) -> str:
-    """A class name as code, which no renderer takes for markup."""
-    return "`" + " ".join(name.split()).replace("`", "'") + "`"
+def _classes(names: Sequence[str]) -> str:
+    """What the logits are of; a name stands as code, which no renderer takes for markup."""
+    if not names:
+        return "."
+    if len(names) > 20:
+        return f". `{DESCRIPTION}` names the classes."
+    quoted = ("`" + " ".join(name.split()).replace("`", "'") + "`" for name in names)
+    return f" of the classes {', '.join(quoted)}."
 
 
 def _cell(value: float | int | None, form: str) -> str:

@@ -85,7 +85,7 @@ def render(
         cards=[_card(budget, entry, summary) for budget, entry in summary["budgets"].items()],
         rows=networks(summary),
         notes=unequal_epochs(config),
-        threads=_threads(config, environment),
+        threads=(environment or {}).get("latency_threads"),
         figures=_figures(summary, scored, chosen, curves, _ladder_names(expansion)),
         expansion=expansion,
         architecture=architecture(candidates, summary, subnets or {}),
@@ -154,13 +154,6 @@ def _card(budget: str, entry: Mapping[str, Any], summary: Mapping[str, Any]) -> 
         "retention": entry.get(f"retention_{name}"),
         "uri": entry["uri"],
     }
-
-
-def _threads(config: Mapping[str, Any], environment: Mapping[str, Any] | None) -> int | None:
-    """With which the run measured latency, if it left what says so."""
-    wanted = (config.get("cluster") or {}).get("threads_per_worker")
-    there = (environment or {}).get("cpus")
-    return min(wanted, there) if wanted and there else None
 
 
 def _reference(pruned: Mapping[str, Mapping[str, Any]]) -> str:

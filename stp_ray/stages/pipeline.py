@@ -330,7 +330,8 @@ class _Pipeline:
             home = self.store.child(folder(label))
             pruned, description = home.read_json(PRUNED), home.read_json(export.DESCRIPTION)
             notes = [*pruned["notes"], *unequal_epochs(dump_config(self.config))]
-            notes.append(f"Latency is the median on a CPU, threads: {self._threads}.")
+            threads = latency_threads(self.config)
+            notes.append(f"Latency is the median on a CPU, threads: {threads}.")
             card = export.model_card(
                 summary, label, description, notes, list(pruned.get("programs", ()))
             )
@@ -372,7 +373,7 @@ class _Pipeline:
         dense = stages["baseline"]["metrics"]["top1"] if "baseline" in stages else None
         main = stages["supernet"]["metrics"]["top1"]
         cost, size = self.net.cost(), self.images_summary.image_size
-        image, threads = torch.randn(1, 3, size, size), self._threads
+        image, threads = torch.randn(1, 3, size, size), latency_threads(self.config)
         dense_ms = 1e3 * export.latency(self.net.model, image, threads=threads)
         met = self.store.read_json(f"explore/{FRONT}").get("latency", {})
         budgets = {}
@@ -407,11 +408,6 @@ class _Pipeline:
             "budgets": budgets,
             "seconds": sum(before) + max(together, default=0.0),
         }
-
-    @property
-    def _threads(self) -> int:
-        """With which latency is measured: as many as a worker has, if this machine has them."""
-        return min(self.config.cluster.threads_per_worker, os.cpu_count() or 1)
 
     def _latency(self, uri: str, image: torch.Tensor, threads: int) -> float:
         """Seconds of one image through the artifact, as a person would load it."""
@@ -519,6 +515,11 @@ class _Pipeline:
                 temporary.unlink(missing_ok=True)
 
 
+def latency_threads(config: RunConfig) -> int:
+    """With which the latencies of a summary are measured: a worker's, if this machine has them."""
+    return min(config.cluster.threads_per_worker, os.cpu_count() or 1)
+
+
 def _describe(config: RunConfig, store: Store) -> None:
     """Leave the resolved configuration and the environment beside the artifacts."""
     store.write_json("config.json", dump_config(config))
@@ -532,6 +533,7 @@ def _describe(config: RunConfig, store: Store) -> None:
             "python": platform.python_version(),
             "platform": platform.platform(),
             "cpus": os.cpu_count(),
+            "latency_threads": latency_threads(config),
             "packages": versions,
             "machine": platform.machine(),
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,

@@ -212,6 +212,24 @@ def test_people_find_what_they_need(finished):
         assert f'stp_ray.load("{budget["uri"]}")' in card
         told = "trained for 1 epochs; the weights of the pruned one have seen 6."
         assert told in card and told in page
+        assert "on a CPU, threads: 1." in card
+    assert "that finished the run, threads: 1." in page
+
+
+@pytest.mark.parametrize(("wanted", "there", "used"), [(4, 8, 4), (8, 2, 2)])
+def test_latency_is_measured_with_threads_that_the_machine_has(monkeypatch, wanted, there, used):
+    monkeypatch.setattr(pipeline.os, "cpu_count", lambda: there)
+    config = load_config({"cluster": {"threads_per_worker": wanted}})
+    assert pipeline.latency_threads(config) == used
+
+
+def test_a_description_says_how_images_are_brought_to_size(tmp_path):
+    sizes = {"image_size": 14, "random_resized_crop": True, "crop_padding": 0}
+    run = Run(tmp_path, minimal(data=sizes))
+    run()
+    told = json.loads((run.folder / "budget-0.5/model.json").read_text())
+    assert (told["image_size"], told["resize"]) == (14, 16)
+    assert "brought to 16 px" in (run.folder / "budget-0.5/README.md").read_text()
 
 
 def test_a_search_is_as_long_as_it_was_said_to_be(finished):

@@ -2,6 +2,7 @@ import logging
 import threading
 
 import pytest
+from ray.train.v2._internal.execution.controller import placement_group_cleaner as cleaner
 
 from stp_ray.stages import quiet
 
@@ -10,13 +11,11 @@ from stp_ray.stages import quiet
     ("name", "told"), [("PlacementGroupCleanerMonitor", []), ("another", ["lost"])]
 )
 def test_only_the_cleaner_ends_in_silence(monkeypatch, name, told):
-    from ray.train.v2._internal.execution.controller import placement_group_cleaner as ours
-
     heard = []
     monkeypatch.setattr(threading, "excepthook", lambda error: heard.append(str(error.exc_value)))
-    monkeypatch.setattr(ours.logger, "level", logging.INFO)
+    monkeypatch.setattr(cleaner.logger, "level", logging.INFO)
     quiet.worker()
-    assert not ours.logger.isEnabledFor(logging.WARNING)
+    assert not cleaner.logger.isEnabledFor(logging.WARNING)
 
     def lose():
         raise ConnectionError("lost")
