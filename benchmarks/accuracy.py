@@ -80,8 +80,10 @@ PROTOCOLS = {
         data=replace(CIFAR10, limit=16_512), epochs=12, batch_size=64, optimizer="adamw", lr=1e-3,
         weight_decay=0.05, exploration=REDUCED, reference=QUARTER,
     ),
+    # no deeper than that a block of each stage can still be dropped
     "smoke": Protocol(
-        model="resnet20", data=DataOptions(name="digits", holdout=64, limit=320), epochs=4,
+        model="stp_ray.models:CifarResNet", model_options={"depth": 14},
+        data=DataOptions(name="digits", holdout=64, limit=320), epochs=4,
         batch_size=64, calibration_images=64, seeds=(0,), budgets=(0.3,),
         exploration=Exploration(
             generations=2, population=4, parents=2, calibration_images=64, scoring_images=32,

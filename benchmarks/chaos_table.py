@@ -53,7 +53,7 @@ def table(lines: list[dict[str, Any]]) -> list[str]:
         + f". The command was given {statistics.mean(again):.1f} times on average, "
         f"{max(again)} at most; a run took {statistics.median(taken_s):.0f} s "
         f"in the median ({lines[-1]['cores']} cores, {lines[-1]['device']}, machines as network "
-        "namespaces).",
+        f"namespaces; revisions {', '.join(dict.fromkeys(line['revision'] for line in lines))}).",
         "",
         row(["fault", "stage", "times", "median s", "worst s"]),
         row(["---"] * 5),

@@ -107,6 +107,8 @@ def render() -> None:
         "- No run of the recipes `cifar10_resnet56` and `imagenet_resnet50`: the accuracies in "
         "their heads are expected, not measured. The comparison with ResNet-56 above is no run of "
         "the pipeline.",
+        "- Nothing of the pipeline on a GPU, nor a step's time or memory there: only the "
+        "comparison with ResNet-56 was run on one.",
         "- Latency of the recorded runs is that of one image in eager PyTorch on one CPU thread; "
         "other runtimes are in [performance](performance.md).",
         "",

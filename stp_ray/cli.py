@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from typer.core import TyperGroup
 
-from .errors import StpError
+from .errors import ConfigError, StpError
 from .recipes import recipe_names
 
 
@@ -34,10 +34,20 @@ def one_line_errors() -> Iterator[None]:
         raise SystemExit(130) from None
 
 
+#: What the library below typer, which is its own since 0.16, raises for a command line.
+_USAGE_ERROR: Any = typer.BadParameter.__base__
+
+
 class _Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         with one_line_errors():
-            return super().invoke(ctx)
+            try:
+                return super().invoke(ctx)
+            except _USAGE_ERROR as error:
+                if error.ctx is None or type(error).__name__ == "NoArgsIsHelpError":
+                    raise  # shows the help
+                said = error.format_message().rstrip(".")
+                raise ConfigError(f"{said}; see `{error.ctx.command_path} --help`") from None
 
 
 _HELP = """Prune an image classifier to a fraction of its cost, without fine-tuning afterwards.
@@ -102,7 +112,8 @@ def run(
         bool,
         typer.Option(
             "--dry-run",
-            help="Check everything, show what would be done and what it would cost, and stop. "
+            help="Check settings, data, model and budgets, show what would be done and what it "
+            "would cost, and stop. "
             "cluster.device_price=2.5 (of a device-hour) adds the money.",
         ),
     ] = False,
@@ -291,7 +302,7 @@ def convert_data(
 
 
 def _hugging_face(source: str, hub: bool) -> Any:
-    from .errors import ConfigError, DataError
+    from .errors import DataError
 
     try:
         import datasets
@@ -396,7 +407,6 @@ def run_recipe(
     """What `stp run` and the scripts in pipelines/ do: load, run, print the table, or only the
     run's folder where the run is to end before its last stage."""
     from .config import load_config, run_id, to_yaml
-    from .errors import ConfigError
 
     if recipe is not None and "=" in recipe and not os.path.exists(recipe):
         overrides = [recipe, *overrides]

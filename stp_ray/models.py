@@ -186,7 +186,7 @@ def find_factory(name: str) -> Callable[..., Any]:
     near = difflib.get_close_matches(name, [*OWN, *known], n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise ConfigError(
-        f"unknown model {name!r}{hint} Expected one of {', '.join(OWN)}, a torchvision "
+        f"unknown model {name!r}{hint}; expected one of {', '.join(OWN)}, a torchvision "
         "classification model, or package.module:function"
     )
 

@@ -70,6 +70,11 @@ def refuse_detours(uri: str) -> None:
     back; a remote URI may not hold what a back-end would resolve or take for a pattern.
     """
     scheme, separator, rest = uri.partition("://")
+    if (separator and not rest) or re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/(?!/)", uri):
+        raise StorageError(
+            f"the storage {uri!r} names no bucket or folder; expected a URI such as "
+            "s3://bucket/folder; a variable in it may be empty, or a slash missing"
+        )
     local = not separator or scheme.lower() in ("file", "local")
     segments = (rest if separator else uri).split("/")
     if not separator:

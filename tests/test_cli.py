@@ -67,7 +67,7 @@ def pipeline(monkeypatch):
 
 
 def stp(*arguments):
-    return CliRunner().invoke(app, list(arguments))
+    return CliRunner().invoke(app, list(arguments), prog_name="stp")
 
 
 def refused(result, code=2):
@@ -93,6 +93,19 @@ def script(name, *arguments, code=None, **kwargs):
         check=False,
         **kwargs,
     )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["foo"], "No such command 'foo'; see `stp --help`"),
+        (["run", "--foo"], "No such option: --foo; see `stp run --help`"),
+        (["inspect"], "; see `stp inspect --help`"),
+        (["data", "describe", "digits", "--image-size", "0"], "; see `stp data describe --help`"),
+    ],
+)
+def test_a_command_that_is_not_understood_is_told_in_one_line(arguments, told):
+    assert refused(stp(*arguments)).endswith(told)
 
 
 # -- run ------------------------------------------------------------------------------

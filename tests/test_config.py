@@ -205,7 +205,7 @@ def test_an_unknown_key_is_named_with_the_nearest_known_one(override, found, nea
         ("supernet=3", "supernet", "3", "a mapping"),
         ("supernet.optimisation=3", "supernet.optimisation", "3", "a mapping"),
         ("data.mean=[1, x, 1]", "data.mean.1", '"x"', "a number"),
-        ("data.mean=[1, 1]", "data.mean", "[1, 1]", "2 as well"),
+        ("data.mean=[1, 1]", "data.mean", "[1, 1]", "expected 3 values"),
         ("tracking.wandb=on", "tracking.wandb", '"on"', "'off', 'offline' or 'online'"),
         ("seed=.nan", "seed", "nan", "a finite number"),
         ("cluster.num_workers=0", "cluster.num_workers", "0", "greater than or equal to 1"),

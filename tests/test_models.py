@@ -4,11 +4,13 @@ import pytest
 import torch
 import torchvision
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from stp_ray.elastic import Supernet
 from stp_ray.errors import ConfigError
 from stp_ray.models import (
     OWN,
+    BasicBlock,
     CifarResNet,
     accepted,
     build_for,
@@ -40,11 +42,18 @@ def factories(tmp_path, monkeypatch):
     sys.modules.pop("users_own_models", None)
 
 
+def test_a_block_ends_in_a_relu_after_the_shortcut():
+    torch.manual_seed(0)
+    out = BasicBlock(4, 8, 2)(torch.randn(2, 4, 8, 8))
+    assert out.shape == (2, 8, 4, 4)
+    assert out.min() == 0
+
+
 @pytest.mark.parametrize(
-    ("name", "depth", "params"),
-    [("resnet20", 20, 0.27), ("resnet56", 56, 0.86), ("resnet110", 110, 1.73)],
+    ("name", "depth", "params", "mega_macs"),
+    [("resnet20", 20, 0.27, 41), ("resnet56", 56, 0.86, 126), ("resnet110", 110, 1.73, 253)],
 )
-def test_cifar_resnets_have_the_depth_and_size_of_the_paper(name, depth, params):
+def test_cifar_resnets_have_the_depth_and_size_of_the_paper(name, depth, params, mega_macs):
     model = build_model(name, num_classes=10)
     assert type(model) is CifarResNet
     layers = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
@@ -57,6 +66,9 @@ def test_cifar_resnets_have_the_depth_and_size_of_the_paper(name, depth, params)
         32,
         64,
     ]
+    with FlopCounterMode(display=False) as counter:
+        model.to("meta")(torch.zeros(1, 3, 32, 32, device="meta"))
+    assert round(counter.get_total_flops() / 2e6) == mega_macs
 
 
 @pytest.mark.parametrize("name", OWN)
@@ -105,7 +117,7 @@ def test_a_users_model_by_import_path(factories):
     [
         ("resnet21", r"unknown model 'resnet21'; did you mean 'resnet\d+'\?"),
         ("mobilnet_v2", "did you mean 'mobilenet_v2'"),
-        ("qqqqqq", "unknown model 'qqqqqq'.*Expected one of resnet20"),
+        ("qqqqqq", "unknown model 'qqqqqq'; expected one of resnet20"),
         ("fasterrcnn_resnet50_fpn", "unknown model"),
         ("no_such_module:build", "cannot be imported: No module named 'no_such_module'"),
         ("users_own_models:no_such_name", "cannot be imported: .*no_such_name"),

@@ -315,7 +315,7 @@ def _open_filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
         raise StorageError(
             f"storage {uri} needs a package that is not installed ({first_line(error)}); {cure}"
         ) from None
-    except ValueError as error:
+    except (ValueError, OSError) as error:  # OSError: pyarrow's, without the libraries of hdfs
         raise StorageError(
             f"storage {uri} cannot be used: {first_line(error)}; expected a folder or a URI such "
             "as s3://, gs:// or az://"

@@ -15,7 +15,8 @@ from ..elastic.cost import Budget
 
 def one_line(error: ValidationError, tree: type[BaseModel]) -> str:
     """The first mistakes in a configuration of this type."""
-    messages = [_message(details, tree) for details in error.errors(include_url=False)]
+    found = error.errors(include_url=False)
+    messages = list(dict.fromkeys(_message(details, tree) for details in found))
     rest = f" (and {len(messages) - 3} more)" if len(messages) > 3 else ""
     return " | ".join(messages[:3]) + rest
 
@@ -32,6 +33,9 @@ def _message(details: Any, tree: type[BaseModel]) -> str:
         return f"{path}{joined}{text}" if path else text
     if kind == "missing":
         parent, _, last = path.rpartition(".")
+        if last.isdigit():  # a list that is too short
+            count = len(typing.get_args(_bare(_type_at(parent, tree))))
+            return f"{parent} is {shown(details['input'])}; expected {count} values"
         return f"{parent} is {shown(details['input'])}; expected it to have {last} as well"
     expected = details["msg"]
     for old, new in (

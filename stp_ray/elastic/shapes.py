@@ -103,8 +103,12 @@ def _shape_run(graph: fx.GraphModule, example: Tensor, batch: int) -> _ShapePass
         try:
             run.run(torch.zeros(size, dtype=example.dtype, device=example.device))
         except Exception as error:  # the user's model refuses its own example
+            kinds = {p.dtype for p in graph.parameters() if p.is_floating_point()}
+            wanted = "a model that fits the image size and channels of the data"
+            if kinds and example.dtype not in kinds:
+                wanted = f"an example of the parameters' type, {' or '.join(map(str, kinds))}"
             raise TraceError(
-                f"the model fails on images {list(size)}: {str(error).splitlines()[0]}; "
-                "expected a model that fits the image size and channels of the data"
+                f"the model fails on images {list(size)} of {example.dtype}: "
+                f"{str(error).splitlines()[0]}; expected {wanted}"
             ) from error
     return run

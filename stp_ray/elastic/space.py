@@ -301,8 +301,7 @@ class SearchSpace:
 
         Raises BudgetError if no subnet keeps the budget; ValueError if `rng` is no `random.Random`.
         """
-        if not isinstance(rng, random.Random):
-            raise ValueError(f"rng is {rng!r:.60}; expected a random.Random(seed)")
+        _require_random(rng)
         rate = rng.uniform(0, self.MAX_DROP_RATE)
         dropped = [block.name for block in self.blocks if rng.random() < rate]
         places = np.array([rng.random() for _ in self.axes])
@@ -343,8 +342,9 @@ class SearchSpace:
         An axis moves by one or two choices half of the time and anywhere otherwise. With a
         budget the result is brought back under it, and close to it, by single steps. `rng`
         alone decides. Raises BudgetError if no subnet keeps the budget, ValueError if p is no
-        probability or the subnet of another space.
+        probability, `rng` no `random.Random` or the subnet of another space.
         """
+        _require_random(rng)
         _require_share("p", p)
         self.validate(subnet)
         widths, dropped = dict(subnet.widths), set(subnet.dropped)
@@ -368,8 +368,10 @@ class SearchSpace:
         """Each block, with the axes inside it, and each other axis comes from `one` or from
         `other`, as `rng` decides [ours]. A budget is kept as by `mutate`.
 
-        Raises BudgetError if no subnet keeps the budget, ValueError for a subnet of another space.
+        Raises BudgetError if no subnet keeps the budget, ValueError for a subnet of another
+        space or an `rng` that is no `random.Random`.
         """
+        _require_random(rng)
         self.validate(one)
         self.validate(other)
         widths: dict[str, int] = {}
@@ -388,8 +390,9 @@ class SearchSpace:
 
         Each axis moves, with probability p, to a random width between its own and the full one;
         each dropped block comes back with probability p; `rng` draws [ours]. Raises ValueError if p
-        is no probability or the subnet of another space.
+        is no probability, `rng` no `random.Random` or the subnet of another space.
         """
+        _require_random(rng)
         _require_share("p", p)
         self.validate(subnet)
         dropped = {name for name in sorted(subnet.dropped) if rng.random() >= p}
@@ -496,6 +499,11 @@ class SearchSpace:
 def _require_budget(budget: Budget) -> None:
     if not isinstance(budget, Budget):
         raise ValueError(f"budget is {budget!r}; expected a Budget, such as Budget(macs=0.15)")
+
+
+def _require_random(rng: random.Random) -> None:
+    if not isinstance(rng, random.Random):
+        raise ValueError(f"rng is {rng!r:.60}; expected a random.Random(seed)")
 
 
 def _require_share(name: str, value: float) -> None:

@@ -71,6 +71,11 @@ def trace(
         model = original  # what torch.compile has wrapped
     if not isinstance(model, nn.Module):
         raise TraceError(f"the model is a {type(model).__name__}; expected a torch.nn.Module")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TraceError(
+            "the model is a ScriptModule, whose code cannot be traced; expected the "
+            "torch.nn.Module that it was made from"
+        )
     if not isinstance(example_input, Tensor) or example_input.dim() != 4:
         tensor = isinstance(example_input, Tensor)
         found = f"has shape {list(example_input.shape)}" if tensor else f"is {example_input!r:.40}"
@@ -121,6 +126,11 @@ class _Analysis:
                     self.values[node] = self._declare(str(node.target))
                     step.tensors[str(node.target)] = self.values[node]
             elif node.op == "output":
+                if not node.all_input_nodes:
+                    raise TraceError(
+                        f"the model returns {node.args[0]!r:.40} whatever the images are; expected "
+                        "logits"
+                    )
                 for place, source in enumerate(node.all_input_nodes):  # first the logits
                     for tensor in ops.tensors(self.values.get(source)):
                         reason = "the model returns more than its logits"

@@ -202,6 +202,7 @@ def _about_sizes(node: fx.Node) -> bool:
 
 def recorded(tracer: Tracer, model: nn.Module) -> fx.Graph:
     """The graph of a model as it is, or a `TraceError` that names the module and the line."""
+    _require_images_alone(model)
     try:
         return tracer.trace(model)
     except Exception as error:  # the user's forward ran on proxies and may raise anything
@@ -217,6 +218,21 @@ def recorded(tracer: Tracer, model: nn.Module) -> fx.Graph:
             "replace the operation, or give it a function of its own under torch.fx.wrap, which is "
             "kept whole"
         ) from error
+
+
+def _require_images_alone(model: nn.Module) -> None:
+    """Raise a `TraceError` where `forward` cannot be called with images and nothing else."""
+    _, *inputs = inspect.signature(type(model).forward).parameters.values()
+    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    needed = [
+        each.name for each in inputs[1:] if each.default is each.empty and each.kind not in variable
+    ]
+    if needed:
+        raise TraceError(
+            f"the forward of {type(model).__name__} wants {', '.join(map(repr, needed))} besides "
+            "the images; expected images alone; give the rest defaults, or wrap the model in one "
+            "that passes them"
+        )
 
 
 def _is_ours(filename: str) -> bool:

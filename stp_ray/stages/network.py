@@ -192,14 +192,22 @@ def load_weights(model: nn.Module, uri: str) -> None:
                 state = torch.load(file, map_location="cpu", weights_only=True)
         _require_names(model, state)
         model.load_state_dict(state)
+        _require_finite(model)
     except Exception as error:  # every backend and format has errors of its own
         # torch's text is long, and tells how code in the file could be run
-        pickled = isinstance(error, pickle.UnpicklingError)
+        pickled = isinstance(error, (pickle.UnpicklingError, LookupError, EOFError))
         reason = "it is damaged, or holds more than tensors" if pickled else _short(error)
         raise StorageError(
             f"weights {uri} cannot be loaded: {reason}; expected a state dict of the model, as "
             "safetensors or by torch.save(model.state_dict(), ...); change model.weights"
         ) from error
+
+
+def _require_finite(model: nn.Module) -> None:
+    """Raise ValueError where a tensor of the model is not: its loss would never be finite."""
+    for name, tensor in model.state_dict().items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{name!r} holds values that are not finite")
 
 
 def _require_names(model: nn.Module, state: Any) -> None:

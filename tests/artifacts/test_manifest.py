@@ -56,6 +56,25 @@ def test_a_stage_that_is_taken_back_is_not_done(store):
     assert list(Manifest(store).stages()) == ["explore"]
 
 
+def test_a_driver_that_may_not_write_any_more_records_nothing(store):
+    digest = store.write_bytes("a", b"a")
+    finish(Manifest(store), "explore", {"a": digest})
+
+    def refuse():
+        raise StorageError("another driver has taken over")
+
+    late, kept = Manifest(store, guard=refuse), store.read_bytes("manifest.json")
+    store.write_bytes("a", b"b")
+    for write in (
+        lambda: finish(late, "supernet", {}),
+        lambda: late.forget("explore"),
+        lambda: late.rewritten("explore", "a"),
+    ):
+        with pytest.raises(StorageError, match="another driver"):
+            write()
+    assert store.read_bytes("manifest.json") == kept
+
+
 def test_a_damaged_manifest_is_told(store):
     for content in (b"[]", b'{"stages": 1}', b"{"):
         store.write_bytes("manifest.json", content)

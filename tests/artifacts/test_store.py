@@ -261,6 +261,22 @@ def test_storage_below_a_file_cannot_be_used(tmp_path):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("uri", ["s3://", "gs://", "file://", "s3:/bucket/runs"])
+def test_a_uri_without_a_bucket_is_no_folder_of_this_name(uri):
+    """What `s3://$BUCKET` gives where the variable is empty."""
+    with pytest.raises(StorageError, match=r"names no bucket or folder; expected a URI such as"):
+        Store(uri)
+
+
+def test_a_back_end_that_cannot_start_is_told_in_one_line(monkeypatch):
+    def start(uri, **options):
+        raise OSError("Unable to load libjvm\nmore")
+
+    monkeypatch.setattr("fsspec.url_to_fs", start)
+    with pytest.raises(StorageError, match="cannot be used: Unable to load libjvm; expected"):
+        Store("hdfs://bucket/runs")
+
+
 def test_a_missing_bucket_or_server_is_told_in_one_line(s3, monkeypatch):
     with pytest.raises(StorageError, match="cannot write s3://no-such-bucket") as caught:
         Store("s3://no-such-bucket/runs").probe()

@@ -101,12 +101,14 @@ def test_the_page_tells_how_long_each_fault_held_runs_up(files):
     assert set(chaos_table.WORDS) == set(chaos.FAULTS)
     line = {
         **judged(files), "rewritten_scores": 0, "submissions": 2, "seconds": 80.0, "cores": 2,
-        "device": "x86_64",
+        "device": "x86_64", "revision": "abc",
         "faults": [
             {"kind": "driver", "stage": "explore", "came": True, "at": 3.0, "recovery_s": 31.4},
             {"kind": "head", "stage": "explore", "came": False},
         ],
     }  # fmt: skip
-    first, *_, last, _ = chaos_table.table([line, {"failed": True, "cores": 2, "device": "x86_64"}])
+    failed = {"failed": True, "cores": 2, "device": "x86_64", "revision": "def"}
+    first, *_, last, _ = chaos_table.table([line, failed])
     assert first.startswith("2 runs, 1 complete, 1 of them after at least one fault")
+    assert "; revisions abc, def)" in first
     assert last == "| SIGKILL of the driver | explore | 1 | 31 | 31 |"

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stp_ray.data import DataOptions, Split, eval_batches, steps_per_epoch, train_batches
-from stp_ray.data.batches import Augmentation, random_crop, random_resized_crop
+from stp_ray.data.batches import Augmentation, _boxes, random_crop, random_resized_crop
 from stp_ray.errors import DataError
 from tests.data.samples import pixels
 
@@ -230,3 +230,22 @@ def test_a_gpu_augments_as_the_cpu_does(changes):
         # Sampling may round a pixel's value the other way.
         assert (gpu[0].cpu() - cpu[0]).abs().max() <= 2 / 255
         assert torch.allclose(gpu[1].cpu(), cpu[1])
+
+
+def test_random_boxes_lie_anywhere_in_the_image():
+    top, left, high, wide = _boxes(4000, 64, 48, torch.Generator().manual_seed(0)).T
+    for start, extent, size in ((top, high, 64), (left, wide, 48)):
+        assert start.min() >= 0
+        assert (start + extent).max() == size
+        free = size - extent
+        places = start[free > 0] / free[free > 0]
+        assert 0.45 < places.mean() < 0.55
+        assert places.std() > 0.25
+
+
+@pytest.mark.parametrize(("alpha", "sure"), [(0.01, True), (10.0, False)])
+def test_mixup_mixes_as_much_as_it_is_told(alpha, sure):
+    images, labels = torch.from_numpy(pixels(8)), torch.arange(8) % 4
+    augment = Augmentation(options(mixup=alpha), 8, 4)
+    soft = torch.stack([augment(images, labels, seed=seed)[1] for seed in range(40)])
+    assert ((soft.amax(2) > 0.99).float().mean() > 0.9) == sure

@@ -135,3 +135,8 @@ def test_fit_keeps_the_centre_of_the_shorter_side(shape):
 def test_shape_of_an_image():
     assert image_shape(encode(pixels(1, 8)[0])) == (8, 8)
     assert image_shape(b"nothing") is None
+
+
+def test_an_image_is_smoothed_before_it_is_made_smaller():
+    stripes = (torch.arange(70) % 2 * 255).to(torch.uint8).expand(1, 3, 70, 70)
+    assert (fit(stripes, 10).int() - 127).abs().max() <= 20

@@ -73,6 +73,30 @@ def test_dead_units_score_lowest(kind):
     assert all(len(scores[a.name]) == a.size for a in net.space.axes)
 
 
+@pytest.mark.parametrize("kind", ["l1", "l2", "norm", "taylor"])
+def test_a_score_is_what_the_literature_says(kind):
+    torch.manual_seed(0)
+    conv, norm, head = nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.Linear(8, 4)
+    nn.init.normal_(norm.weight)
+    pool = nn.AdaptiveAvgPool2d(1)
+    model = nn.Sequential(conv, norm, nn.ReLU(), pool, nn.Flatten(), head).double()
+    net = Supernet.trace(model, pixels(2), divisor=1)
+    net(pixels(4)).square().sum().backward()
+    conv, norm, head = (net.model.get_submodule(name) for name in ("0", "1", "5"))
+    owned = [conv.weight.flatten(1), conv.bias[:, None], norm.weight[:, None], norm.bias[:, None]]
+    owned.append(head.weight.T)
+    given = [p.grad for p in (conv.weight, conv.bias, norm.weight, norm.bias, head.weight)]
+    slopes = [given[0].flatten(1), *(g[:, None] for g in given[1:4]), given[4].T]
+    wanted = {
+        "l1": sum(part.abs().sum(1) for part in owned),
+        "l2": sum(part.square().sum(1) for part in owned),
+        "norm": norm.weight.abs(),
+        "taylor": sum((p * g).abs().sum(1) for p, g in zip(owned, slopes, strict=True)),
+    }
+    (axis,) = net.space.axes
+    torch.testing.assert_close(importance(net, kind)[axis.name], wanted[kind])
+
+
 def test_ranked_slices_of_given_weights_lose_less():
     """Half of the units are worth nothing, at random places: ranked, a half-width slice is the
     whole network."""

@@ -1,4 +1,5 @@
 import random
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -285,6 +286,62 @@ def test_a_ratio_or_a_probability_out_of_range_is_refused(share):
     for draw in (space.expand, space.mutate):
         with pytest.raises(ValueError, match=r"p is .*; expected a number in \[0, 1\]"):
             draw(space.full, rng, share)
+
+
+@given(spaces_with_budget(), shares)
+def test_no_uniform_subnet_within_the_budget_is_larger_than_the_one_that_is_found(drawn, ratio):
+    space, budget = drawn
+    other = space.uniform(round(200 * ratio) / 200)
+    largest = space.cost(space.uniform_within(budget)).macs
+    assert not space.admits(other, budget) or space.cost(other).macs <= largest
+
+
+def test_expansion_reaches_every_width_above():
+    space, narrow = small_space(), Subnet({"stem": 24, "hidden": 4})
+    reached = [space.expand(narrow, random.Random(seed), 1.0).widths for seed in range(300)]
+    assert {widths["stem"] for widths in reached} == set(range(24, 65, 8))
+    assert {widths["hidden"] for widths in reached} == {4, 8, 12, 16}
+
+
+def test_a_mutation_uses_what_is_left_of_the_budget():
+    space, narrow = small_space(), Subnet({"stem": 8, "hidden": 4})
+    grown = space.mutate(narrow, random.Random(0), 0.0, Budget(macs=1.0))
+    assert grown.widths == {"stem": 16, "hidden": 8}
+
+
+def test_a_block_comes_from_one_parent_with_the_axes_inside_it():
+    space = small_space()
+    for seed in range(50):
+        child = space.crossover(space.full, space.smallest, random.Random(seed))
+        assert child.widths["hidden"] == (4 if child.dropped else 16)
+
+
+def test_a_block_that_comes_back_has_any_width():
+    space = small_space()
+    found = [space.mutate(space.smallest, random.Random(seed), 0.2) for seed in range(2000)]
+    back = Counter(subnet.widths["hidden"] for subnet in found if not subnet.dropped)
+    assert set(back) == {4, 8, 12, 16}
+    assert back[4] < 0.5 * back.total()
+
+
+def test_a_mutation_steps_both_ways():
+    space, middle = small_space(), Subnet({"stem": 32, "hidden": 8})
+    found = [space.mutate(middle, random.Random(seed), 1.0) for seed in range(300)]
+    near = Counter(subnet.widths["stem"] for subnet in found)
+    # half of them are 1 or 2 steps of 8 away, to either side
+    assert min(near[16] + near[24], near[40] + near[48]) > 0.25 * near.total()
+
+
+def test_what_draws_is_a_random_number_generator():
+    space = small_space()
+    for draw in (
+        lambda rng: space.expand(space.full, rng, 0.5),
+        lambda rng: space.mutate(space.full, rng, 0.5),
+        lambda rng: space.crossover(space.full, space.full, rng),
+    ):
+        for rng in (None, 0, random):
+            with pytest.raises(ValueError, match=r"rng is .*; expected a random\.Random\(seed\)"):
+                draw(rng)
 
 
 def test_a_number_is_no_budget():

@@ -34,6 +34,37 @@ def test_what_is_no_module_is_refused():
         Supernet.trace(Own, torch.zeros(1, 3, 8, 8))
 
 
+def test_code_that_is_compiled_already_is_refused():
+    images = torch.zeros(1, 3, 8, 8)
+    with pytest.raises(TraceError, match=r"ScriptModule, .*; expected the torch\.nn\.Module"):
+        Supernet.trace(torch.jit.trace(Own().eval(), images), images)
+
+
+class Masked(Own):
+    def forward(self, x, mask, *, scale, bias=0.0, **more):
+        return super().forward(x * mask * scale)
+
+
+def test_a_model_of_more_than_images_is_refused():
+    with pytest.raises(TraceError, match=r"Masked wants 'mask', 'scale' besides .* give the rest"):
+        Supernet.trace(Masked(), torch.zeros(1, 3, 8, 8))
+
+
+def test_an_example_of_another_type_than_the_weights_is_refused():
+    with pytest.raises(TraceError, match=r"of torch\.float32: .*; expected .* torch\.float64"):
+        Supernet.trace(Own().double(), torch.zeros(1, 3, 8, 8))
+
+
+class Silent(Own):
+    def forward(self, x):
+        return None
+
+
+def test_a_model_that_returns_nothing_is_refused():
+    with pytest.raises(TraceError, match=r"returns None whatever the images are; expected logits"):
+        Supernet.trace(Silent(), torch.zeros(1, 3, 8, 8))
+
+
 def test_an_image_size_that_the_model_does_not_take_is_refused():
     from torchvision.models import vit_b_16
 

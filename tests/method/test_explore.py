@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from stp_ray.elastic import SearchSpace
 from stp_ray.elastic.cost import Budget, Extent, Term
 from stp_ray.errors import BudgetError, RunError
 from stp_ray.method import Candidate, Exploration, Explorer
@@ -118,6 +119,29 @@ def test_evolution_beats_random_search_at_equal_cost():
         drawn = (Candidate(space.sample(rng, budget), 0, 0, 0) for _ in range(160))
         gains.append(min(map(distance, drawn)) - evolved)
     assert all(gain > 0 for gain in gains)
+
+
+def test_another_seed_begins_with_other_candidates():
+    space = make_space([24, 24], [24])
+    explorers = [Explorer(space, [Budget(macs=0.5)], SMALL, seed) for seed in (0, 1)]
+    first, other = ({c.subnet for c in explorer.ask()} for explorer in explorers)
+    assert first != other
+
+
+@pytest.mark.parametrize(("share", "made"), [(0.0, "mutate"), (1.0, "crossover")])
+def test_offspring_are_made_as_asked(monkeypatch, share, made):
+    called = set()
+    for plain in (SearchSpace.mutate, SearchSpace.crossover):
+
+        def counted(self, *given, plain=plain):
+            called.add(plain.__name__)
+            assert plain.__name__ == "crossover" or given[2] == 0.3
+            return plain(self, *given)
+
+        monkeypatch.setattr(SearchSpace, plain.__name__, counted)
+    options = replace(SMALL, crossover=share, mutation=0.3)
+    search(Explorer(make_space([24, 24], [24]), [Budget(macs=0.5)], options, 0))
+    assert called == {made}
 
 
 def test_a_candidate_of_one_budget_serves_another():

@@ -13,6 +13,7 @@ from stp_ray.method import (
     Stimulation,
     StimulativeObjective,
     alpha_divergence,
+    cross_entropy,
     kl_divergence,
 )
 
@@ -97,7 +98,8 @@ def test_kl_gives_the_teacher_no_gradient_and_is_precise_in_half_precision():
     kl_divergence(teacher, student).backward()
     assert teacher.grad is None
     assert student.grad is not None
-    assert kl_divergence(teacher.bfloat16(), student.half()).dtype == torch.float32
+    assert kl_divergence(teacher.bfloat16(), student.bfloat16()).dtype == torch.float32
+    assert cross_entropy(student.bfloat16(), torch.tensor([0, 1, 2, 0])).dtype == torch.float32
 
 
 def test_dense_objective_is_cross_entropy_with_class_or_soft_labels():
@@ -137,6 +139,18 @@ def test_stimulation_holds_subnets_to_main_by_the_divergence_it_is_told():
     wanted = alpha_divergence(net(images), net(images, subnet), 2.0)
     torch.testing.assert_close(parts["kd"], wanted.detach())
     assert parts["kd"] >= kl_divergence(net(images), net(images, subnet), 2.0)
+
+
+@pytest.mark.parametrize("direction", [False, True])
+def test_stimulation_smooths_labels_and_compares_directions_where_told(direction):
+    net = supernet().eval()
+    images, labels = images_and_labels(6)
+    subnet = net.space.uniform(0.5)
+    options = Stimulation(direction=direction, temperature=2.0)
+    parts = StimulativeObjective(net, options, 0.1)(images, labels, [subnet])
+    main, small = net(images), net(images, subnet)
+    ce = F.cross_entropy(main, labels, label_smoothing=0.1)
+    torch.testing.assert_close(parts["loss"], ce + kl_divergence(main, small, 2.0, direction))
 
 
 def test_main_network_learns_from_labels_alone():
@@ -253,6 +267,29 @@ def test_expansion_loss_goes_down_the_ladder():
     torch.testing.assert_close(parts["loss"], ce + 0.3 * ce_target + 0.7 * (kd + kd_target))
     torch.testing.assert_close(parts["kd_target"], kd_target)
     assert objective.uses_all_parameters
+
+
+@pytest.mark.parametrize("main", ["train", "drop"])
+def test_expansion_weighs_each_of_several_rungs(main):
+    net = supernet().eval()
+    images, labels = images_and_labels(6)
+    target, (large, small) = ladder_of(net)
+    options = Expansion(main=main, rungs=2, target_ce=0.3, kd_weight=0.7, temperature=2.0)
+    found = ExpansionObjective(net, target, options, 0.1)(images, labels, [large, small])
+
+    def ce(logits):
+        return F.cross_entropy(logits, labels, label_smoothing=0.1)
+
+    def kl(teacher, student):
+        return kl_divergence(teacher, student, 2.0)
+
+    top, upper, lower, bottom = (net(images, subnet) for subnet in (None, large, small, target))
+    if main == "train":
+        wanted = ce(top) + 0.7 * (kl(top, upper) + kl(upper, lower))
+    else:  # the expanded ones learn the labels, together as much as the main network would
+        wanted = (ce(upper) + ce(lower)) / 2 + 0.7 * kl(upper, lower)
+    wanted = wanted + 0.7 * kl(lower, bottom) + 0.3 * ce(bottom)
+    torch.testing.assert_close(found["loss"], wanted)
 
 
 def test_expansion_without_rungs_distils_from_the_main_network():

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stp_ray.elastic.cost import Budget
+from stp_ray.elastic.cost import Budget, Term
 from stp_ray.errors import BudgetError
 from stp_ray.method import Expansion, Stimulation, ladder, sampler
 
@@ -50,6 +50,36 @@ def test_narrowing_never_leaves_its_falling_limit(space, progress, seed):
     (subnet,) = draw(random.Random(seed), progress)
     full = space.cost().macs
     assert space.cost(subnet).macs <= full + (budget.macs - full) * progress + 1e-6
+
+
+def shares_drawn(space, budgets, progress, count=100):
+    draw = sampler(Stimulation(sampler="narrowing"), space, budgets)
+    drawn = [draw(random.Random(seed), progress)[0] for seed in range(count)]
+    return [space.cost(subnet).macs / space.cost().macs for subnet in drawn]
+
+
+@pytest.mark.parametrize("budgets", [(0.2, 0.9), (0.9, 0.2)])
+def test_narrowing_goes_towards_each_budget(budgets):
+    space = make_space([24, 24], [24])
+    shares = shares_drawn(space, [Budget(macs=each) for each in budgets], 1 - 1e-12)
+    assert max(shares) > 0.5
+    assert sum(share <= 0.2 for share in shares) > 40
+
+
+@pytest.mark.parametrize("progress", [0.0, 1 - 1e-12])
+def test_narrowing_draws_small_subnets_at_all_times(progress):
+    shares = shares_drawn(make_space([24, 24], [24]), [Budget(macs=0.8)], progress)
+    assert sum(share < 0.3 for share in shares) > 20
+
+
+def test_narrowing_goes_towards_a_latency():
+    bare = make_space([24, 24, 24], [24, 24])
+    space = bare.timed([Term(10**7 * t.coefficient, t.extents, t.gates) for t in bare.terms])
+    draw = sampler(Stimulation(sampler="narrowing"), space, [Budget(macs=1.0, latency=0.3)])
+    drawn = [draw(random.Random(seed), 1 - 1e-12)[0] for seed in range(100)]
+    slowest = max(space.cost(subnet).latency_s for subnet in drawn)
+    limit = 0.3 * space.cost().latency_s
+    assert 0.7 * limit < slowest <= limit * (1 + 1e-6)
 
 
 @given(spaces, st.integers(1, 5), st.integers(0, 2**32))
@@ -124,3 +154,13 @@ def test_ladder_follows_the_schedule_of_p():
     draw = ladder(space, target, Expansion(p_start=1.0, p_end=0.0))
     assert all(len(draw(random.Random(seed), 0.0)) == 1 for seed in range(50))
     assert all(draw(random.Random(seed), 0.999999) == [] for seed in range(50))
+
+
+@pytest.mark.parametrize(("progress", "p"), [(0.0, 0.75), (0.25, 0.625), (0.5, 0.5), (0.75, 0.375)])
+def test_the_ladder_s_p_is_linear_in_progress(progress, p):
+    space = make_space([64] * 6, [16])
+    target = space.uniform(0.25)
+    draw = ladder(space, target, Expansion(p_start=0.75, p_end=0.25))
+    for seed in range(20):
+        expanded = space.expand(target, random.Random(seed), p)
+        assert draw(random.Random(seed), progress) == [expanded] * (expanded != target)

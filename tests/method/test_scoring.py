@@ -4,7 +4,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from stp_ray.method import Optimisation, reference_logits, score, tuned_score
+from stp_ray.method import (
+    Optimisation,
+    calibrate,
+    kl_divergence,
+    reference_logits,
+    score,
+    tuned_score,
+)
 
 from .networks import images_and_labels, left_as_it_was, supernet
 
@@ -60,6 +67,14 @@ def test_score_is_zero_for_the_main_network_and_does_not_depend_on_batching():
     whole = score(net, subnet, [images], [images], main)
     assert whole > 0
     assert score(net, subnet, [images], images.split(7), main) == pytest.approx(whole, rel=1e-5)
+
+
+def test_score_is_the_divergence_from_the_main_network_with_statistics_measured_anew():
+    net, (images, _) = supernet(), images_and_labels(24)
+    subnet, main = net.space.uniform(0.5), reference_logits(net, [images])
+    stats = calibrate(net, subnet, [images[:8]])
+    wanted = kl_divergence(main, net.eval()(images, subnet, stats=stats)).item()
+    assert score(net, subnet, [images[:8]], [images], main) == pytest.approx(wanted, rel=1e-5)
 
 
 @pytest.mark.parametrize("rows", [0, 16, 32])
@@ -125,3 +140,33 @@ def test_a_slice_that_diverges_has_no_score():
     net, (images, _) = supernet(norm=False), images_and_labels(24)
     wild = replace(OPTIONS, lr=1e12)
     assert math.isnan(tuned(net, net.space.uniform(0.5), images, options=wild))
+
+
+def test_what_was_tuned_is_scored_in_evaluation_mode():
+    net, (images, _) = supernet(dropout=0.5).train(), images_and_labels(24)
+    subnet, main = net.space.uniform(0.5), reference_logits(net, [images])
+
+    def scored(parts):
+        return tuned_score(
+            net, subnet, [images], lambda: [images], main, parts, main,
+            steps=3, options=OPTIONS, seed=0,
+        )  # fmt: skip
+
+    assert scored(images.split(4)) == pytest.approx(scored([images]), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"label_smoothing": 0.2},
+        {"min_lr": 0.5},
+        {"warmup_epochs": 0.0},
+        {"ema": 0.9},
+        {"epochs": 3},
+    ],
+)
+def test_a_few_steps_have_a_schedule_of_their_own(options):
+    net, (images, _) = supernet(), images_and_labels(24)
+    subnet = net.space.uniform(0.5)
+    changed = tuned(net, subnet, images, options=replace(OPTIONS, **options))
+    assert changed == tuned(net, subnet, images)

@@ -177,16 +177,53 @@ def test_norms_and_biases_do_not_decay():
             assert decays[id(parameter)] == (0.5 if name in ("0.weight", "3.weight") else 0), name
 
 
-def test_gradients_are_clipped():
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_sgd_has_the_momentum_that_was_asked_for(nesterov):
+    trainer, _ = trainer_of(supernet(), Optimisation(momentum=0.8, nesterov=nesterov))
+    for group in trainer._optimizer.param_groups:
+        assert (group["momentum"], group["nesterov"]) == (0.8, nesterov)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_gradients_are_clipped(precision):
     net = supernet()
-    before = [p.detach().clone() for p in net.parameters()]
     options = Optimisation(
-        epochs=1, lr=1.0, momentum=0.0, weight_decay=0.0, warmup_epochs=0, grad_clip=1e-3
-    )
+        epochs=1, lr=1.0, momentum=0.0, weight_decay=0.0, warmup_epochs=0, min_lr=1.0,
+        grad_clip=1e-3, precision=precision,
+    )  # fmt: skip
     trainer, draw = trainer_of(net, options)
-    list(islice(trainer.run(batches(STEPS), draw), 1))
-    moved = sum((p - q).square().sum() for p, q in zip(net.parameters(), before, strict=True))
-    assert 0 < moved.sqrt().item() <= 1.01e-3
+    moved, before = [], [p.detach().clone() for p in net.parameters()]
+    for _ in trainer.run(batches(STEPS), draw):
+        after = [p.detach().clone() for p in net.parameters()]
+        pairs = zip(after, before, strict=True)
+        moved.append(sum((p - q).square().sum() for p, q in pairs).sqrt().item())
+        before = after
+    assert max(moved) <= 1.01e-3
+    assert moved[-1] >= 0.98e-3, "clipped while they were scaled"
+
+
+class Listening(nn.Module):
+    """Remembers the type that its layer computes in."""
+
+    def __init__(self):
+        super().__init__()
+        self.head, self.seen = nn.Linear(192, 3), None
+
+    def forward(self, images):
+        out = self.head(images.flatten(1))
+        self.seen = out.dtype
+        return out
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"),
+    [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)],
+)
+def test_layers_compute_in_the_precision_that_was_asked_for(precision, dtype):
+    model, options = Listening(), Optimisation(epochs=1, precision=precision)
+    trainer = Trainer(DenseObjective(model), options, steps_per_epoch=1, seed=0)
+    list(trainer.run(batches(1), no_subnets))
+    assert model.seen == dtype
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

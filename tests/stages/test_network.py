@@ -135,6 +135,22 @@ def test_weights_that_do_not_fit_say_what_they_are(tmp_path, saved, told):
     assert told in line and "expected a state dict of the model" in line and "\n" not in line
 
 
+def test_weights_that_are_not_finite_or_no_weights_at_all_are_refused(tmp_path):
+    model = of_8_px(10)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state["4.weight"][0, 0] = float("nan")
+    torch.save(state, tmp_path / "mine.pt")
+    (tmp_path / "text.pt").write_text("epoch 1\n")
+    (tmp_path / "empty.pt").write_bytes(b"")
+    for name, told in (
+        ("mine.pt", "'4.weight' holds values that are not finite"),
+        ("text.pt", "it is damaged, or holds more than tensors"),
+        ("empty.pt", "it is damaged, or holds more than tensors"),
+    ):
+        with pytest.raises(StorageError, match=told):
+            load_weights(model, str(tmp_path / name))
+
+
 def test_weights_of_a_state_dict_are_loaded(tmp_path):
     given, model = of_8_px(10), of_8_px(10)
     torch.save(given.state_dict(), tmp_path / "mine.pt")
