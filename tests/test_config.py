@@ -134,6 +134,9 @@ def test_what_is_no_recipe_is_told(recipe):
 def test_one_override_alone_is_no_list():
     with pytest.raises(ConfigError, match=r"overrides are 'seed=1'; expected .*\['seed=1'\]"):
         load_config({}, "seed=1")
+    for overrides in (None, [1], {"seed": 1}):
+        with pytest.raises(ConfigError, match=r"overrides are .*; expected a list of texts"):
+            load_config({}, overrides)
 
 
 @pytest.mark.parametrize("text", ["seed: !!int abc", "name: !!timestamp foo", "a: &a [*a]"])

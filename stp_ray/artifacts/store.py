@@ -55,7 +55,10 @@ class Store:
     """
 
     def __init__(self, uri: str | os.PathLike[str]) -> None:
-        text = os.fspath(uri)
+        try:
+            text = os.fspath(uri)
+        except TypeError:
+            raise StorageError(f"the storage is {uri!r:.60}; expected a folder or a URI") from None
         refuse_credentials(text)
         if not text:
             raise StorageError("the storage is empty; expected a folder or a URI")

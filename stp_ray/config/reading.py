@@ -47,6 +47,8 @@ def load_config(
         )
     if isinstance(overrides, str):
         raise ConfigError(f"overrides are {overrides!r}; expected a list: [{overrides!r}]")
+    if not isinstance(overrides, Sequence) or not all(isinstance(each, str) for each in overrides):
+        raise ConfigError(f"overrides are {overrides!r:.60}; expected a list of texts: ['seed=1']")
     for override in overrides:
         _override(content, override)
     try:

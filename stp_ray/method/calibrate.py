@@ -27,6 +27,8 @@ def calibrate(net: Supernet, subnet: Subnet, batches: Iterable[Tensor]) -> Stats
     Raises:
         ValueError: there is no batch, or one that is no tensor of several images.
     """
+    if not isinstance(batches, Iterable):
+        raise ValueError(f"the batches are {batches!r:.60}; expected a list of tensors of images")
     recorder = StatsRecorder()
     device = device_of(net)
     count = 0

@@ -268,6 +268,11 @@ def test_a_uri_without_a_bucket_is_no_folder_of_this_name(uri):
         Store(uri)
 
 
+def test_what_names_no_folder_is_told():
+    with pytest.raises(StorageError, match=r"the storage is None; expected a folder or a URI"):
+        Store(None)
+
+
 def test_a_back_end_that_cannot_start_is_told_in_one_line(monkeypatch):
     def start(uri, **options):
         raise OSError("Unable to load libjvm\nmore")

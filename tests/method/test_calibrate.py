@@ -94,6 +94,8 @@ def test_nothing_to_calibrate():
     assert calibrate(net, net.space.full, images_and_labels(4)[0].split(2)) == {}
     with pytest.raises(ValueError, match="calibration batches is 0; expected at least 1"):
         calibrate(supernet(), supernet().space.full, [])
+    with pytest.raises(ValueError, match="batches are None; expected a list of tensors"):
+        calibrate(supernet(), supernet().space.full, None)
 
 
 def test_relative_sparsity_compares_channels_inside_and_outside():
