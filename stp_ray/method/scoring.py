@@ -121,7 +121,7 @@ def tuned_score(
 
     options = replace(
         options, epochs=1, batch_size=size, lr=options.lr * size / options.batch_size, min_lr=0.0,
-        warmup_epochs=0.0, label_smoothing=0.0, ema=None, checkpoint_every=0,
+        warmup_epochs=0.0, ema=None, checkpoint_every=0,
     )  # fmt: skip
     device = device_of(net)
     trainer = Trainer(
