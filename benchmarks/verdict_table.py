@@ -265,20 +265,25 @@ SEARCH = Exploration()
 PROMOTED, FINAL = (
     f"{steps} on {SEARCH.tuning_images}" for steps in (SEARCH.tuning_steps, SEARCH.final_steps)
 )
-#: Scores of `proxy.py`: the form whose supernet they were measured on, steps, and who uses them.
+SEARCHES = (
+    f"after {SEARCH.tuning_steps} steps on {SEARCH.tuning_images:,} images, which (f) searches by"
+)
+CHOOSES = "that of finalists, which (f) chooses by"
+#: Scores of `proxy.py`: the form whose supernet they were measured on, where, steps, who uses them.
 OF_RECIPES = (
-    (
-        TUNED, PROMOTED, f"after {SEARCH.tuning_steps} steps on {SEARCH.tuning_images:,} images, "
-        "which (f) searches by; chosen on this seed",
-    ),
-    (TUNED, FINAL, "that of finalists, which (f) chooses by; chosen on this seed"),
-)  # fmt: skip
+    (TUNED, CHOSEN, PROMOTED, f"{SEARCHES}; chosen on this seed"),
+    (STARTED_FINALS, FRESH, PROMOTED, SEARCHES),
+    (TUNED, CHOSEN, FINAL, f"{CHOOSES}; chosen on this seed"),
+    (STARTED_FINALS, FRESH, FINAL, CHOOSES),
+)
 SCORES = (
-    (TAUGHT, "0", "as the slice is, which (b) and (c) search by"),
-    (TUNED, "50", "after 50 steps on 512 images, which (d) and (e) search by"),
+    (TAUGHT, CHOSEN, "0", "as the slice is, which (b) and (c) search by"),
+    (TUNED, CHOSEN, "50", "after 50 steps on 512 images, which (d) and (e) search by"),
     *OF_RECIPES,
-    (TAUGHT, "100", "after 100 steps on 512 images, which no form uses"),
-    (TUNED, "100", "after 100 steps on 512 images, which no form uses"),
+    *(
+        (form, place, "100", "after 100 steps on 512 images, which no form uses")
+        for form, place in ((TAUGHT, CHOSEN), (TUNED, CHOSEN), (STARTED_FINALS, FRESH))
+    ),
 )
 #: Seeds that a figure rests on before it is called a claim.
 ENOUGH = 3
@@ -296,8 +301,8 @@ def section(comparisons: Path, proxies: Path) -> list[str]:
             whole.append((aim, _name(form), where, figures))
             if (aim, form, place, against) in SHORT:
                 short.append(whole[-1])
-    whole += _taus(proxies / f"{CHOSEN}.jsonl", SCORES, (TAU, TAU_DRAWN))
-    short += _taus(proxies / f"{CHOSEN}.jsonl", OF_RECIPES, (TAU,))
+    whole += _taus(proxies, SCORES, (TAU, TAU_DRAWN))
+    short += _taus(proxies, OF_RECIPES, (TAU,))
     if not whole:
         return []
     return [
@@ -367,15 +372,15 @@ def _holds(aim: Aim, figures: dict[float, list[float]]) -> str:
 
 
 def _taus(
-    path: Path, scores: tuple[tuple[str, str, str], ...], aims: tuple[Aim, ...]
+    folder: Path, scores: tuple[tuple[str, str, str, str], ...], aims: tuple[Aim, ...]
 ) -> list[Verdict]:
     """Of each score that is judged, by the supernets that it was measured on."""
-    recorded = read(path) if path.exists() else []
     verdicts: list[Verdict] = []
     for aim in aims:
-        for method, steps, use in scores:
+        for method, place, steps, use in scores:
+            path = folder / f"{place}.jsonl"
             lines = [
-                line for line in recorded
+                line for line in (read(path) if path.exists() else [])
                 if line["method"] == method and steps in line["scores"]
                 and (aim is TAU or line["how"] == "random")
             ]  # fmt: skip
