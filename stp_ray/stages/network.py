@@ -204,9 +204,12 @@ def load_weights(model: nn.Module, uri: str) -> None:
 
 
 def _require_finite(model: nn.Module) -> None:
-    """Raise ValueError where a tensor of the model is not: its loss would never be finite."""
-    for name, tensor in model.state_dict().items():
-        if not tensor.isfinite().all():
+    """Raise ValueError where a parameter of the model is not: its loss would never be finite. A
+    buffer may hold infinities, as masks of attention do."""
+    found = [(name, parameter.isfinite()) for name, parameter in model.named_parameters()]
+    found += [(name, ~buffer.isnan()) for name, buffer in model.named_buffers()]
+    for name, fine in found:
+        if not fine.all():
             raise ValueError(f"{name!r} holds values that are not finite")
 
 

@@ -25,7 +25,7 @@ def test_workers_get_about_as_much_in_as_few_turns_as_there_can_be(population, m
     space, options = make_space([24, 16], [8]), Exploration(population=population, parents=2)
     explorer = Explorer(space, [Budget(macs=0.9)], options, 0)
     waiting = len(explorer.ask())
-    search = _Search(explorer, Store("memory://"), most, MultiTracker([]), workers)
+    search = _Search(explorer, Store("memory://search"), most, MultiTracker([]), workers)
     batches = list(iter(search.take, []))
     lengths = [len(batch) for batch in batches]
     assert sum(lengths) == len({c.key for batch in batches for c in batch}) == waiting

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -138,12 +140,16 @@ def test_weights_that_do_not_fit_say_what_they_are(tmp_path, saved, told):
 def test_weights_that_are_not_finite_or_no_weights_at_all_are_refused(tmp_path):
     model = of_8_px(10)
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    state["4.weight"][0, 0] = float("nan")
+    torch.save({**state, "1.running_mean": state["1.running_mean"].log()}, tmp_path / "inf.pt")
+    load_weights(model, str(tmp_path / "inf.pt"))  # as the masks of some attention
+    torch.save({**state, "1.running_var": state["1.running_var"] * math.nan}, tmp_path / "nan.pt")
+    state["4.weight"][0, 0] = math.inf
     torch.save(state, tmp_path / "mine.pt")
     (tmp_path / "text.pt").write_text("epoch 1\n")
     (tmp_path / "empty.pt").write_bytes(b"")
     for name, told in (
         ("mine.pt", "'4.weight' holds values that are not finite"),
+        ("nan.pt", "'1.running_var' holds values that are not finite"),
         ("text.pt", "it is damaged, or holds more than tensors"),
         ("empty.pt", "it is damaged, or holds more than tensors"),
     ):
