@@ -17,7 +17,17 @@ from stp_ray.method import (
     kl_divergence,
 )
 
-from .networks import Residual, images_and_labels, supernet
+from . import networks
+from .networks import Residual, images_and_labels
+
+
+def supernet():
+    """One that is sure of what it says: else its subnets say the same, and no divergence shows."""
+    net = networks.supernet()
+    with torch.no_grad():
+        net.model.get_parameter("head.weight").mul_(10)
+    return net
+
 
 logits = st.tuples(st.integers(1, 5), st.integers(2, 6), st.integers(0, 2**32)).map(
     lambda drawn: 3 * torch.randn(*drawn[:2], generator=torch.Generator().manual_seed(drawn[2]))
@@ -245,11 +255,9 @@ def test_subnet_by_subnet_and_all_at_once_are_the_same_step(options):
 
 
 def ladder_of(net, rungs=2):
-    target = net.space.uniform(0.25)
-    chain = [target]
-    for seed in range(rungs):
-        chain.append(net.space.expand(chain[-1], random.Random(seed), 0.5))
-    return target, chain[:0:-1]
+    """A target and the subnets above it, the largest first, that all answer differently."""
+    target, *expanded = (net.space.uniform(k / (rungs + 2)) for k in range(1, rungs + 2))
+    return target, expanded[::-1]
 
 
 def test_expansion_loss_goes_down_the_ladder():
