@@ -341,8 +341,10 @@ run on the fresh ones. The aims of 1 and 2 points, 97 %, tau 0.6 and two dense t
 before anything was run; those of what starts as the teacher, of Torch-Pruning of the teacher and of
 filled uniform widths came after first results. Mean ± standard deviation over seeds, their number
 in brackets; the mean decides, but weights and parts have to be ahead by more than one such
-deviation. A verdict on fewer than three seeds is in brackets: an observation, no claim. What is not
-there was not measured, such as (d) to (f) at equal multiplications of training."""
+deviation. Each seed has one search, and a second one may end a point away
+([the method](method.md#starting-from-the-teacher)). A verdict on fewer than three seeds is in
+brackets: an observation, no claim. What is not there was not measured, such as (d) to (f) at equal
+multiplications of training."""
 
 
 def _name(method: str) -> str:
