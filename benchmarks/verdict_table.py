@@ -392,6 +392,6 @@ def _taus(
                     budget: [tau([line for line in of if line["budget"] == budget], steps)[0]]
                     for budget in sorted({line["budget"] for line in of}, reverse=True)
                 }
-                where = f"{PLACES[CHOSEN]}, seed {seed}, {use}"
+                where = f"{PLACES[place]}, seed {seed}, {use}"
                 verdicts.append((aim, _name(method), where, figures))
     return verdicts

@@ -64,13 +64,14 @@ def absolute(filesystem: Any, path: str, uri: str) -> str:
 
 
 def refuse_detours(uri: str) -> None:
-    """Raise StorageError if files named below a URI could land elsewhere than below it.
+    """Raise StorageError if files named below a URI could land elsewhere than below it, or if it
+    is a URI of no place, which would be a local folder of that name.
 
     A folder may be given relative to the current one ("../runs"), but not as a way that leads
     back; a remote URI may not hold what a back-end would resolve or take for a pattern.
     """
     scheme, separator, rest = uri.partition("://")
-    if (separator and not rest) or re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/(?!/)", uri):
+    if (separator and not rest) or re.match(r"(?!file:|local:)[A-Za-z][\w+.-]+:/(?!/)", uri):
         raise StorageError(
             f"the storage {uri!r} names no bucket or folder; expected a URI such as "
             "s3://bucket/folder; a variable in it may be empty, or a slash missing"

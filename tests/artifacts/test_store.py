@@ -268,6 +268,10 @@ def test_a_uri_without_a_bucket_is_no_folder_of_this_name(uri):
         Store(uri)
 
 
+def test_a_file_uri_may_have_one_slash(tmp_path):
+    assert Store(f"file:{tmp_path}") == Store(tmp_path)
+
+
 def test_what_names_no_folder_is_told():
     with pytest.raises(StorageError, match=r"the storage is None; expected a folder or a URI"):
         Store(None)

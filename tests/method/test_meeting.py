@@ -4,15 +4,15 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from stp_ray.elastic.cost import Budget, Term
+from stp_ray.elastic.cost import Budget
 from stp_ray.errors import BudgetError
 from stp_ray.method import Scored
 from stp_ray.method.meeting import CUTS, LOOKS, meet
 
-from .spaces import make_space
+from .spaces import make_space, slowed
 
 BARE = make_space([24, 24, 24], [24, 24])
-SPACE = BARE.timed([Term(10**7 * t.coefficient, t.extents, t.gates) for t in BARE.terms])
+SPACE = slowed(BARE)
 FULL = SPACE.cost().latency_s
 BUDGET = Budget(latency=0.5)
 

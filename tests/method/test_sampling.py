@@ -5,11 +5,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stp_ray.elastic.cost import Budget, Term
+from stp_ray.elastic.cost import Budget
 from stp_ray.errors import BudgetError
 from stp_ray.method import Expansion, Stimulation, ladder, sampler
 
-from .spaces import make_space, spaces, spaces_with_budget
+from .spaces import make_space, slowed, spaces, spaces_with_budget
 
 NAMES = ("uniform", "stratified", "sandwich", "narrowing")
 
@@ -73,8 +73,7 @@ def test_narrowing_draws_small_subnets_at_all_times(progress):
 
 
 def test_narrowing_goes_towards_a_latency():
-    bare = make_space([24, 24, 24], [24, 24])
-    space = bare.timed([Term(10**7 * t.coefficient, t.extents, t.gates) for t in bare.terms])
+    space = slowed(make_space([24, 24, 24], [24, 24]))
     draw = sampler(Stimulation(sampler="narrowing"), space, [Budget(macs=1.0, latency=0.3)])
     drawn = [draw(random.Random(seed), 1 - 1e-12)[0] for seed in range(100)]
     slowest = max(space.cost(subnet).latency_s for subnet in drawn)
