@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -19,6 +20,9 @@ RECOVERY_S = 60
 #: Seconds that each step may take on a machine that is busy with other things.
 PATIENCE_S = 300
 
+#: Steps from a state to the next.
+EVERY = 3
+
 #: Prints the nodes that are being drained, or that have ended since, for they had nothing to do.
 DRAINED = """
 import ray
@@ -32,7 +36,7 @@ for node in ray.nodes():
 
 def recipe_of_two():
     """Long enough for a fault to come in the middle of each stage."""
-    longer = {"optimisation": {"epochs": 5, "checkpoint_every": 3}}
+    longer = {"optimisation": {"epochs": 5, "checkpoint_every": EVERY}}
     return tiny(
         cluster={"num_workers": 2, "schedule_timeout_s": 120, "max_failures": 10},
         supernet=longer,
@@ -83,46 +87,47 @@ def test_a_run_that_loses_every_machine_ends_in_one_line_and_goes_on(cluster, un
 
 
 def test_a_cut_link_and_killed_machines_change_nothing(cluster, undisturbed, record_property):
-    second = cluster.workers[1]
+    first, second = cluster.workers
     driver = cluster.run("disturbed", recipe_of_two())
     times = {}
 
-    def progress(part, before, what, since):
-        wait_for(
-            lambda: cluster.found("disturbed", part) - before, RECOVERY_S, what, driver.running
-        )
+    def newest():
+        """Steps of the supernet that are saved."""
+        names = cluster.found("disturbed", "supernet/checkpoint-")
+        done = (name for name in names if name.endswith("complete.json"))
+        return max((int(name.split("/")[1].partition("-")[2]) for name in done), default=0)
+
+    def progress(condition, what, since):
+        wait_for(condition, RECOVERY_S, what, driver.running)
         times[what] = round(time.monotonic() - since, 1)
 
     # The link of a worker is cut for 30 s; a machine that joins late takes its place.
-    states = "supernet/checkpoint-"
-    done = "complete.json"
-    wait_for(lambda: cluster.found("disturbed", states), PATIENCE_S, "a state", driver.running)
+    wait_for(newest, PATIENCE_S, "a state", driver.running)
     second.cut()
     cut = time.monotonic()
+    mended = threading.Timer(30, second.mend)  # Ray does not take back a node it has given up
+    mended.start()
+    # A step needs both; one more state may be on its way, the next ones are of a new group.
+    saved = newest() + EVERY
     late = cluster.join()
-    time.sleep(10)  # what was on its way is there
-    before = {name for name in cluster.found("disturbed", states) if name.endswith(done)}
-    assert "supernet/result.json" not in cluster.found("disturbed", "supernet/")
-    progress(states, before | cluster.found("disturbed", states), "a link cut in training", cut)
-    time.sleep(max(0.0, 30 - (time.monotonic() - cut)))
-    second.mend()
-    second.kill()  # Ray does not take back a node that it has given up
-    machines = [cluster.workers[0], late, cluster.join(second)]
+    machines = [first, late]
+    progress(lambda: newest() > saved, "a link cut in training", cut)
 
     def at_work(name):
         """A machine that a task or an actor of this name runs on."""
         return next((machine for machine in machines if machine.runs(name)), None)
 
-    # A machine dies while candidates are scored: there are two others.
+    # A machine dies while candidates are scored: there is another.
     parts = "explore/parts/"
     wait_for(lambda: cluster.found("disturbed", parts), PATIENCE_S, "a part", driver.running)
     victim = wait_for(lambda: at_work("ray::_Trial"), 30, "a worker", driver.running)
     victim.kill()
     killed = time.monotonic()
-    assert "explore/front.json" not in cluster.found("disturbed", "explore/")
-    # What it was scoring is scored again: else the stage would not end.
-    progress("explore/front.json", set(), "a machine killed in exploration", killed)
+    front = "explore/front.json"
+    assert not cluster.found("disturbed", front)
     cluster.join(victim)
+    # What it was scoring is scored again: else the stage would not end.
+    progress(lambda: cluster.found("disturbed", front), "a machine killed in exploration", killed)
 
     # And one while the budgets are finalised.
     states = "/checkpoint-"
@@ -139,8 +144,13 @@ def test_a_cut_link_and_killed_machines_change_nothing(cluster, undisturbed, rec
     before = {label: cluster.found("disturbed", f"budget-{label}/") for label in BUDGETS}
     for label in BUDGETS:
         what = f"a machine killed in finalising: budget {label}"
-        progress(f"budget-{label}/", before[label], what, killed)
+        progress(
+            lambda label=label: cluster.found("disturbed", f"budget-{label}/") - before[label],
+            what, killed,
+        )  # fmt: skip
+    cluster.join(victim)
 
+    mended.join()
     assert driver.wait(PATIENCE_S) == 0, driver.output
     for what, seconds in times.items():
         record_property(what, seconds)
