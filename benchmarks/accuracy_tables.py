@@ -11,6 +11,7 @@ import matplotlib
 from accuracy import PROTOCOLS
 from bench import Protocol
 from contenders import (
+    AGAIN,
     DENSE_TWICE,
     FINALS_TWICE,
     FORMS,
@@ -128,6 +129,7 @@ CHANGED: dict[str, tuple[str, ...]] = {
         STARTED,
         *(f"{STARTED}, {part}" for part, without in PARTS.items() if "target" in without),
         f"{STARTED_FINALS}, no expansion",
+        *AGAIN,
         FINALS_TWICE,
         THEIRS,
     ),

@@ -135,6 +135,9 @@ def scratch_distilled(bench: Bench, shape: Subnet, limit: Limit) -> Trained:
     return Trained(model, paid + spent, epochs, shape)
 
 
+#: Between the seeds of two searches of one supernet: more than there are seeds.
+SEARCHES_APART = 100
+
 #: Shapes that nobody has to find.
 Unfound = Literal["uniform", "filled", "random"]
 
@@ -387,6 +390,8 @@ class Stp:
     """The learning rate that they start with, as a share of the protocol's."""
     finalists: int = 0
     """The best of each budget, that are scored once more after more steps."""
+    search: int = 0
+    """Which of several searches of one supernet, which differ in what they draw."""
     tried_epochs: int = 0
     """Passes over the images that each of a few candidates has on the labels, by itself, before it
     is scored again, by its cross-entropy; the search is then for one budget alone."""
@@ -514,7 +519,8 @@ class Stp:
             options = self._exploration(bench)
             budgets = [Budget(macs=each) for each in together]
             held = bench.images.count("holdout")
-            explorer = Explorer(space, budgets, options, bench.seed, held_out=held)
+            seed = bench.seed + SEARCHES_APART * self.search
+            explorer = Explorer(space, budgets, options, seed, held_out=held)
             judge = Judge(bench, net, options.tuning_images, self.tuning_lr)
             known = held + bool(self.tuning_steps) * options.tuning_images
             spent = known * bench.full_macs
@@ -544,7 +550,7 @@ class Stp:
         tuned = (self.tuning_steps, self.tuning_images, self.tuning_lr, self.finalists)
         how = f"-tuned-{'-'.join(map(str, tuned))}" * bool(self.tuning_steps)
         how += f"-tried-{self.tried_epochs}-{budget}" * bool(self.tried_epochs)
-        how += "-also" * (not main)
+        how += "-also" * (not main) + f"-search-{self.search}" * (self.search > 0)
         name = f"explored-{self._name(self.first(bench.protocol.epochs))}{how}"
         found = bench.kept(name, make)
         return Subnet.from_json(found["targets"][str(budget)]), found["spent"]
@@ -640,6 +646,8 @@ TRIED = f"{OURS}, target alone, shapes tried"
 TUNED = f"{QUARTER}, tuned scores"
 STARTED = f"{TUNED}, of the teacher"
 STARTED_FINALS = f"{QUARTER}, finals, of the teacher"
+#: More searches of the supernets that it searched, and what each found.
+AGAIN = {f"{STARTED_FINALS}, second search": 1, f"{STARTED_FINALS}, third search": 2}
 UNDECAYED = f"{QUARTER}, no weight decay"
 #: The sparsification that shrinks what it drops.
 PENALTY = "group lasso"
@@ -716,6 +724,7 @@ OWN_SHAPE: dict[str, Any] = {
     **{f"{STARTED}, {part}": replace(FROM_TEACHER, **without) for part, without in PARTS.items()},
     f"{STARTED}, wide expansion": replace(FROM_TEACHER, **OPTIONS["wide expansion"]),
     f"{STARTED_FINALS}, no expansion": replace(FINALS_FROM_TEACHER, **PARTS["no expansion"]),
+    **{name: replace(FINALS_FROM_TEACHER, search=search) for name, search in AGAIN.items()},
     PLAIN: replace(STP, **OPTIONS["target without labels"]),
     f"{PLAIN}, no expansion": replace(STP, expansion=replace(DIRECT, target_ce=0.0)),
     "stp, main let go": replace(STP, expansion=replace(STP.expansion, main="drop")),

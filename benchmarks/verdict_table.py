@@ -2,12 +2,14 @@
 written: the front of docs/results.md, and all of it."""
 
 import statistics
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
 from contenders import (
+    AGAIN,
     DENSE_TWICE,
     GIVEN_SHAPE,
     OPTIONS,
@@ -89,6 +91,24 @@ def _minus(form: str, other: str, key: str = "top1") -> Ask:
     return lambda lines, b: paired(_epochs(lines), form, _epochs(lines), other, b, key=key)
 
 
+def _searched(searches: tuple[str, ...], other: str) -> Ask:
+    """The mean over several searches of a seed, minus another method: of seeds that have all."""
+
+    def ask(lines: list[Line], budget: float) -> list[float]:
+        found = defaultdict(list)
+        for line in _epochs(lines):
+            if line["method"] in searches and line["budget"] == budget:
+                found[line["seed"]].append(line["top1"])
+        means = [
+            {"method": searches[0], "budget": budget, "seed": seed, "top1": statistics.mean(tops)}
+            for seed, tops in found.items()
+            if len(tops) == len(searches)
+        ]
+        return paired(means, searches[0], _epochs(lines), other, budget)
+
+    return ask
+
+
 def _kept(form: str, of: str = "dense") -> Ask:
     return lambda lines, b: paired(_epochs(lines), form, _epochs(lines), of, b, ratio=True)
 
@@ -166,6 +186,8 @@ LADDERS = (
     (TAUGHT, DEEP),
 )  # fmt: skip
 SMALL_LADDERS = ((PLAIN, CHOSEN), (QUARTER, FRESH), (QUARTER, MOBILE))
+#: What a row says of figures each of which is a mean.
+SEVERAL = "the mean of three searches a seed"
 #: Torch-Pruning that spends least before it has pruned.
 LEAN_PRUNING = "torch-pruning, even, labels alone"
 
@@ -208,6 +230,10 @@ ROWS: list[tuple[Aim, str, str, str, Ask]] = [
         for form, base in (
             (QUARTER, QUARTER), (TUNED, QUARTER), (STARTED, STARTED), (STARTED_FINALS, STARTED),
         )
+    ),
+    (
+        FOUND, STARTED_FINALS, FRESH, SEVERAL,
+        _searched((STARTED_FINALS, *AGAIN), f"{STARTED}, filled uniform widths"),
     ),
     *(
         (DRAWN, form, CHOSEN, "", _minus(form, f"{QUARTER}, random subnet"))
@@ -256,6 +282,7 @@ SHORT = (
     (RATIO, OURS, CHOSEN, ""),
     (HELD, OURS, CHOSEN, ""),
     (FOUND, STARTED_FINALS, FRESH, ""),
+    (FOUND, STARTED_FINALS, FRESH, SEVERAL),
     (EXPANDED, STARTED_FINALS, FRESH, ""),
     (MAIN, STARTED_FINALS, FRESH, DENSE_TWICE),
     (COST, STARTED_FINALS, FRESH, "all counted"),

@@ -276,3 +276,16 @@ def test_other_families_are_pruned_within_the_budget(bench, family):
         assert macs_of(found.network, bench.example) <= BUDGET * bench.full_macs
         assert found.epochs == protocol.epochs
         assert torch.isfinite(found.network.eval()(bench.example)).all()
+
+
+@pytest.mark.timeout(200)
+def test_another_search_draws_other_candidates_for_the_same_supernet(bench, monkeypatch):
+    from contenders import AGAIN, OWN_SHAPE, STARTED_FINALS, Judge
+
+    asked, net = set(), OWN_SHAPE[STARTED_FINALS].stimulated(bench)[0]
+    monkeypatch.setattr(Judge, "__call__", lambda judge, subnet, *_: seen.append(subnet) or 1.0)
+    for method in (STARTED_FINALS, *AGAIN):
+        seen = []
+        OWN_SHAPE[method].shape(bench, net, BUDGET)
+        asked.add(frozenset(seen))
+    assert len(asked) == 1 + len(AGAIN)

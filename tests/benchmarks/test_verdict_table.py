@@ -86,6 +86,19 @@ def test_one_seed_shows_nothing_of_a_part(verdicts):
     assert row[3:] == ["–", "–", "+1.00 (1)", "–", "(no)"]
 
 
+def test_searches_of_a_seed_count_as_their_mean(verdicts):
+    from contenders import AGAIN, STARTED, STARTED_FINALS
+
+    lines = [line(seed, f"{STARTED}, filled uniform widths", 60.0) for seed in (3, 4, 5)]
+    tops = {3: (61.0, 62.0, 60.0), 4: (60.0, 60.5, 61.0), 5: (70.0, 70.0)}
+    for seed, found in tops.items():
+        methods = (STARTED_FINALS, *AGAIN)
+        lines += [line(seed, m, top1) for m, top1 in zip(methods, found, strict=False)]
+    (row,) = [row for row in verdicts(lines) if "the mean of three" in row[2]]
+    # seed 5 lacks a search
+    assert row[3:] == ["–", "–", "+0.75 ± 0.35 (2)", "–", "(yes)"]
+
+
 def test_costs_are_told_with_and_without_the_teacher(verdicts):
     from contenders import STARTED_FINALS
 
