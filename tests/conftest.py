@@ -2,8 +2,13 @@ import uuid
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from stp_ray.artifacts import Store
+
+# The first example of a test may import or compile; time is pytest's affair.
+settings.register_profile("stp_ray", deadline=None)
+settings.load_profile("stp_ray")
 
 STAGES = Path(__file__).parent / "stages"
 

@@ -115,13 +115,18 @@ class Machine:
         """The link is there again."""
         ip("link", "set", self._link, "up")
 
+    def fail(self) -> list[str]:
+        """The power fails: SIGKILL to all that runs here, at once; what it was."""
+        pids = ip("netns", "pids", self.name).split()
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGKILL)
+        return pids
+
     def kill(self) -> None:
-        """The power fails: SIGKILL to all that runs here, at once."""
+        """The power fails; returns when nothing runs any more."""
         deadline = time.monotonic() + 20
-        while pids := ip("netns", "pids", self.name).split():
-            for pid in pids:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(int(pid), signal.SIGKILL)
+        while pids := self.fail():
             if time.monotonic() > deadline:
                 raise RuntimeError(f"processes {pids} in {self.name} outlive SIGKILL")
             time.sleep(0.1)

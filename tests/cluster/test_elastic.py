@@ -3,6 +3,7 @@ that its machine goes away. `make test-cluster`."""
 
 import json
 import multiprocessing
+import re
 import statistics
 import sys
 import time
@@ -33,7 +34,11 @@ def recipe(cluster=(), optimisation=(), **sections):
     """One training by two workers or one."""
     elastic = {"num_workers": 2, "min_workers": 1, "resize_every_s": 5, "max_failures": 10}
     return tiny(
-        supernet={"optimisation": {"checkpoint_every": 0, **dict(optimisation)}},
+        # several subnets: a training has to outlast what happens to its machines
+        supernet={
+            "optimisation": {"checkpoint_every": 0, **dict(optimisation)},
+            "stimulation": {"subnets": 4},
+        },
         cluster={**elastic, "schedule_timeout_s": 120, **dict(cluster)},
         **sections,
     )
@@ -103,18 +108,21 @@ def test_the_curve_of_two_then_one_then_two_workers_is_that_of_two(cluster, tmp_
 
 
 def test_a_notice_makes_a_checkpoint_at_once(cluster):
-    # An epoch lasts for a minute: without the notice there would be no checkpoint.
+    # Without the notice the first checkpoint is that of the epoch's last step.
     data = {"name": "digits", "limit": None, "holdout": 32}
     slow = recipe(optimisation={"epochs": 1, "batch_size": 2, "lr": 0.001}, data=data)
     driver = cluster.run("notice", slow, TRAIN)
     machine = cluster.workers[0]
     wait_for(lambda: machine.runs(WORKER), PATIENCE_S, "a worker", driver.running)
-    wait_for(lambda: "images/s" in driver.output, PATIENCE_S, "a step", driver.running)
+    step = re.compile(r"^supernet +\d+/(\d+)", re.MULTILINE)
+    wait_for(lambda: step.search(driver.output), PATIENCE_S, "a step", driver.running)
     assert not cluster.found("notice", "checkpoint-")
     drained = time.monotonic()
     drain(cluster, machine, seconds=60)
     wait_for(lambda: cluster.found("notice", "complete.json"), 30, "a checkpoint", driver.running)
     print(f"a checkpoint {time.monotonic() - drained:.1f} s after the notice")
+    saved = min(cluster.found("notice", "complete.json"))
+    assert int(re.search(r"checkpoint-(\d+)", saved)[1]) < int(step.search(driver.output)[1])
     driver.end()
 
 

@@ -36,11 +36,14 @@ for node in ray.nodes():
 
 def recipe_of_two():
     """Long enough for a fault to come in the middle of each stage."""
-    longer = {"optimisation": {"epochs": 5, "checkpoint_every": EVERY}}
+
+    def longer(epochs):
+        return {"optimisation": {"epochs": epochs, "checkpoint_every": EVERY}}
+
     return tiny(
         cluster={"num_workers": 2, "schedule_timeout_s": 120, "max_failures": 10},
-        supernet=longer,
-        finalize=longer,
+        supernet=longer(5),
+        finalize=longer(10),
         explore={"generations": 4},
     )
 
@@ -64,6 +67,8 @@ def test_a_run_that_loses_every_machine_ends_in_one_line_and_goes_on(cluster, un
     def ends_without_machines(ready):
         driver = cluster.run("alone", recipe)
         wait_for(ready, PATIENCE_S, "progress", driver.running)
+        for machine in cluster.workers:
+            machine.fail()  # all before any is waited for
         for machine in cluster.workers:
             machine.kill()
         assert driver.wait(PATIENCE_S) == 1, driver.output
@@ -107,8 +112,8 @@ def test_a_cut_link_and_killed_machines_change_nothing(cluster, undisturbed, rec
     cut = time.monotonic()
     mended = threading.Timer(30, second.mend)  # Ray does not take back a node it has given up
     mended.start()
-    # A step needs both; one more state may be on its way, the next ones are of a new group.
-    saved = newest() + EVERY
+    # A step needs both; two more states may be on their way, the next ones are of a new group.
+    saved = newest() + 2 * EVERY
     late = cluster.join()
     machines = [first, late]
     progress(lambda: newest() > saved, "a link cut in training", cut)
@@ -125,7 +130,8 @@ def test_a_cut_link_and_killed_machines_change_nothing(cluster, undisturbed, rec
     killed = time.monotonic()
     front = "explore/front.json"
     assert not cluster.found("disturbed", front)
-    cluster.join(victim)
+    joining = threading.Thread(target=cluster.join, args=(victim,))
+    joining.start()
     # What it was scoring is scored again: else the stage would not end.
     progress(lambda: cluster.found("disturbed", front), "a machine killed in exploration", killed)
 
@@ -148,6 +154,7 @@ def test_a_cut_link_and_killed_machines_change_nothing(cluster, undisturbed, rec
             lambda label=label: cluster.found("disturbed", f"budget-{label}/") - before[label],
             what, killed,
         )  # fmt: skip
+    joining.join()
     cluster.join(victim)
 
     mended.join()

@@ -3,13 +3,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from hypothesis import settings
 
 from stp_ray.elastic.attention import unfused_attention
-
-# the first example of a test may import or compile; time is pytest's affair
-settings.register_profile("elastic", deadline=None)
-settings.load_profile("elastic")
 
 
 @pytest.fixture(scope="session", autouse=True)

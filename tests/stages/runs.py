@@ -161,6 +161,8 @@ def environment(**changes: str) -> dict[str, str]:
         "RAY_AUTH_MODE": "disabled",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_memory_monitor_refresh_ms": "0",
+        # else a worker goes on for a second without its node, by which time a short run is over
+        "RAY_raylet_death_check_interval_milliseconds": "100",
         "RAY_worker_niceness": "0",  # else anything beside the test starves its workers
         **changes,
     }

@@ -1,5 +1,0 @@
-from hypothesis import settings
-
-# the first example of a test may import or compile; time is pytest's affair
-settings.register_profile("method", deadline=None)
-settings.load_profile("method")
