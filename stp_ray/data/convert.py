@@ -173,11 +173,16 @@ class _Dataset:
                 f"the data set has the columns {', '.join(features)}; expected an image (image or "
                 "img) and a label (label or fine_label)"
             )
-        kind = features[label]
-        if not hasattr(kind, "names") and "int" not in str(getattr(kind, "dtype", "")):
+        for split in ("train", *tests):
+            kind = dataset[split].features.get(label)
+            stored = str(getattr(kind, "dtype", ""))
+            if hasattr(kind, "names") or "int" in stored:
+                continue
+            if split != "train" and (kind is None or stored == "null"):
+                continue  # it holds its labels back
             raise DataError(
-                f"the column {label} holds {kind}; expected a ClassLabel or whole numbers; "
-                f"class_encode_column({label!r}) turns names into a ClassLabel"
+                f"the column {label} of {split} holds {kind}; expected a ClassLabel or whole "
+                f"numbers; class_encode_column({label!r}) turns names into a ClassLabel"
             )
         # who sets a challenge keeps the labels of the test split back, and has -1 for them
         test = next((name for name in tests if _has_labels(dataset[name], label)), None)

@@ -321,6 +321,8 @@ def test_a_hugging_face_data_set_becomes_parquet(tmp_path):
     # who sets a challenge keeps the labels of the test images
     challenge = hugging.DatasetDict(**whole, test=split(4, 3, withheld=True))
     assert dataset_to_parquet(challenge, str(tmp_path / "kept")) == {"train": 20, "test": 6}
+    challenge["test"] = challenge["test"].remove_columns("label").add_column("label", [None] * 4)
+    assert dataset_to_parquet(challenge, str(tmp_path / "none")) == {"train": 20, "test": 6}
     del challenge["validation"]
     with pytest.raises(DataError, match=r"no labels in test; .*add a validation split"):
         dataset_to_parquet(challenge, str(tmp_path / "other"))
@@ -355,9 +357,12 @@ def test_labels_that_are_no_classes_are_refused_before_anything_is_written(tmp_p
     hugging = pytest.importorskip("datasets")
     images = [Image.fromarray(each.transpose(1, 2, 0)) for each in pixels(2, 8, 0)]
     split = hugging.Dataset.from_dict({"image": images, "label": labels})
-    whole = hugging.DatasetDict(train=split, test=split)
-    with pytest.raises(DataError, match=f"label holds .*{kind}.*; expected a ClassLabel"):
-        dataset_to_parquet(whole, str(tmp_path / "set"))
+    numbers = hugging.Dataset.from_dict({"image": images, "label": [0, 1]})
+    for train, name in ((split, "train"), (numbers, "test")):
+        whole = hugging.DatasetDict(train=train, test=split)
+        expected = f"label of {name} holds .*{kind}.*; expected a ClassLabel"
+        with pytest.raises(DataError, match=expected):
+            dataset_to_parquet(whole, str(tmp_path / "set"))
     assert not (tmp_path / "set").exists()
 
 
