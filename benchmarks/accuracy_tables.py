@@ -67,7 +67,8 @@ ABOUT = {
         "one sampler: none of them became a default, and one seed of them is no claim. `finals` "
         "came after them; its steps were chosen by the table of scores below, on seed 1. `wide "
         "expansion` came last, after a trial of several such schedules on seed 1 (not recorded) in "
-        "which it was best."
+        "which it was best; and a second and a third search for `finals`, of supernets that were "
+        "trained again, because one that was repeated had found another shape."
     ),
     "cifar10_resnet20_few": (
         "**Few images, for two CPU cores**: ResNet-20, 2,000 CIFAR-10 (JPEG) images at 12 px, 96 "
@@ -207,6 +208,7 @@ widths that were not filled.
   with. What these steps train are copies, which are thrown away. For both budgets together they
   read as many images as nine epochs have, and no labels: equal epochs do not count them, training
   costs do.
+- *Second search*, *third search*: other candidates are drawn, of a supernet of the same seed.
 - *Wide expansion*: the probability that a layer of an expanded network is wider falls from 1 to
   0, and not from 0.5.
 - *Target without labels*: what is pruned to learns from the network above it alone, as the paper

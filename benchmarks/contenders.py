@@ -646,7 +646,7 @@ TRIED = f"{OURS}, target alone, shapes tried"
 TUNED = f"{QUARTER}, tuned scores"
 STARTED = f"{TUNED}, of the teacher"
 STARTED_FINALS = f"{QUARTER}, finals, of the teacher"
-#: More searches of the supernets that it searched, and what each found.
+#: More searches of a supernet of the same seed.
 AGAIN = {f"{STARTED_FINALS}, second search": 1, f"{STARTED_FINALS}, third search": 2}
 UNDECAYED = f"{QUARTER}, no weight decay"
 #: The sparsification that shrinks what it drops.
