@@ -34,10 +34,10 @@ def recipe(cluster=(), optimisation=(), **sections):
     """One training by two workers or one."""
     elastic = {"num_workers": 2, "min_workers": 1, "resize_every_s": 5, "max_failures": 10}
     return tiny(
-        # several subnets: a training has to outlast what happens to its machines
+        # two subnets: a training has to outlast what happens to its machines
         supernet={
             "optimisation": {"checkpoint_every": 0, **dict(optimisation)},
-            "stimulation": {"subnets": 4},
+            "stimulation": {"subnets": 2},
         },
         cluster={**elastic, "schedule_timeout_s": 120, **dict(cluster)},
         **sections,
