@@ -30,14 +30,13 @@ SEEDS = (0, 1, 2)
 EPOCHS = 60
 
 
-def recipe(cluster=(), optimisation=(), **sections):
+def recipe(cluster=(), optimisation=(), subnets=1, **sections):
     """One training by two workers or one."""
     elastic = {"num_workers": 2, "min_workers": 1, "resize_every_s": 5, "max_failures": 10}
     return tiny(
-        # two subnets: a training has to outlast what happens to its machines
         supernet={
             "optimisation": {"checkpoint_every": 0, **dict(optimisation)},
-            "stimulation": {"subnets": 2},
+            "stimulation": {"subnets": subnets},
         },
         cluster={**elastic, "schedule_timeout_s": 120, **dict(cluster)},
         **sections,
@@ -110,7 +109,8 @@ def test_the_curve_of_two_then_one_then_two_workers_is_that_of_two(cluster, tmp_
 def test_a_notice_makes_a_checkpoint_at_once(cluster):
     # Without the notice the first checkpoint is that of the epoch's last step.
     data = {"name": "digits", "limit": None, "holdout": 32}
-    slow = recipe(optimisation={"epochs": 1, "batch_size": 2, "lr": 0.001}, data=data)
+    optimisation = {"epochs": 1, "batch_size": 2, "lr": 0.001}
+    slow = recipe(optimisation=optimisation, subnets=2, data=data)
     driver = cluster.run("notice", slow, TRAIN)
     machine = cluster.workers[0]
     wait_for(lambda: machine.runs(WORKER), PATIENCE_S, "a worker", driver.running)
