@@ -13,6 +13,7 @@ from bench import Protocol
 from contenders import (
     AGAIN,
     DENSE_TWICE,
+    FILLED,
     FINALS_TWICE,
     FORMS,
     GIVEN_SHAPE,
@@ -35,7 +36,17 @@ from contenders import (
     WHOLE,
     Stp,
 )
-from differences import NOT_MEASURED, costs, dense_lines, grown, over_best, paired, runs_of, spread
+from differences import (
+    NOT_MEASURED,
+    costs,
+    dense_lines,
+    grown,
+    over_best,
+    paired,
+    runs_of,
+    searches_of,
+    spread,
+)
 from filling import Line, read
 from markdown_table import row
 from matplotlib.figure import Figure
@@ -274,6 +285,7 @@ def _protocol(name: str, lines: list[Line]) -> list[str]:
         out.append("")
     out += [
         *_claims(lines, budgets, reference),
+        *_searches(lines, budgets),
         "MACs that are left, % of the dense network's:",
         "",
         *_shares(lines, budgets),
@@ -284,6 +296,32 @@ def _protocol(name: str, lines: list[Line]) -> list[str]:
     for method in dict.fromkeys(line["method"] for line in lines if line["equal"] == "epochs"):
         out.append(row([method, *(spread(costs(lines, method, budget)) for budget in budgets)]))
     return [*out, ""]
+
+
+def _searches(lines: list[Line], budgets: list[float]) -> list[str]:
+    """Top-1 of each of the searches that were repeated, and what their mean is worth."""
+    against = ("dense", DENSE_TWICE)
+    heading = ["budget", "seed", "first", *(name.rpartition(", ")[-1] for name in AGAIN), "apart"]
+    heading += ["mean", "minus filled uniform widths", *(f"% of {name}" for name in against)]
+    out: list[str] = []
+    for budget in budgets:
+        runs = searches_of(lines, budget)
+        known = [{**of[0], "top1": statistics.mean(run["top1"] for run in of)} for of in runs]
+        means = [line["top1"] for line in known]
+        tops = [[run["top1"] for run in of] for of in runs]
+        columns = [*map(list, zip(*tops, strict=True)), [max(t) - min(t) for t in tops], means]
+        columns.append(paired(known, STARTED_FINALS, lines, FILLED, budget))
+        columns += [paired(known, STARTED_FINALS, lines, m, budget, ratio=True) for m in against]
+        if any(len(column) != len(runs) for column in columns):
+            continue
+        for line, *cells in zip(known, *columns, strict=True):
+            out.append(row([str(budget), str(line["seed"]), *(f"{cell:.2f}" for cell in cells)]))
+        if runs:
+            out.append(row([str(budget), "all", *map(spread, columns)]))
+    if not out:
+        return []
+    title = "Three searches a seed of what is called (f) above, top-1:"
+    return [title, "", row(heading), _rule(heading[1:]), *out, ""]
 
 
 def _shares(lines: list[Line], budgets: list[float]) -> list[str]:

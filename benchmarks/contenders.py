@@ -135,9 +135,6 @@ def scratch_distilled(bench: Bench, shape: Subnet, limit: Limit) -> Trained:
     return Trained(model, paid + spent, epochs, shape)
 
 
-#: Between the seeds of two searches of one supernet: more than there are seeds.
-SEARCHES_APART = 100
-
 #: Shapes that nobody has to find.
 Unfound = Literal["uniform", "filled", "random"]
 
@@ -372,6 +369,10 @@ def slimmable(bench: Bench, budget: float, limit: Limit, *, widths: int = 4) -> 
 
 
 # -- STP --------------------------------------------------------------------------------
+
+
+#: Between the seeds of two searches of one supernet: more than there are seeds.
+SEARCHES_APART = 100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -648,6 +649,8 @@ STARTED = f"{TUNED}, of the teacher"
 STARTED_FINALS = f"{QUARTER}, finals, of the teacher"
 #: More searches of a supernet of the same seed.
 AGAIN = {f"{STARTED_FINALS}, second search": 1, f"{STARTED_FINALS}, third search": 2}
+#: Widths that nobody has to find, from the same supernets.
+FILLED = f"{STARTED}, filled uniform widths"
 UNDECAYED = f"{QUARTER}, no weight decay"
 #: The sparsification that shrinks what it drops.
 PENALTY = "group lasso"

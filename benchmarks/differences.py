@@ -2,9 +2,10 @@
 in cancels out."""
 
 import statistics
+from collections import defaultdict
 from collections.abc import Iterable
 
-from contenders import LONGER, OURS
+from contenders import AGAIN, LONGER, OURS, STARTED_FINALS
 from filling import Line
 
 NOT_MEASURED = "–"
@@ -18,6 +19,21 @@ def dense_lines(lines: Iterable[Line]) -> list[Line]:
 def runs_of(lines: Iterable[Line], method: str, budget: float) -> list[Line]:
     """The lines of a method at a budget; networks that are not pruned are there for each."""
     return [line for line in lines if line["method"] == method and line["budget"] in (budget, 1.0)]
+
+
+def searches_of(lines: Iterable[Line], budget: float) -> list[list[Line]]:
+    """What the searches of (f) that were repeated led to, the first one included: a list for each
+    seed that has all of them."""
+    methods = (STARTED_FINALS, *AGAIN)
+    found: dict[int, dict[str, Line]] = defaultdict(dict)
+    for line in lines:
+        if line["method"] in methods and line["budget"] == budget and line["equal"] == "epochs":
+            found[line["seed"]][line["method"]] = line
+    return [
+        [of[method] for method in methods]
+        for _, of in sorted(found.items())
+        if len(of) == len(methods)
+    ]
 
 
 def paired(

@@ -162,3 +162,28 @@ def test_plots_show_the_form_that_was_measured_most_often(on_path):
     lines = [{"method": method} for method in (TUNED, QUARTER, "scratch", "scratch", TUNED)]
     assert _lead(lines) == TUNED
     assert _lead(lines[:4]) == QUARTER
+
+
+def test_searches_that_were_repeated_are_shown_seed_by_seed(tmp_path, on_path):
+    from accuracy_tables import section
+    from contenders import AGAIN, DENSE_TWICE, FILLED, STARTED_FINALS
+
+    lines = []
+    for seed, tops in ((3, (64.0, 63.0, 62.0)), (4, (62.0, 62.5, 61.0)), (5, (70.0, 70.0))):
+        lines += [
+            line(seed, "dense", 60.0),
+            line(seed, DENSE_TWICE, 70.0),
+            line(seed, FILLED, 61.5),
+        ]
+        lines += [
+            line(seed, m, top1) for m, top1 in zip((STARTED_FINALS, *AGAIN), tops, strict=False)
+        ]
+    (tmp_path / "cifar10_resnet20_fresh.jsonl").write_text("\n".join(lines))
+    page = section(tmp_path, tmp_path)
+    start = next(at for at, text in enumerate(page) if text.startswith("Three searches"))
+    assert page[start + 4 : start + 6] == [
+        "| 0.15 | 3 | 64.00 | 63.00 | 62.00 | 2.00 | 63.00 | 1.50 | 105.00 | 90.00 |",
+        "| 0.15 | 4 | 62.00 | 62.50 | 61.00 | 1.50 | 61.83 | 0.33 | 103.06 | 88.33 |",
+    ]
+    # seed 5 lacks a search
+    assert page[start + 6].startswith("| 0.15 | all | 63.00 ± 1.41 (2) |")
