@@ -1,6 +1,7 @@
 """The bench that every method of `accuracy.py` is trained on: the same images, batches, optimiser
 and arithmetic, and one count of what training costs. Needs neither Ray nor pydantic."""
 
+import copy
 import fcntl
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -129,6 +130,12 @@ class Bench:
         self.protocol, self.images, self.seed, self.work = protocol, images, seed, work
         self.example = torch.zeros(1, 3, images.size, images.size)
         self.full_macs = macs_of(self.fresh(), self.example)
+
+    def reseeded(self, by: int) -> "Bench":
+        """The same, whose seed is so much further."""
+        other = copy.copy(self)
+        other.seed += by
+        return other
 
     def fresh(self) -> nn.Module:
         """The dense model with this seed's first weights."""

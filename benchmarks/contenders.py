@@ -371,8 +371,8 @@ def slimmable(bench: Bench, budget: float, limit: Limit, *, widths: int = 4) -> 
 # -- STP --------------------------------------------------------------------------------
 
 
-#: Between the seeds of two searches of one supernet: more than there are seeds.
-SEARCHES_APART = 100
+#: Between the seeds of two searches or trainings of one supernet: more than there are seeds.
+APART = 100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -393,6 +393,9 @@ class Stp:
     """The best of each budget, that are scored once more after more steps."""
     search: int = 0
     """Which of several searches of one supernet, which differ in what they draw."""
+    training: int = 0
+    """Which of several second phases of one supernet, which differ in the order of the images,
+    their augmentation and what the ladder draws."""
     tried_epochs: int = 0
     """Passes over the images that each of a few candidates has on the labels, by itself, before it
     is scored again, by its cross-entropy; the search is then for one budget alone."""
@@ -447,7 +450,7 @@ class Stp:
         calibration = count * cost
         before = teacher_cost + paid + searched
         rest = limit.left(_epoch(bench, per_image), epochs=first, macs=before + calibration)
-        spent = bench.train(
+        spent = bench.reseeded(APART * self.training).train(
             objective, rest, macs=fixed, draw=draw, price=price, label=teacher,
             lr=(self.restart or self.turn, 0.0), warm=self.restart is not None, decay=self.decay,
             after=self.before(bench) + first,
@@ -520,7 +523,7 @@ class Stp:
             options = self._exploration(bench)
             budgets = [Budget(macs=each) for each in together]
             held = bench.images.count("holdout")
-            seed = bench.seed + SEARCHES_APART * self.search
+            seed = bench.seed + APART * self.search
             explorer = Explorer(space, budgets, options, seed, held_out=held)
             judge = Judge(bench, net, options.tuning_images, self.tuning_lr)
             known = held + bool(self.tuning_steps) * options.tuning_images

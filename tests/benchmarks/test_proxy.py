@@ -18,18 +18,23 @@ def test_shapes_differ_keep_the_budget_and_are_trained_once(tmp_path):
         "--work", str(tmp_path), "--subnets",
     ]  # fmt: skip
     seen = []
-    for count in ("2", "3", "3"):
+    for options in (["2"], ["3"], ["3"], ["3", "--again"]):
         if len(seen) == 2:  # a line that lacks a score gets it, the same again
             kept = [json.loads(line) for line in seen[-1]]
             del kept[0]["scores"]["100"]
             (tmp_path / "smoke.jsonl").write_text("\n".join(map(json.dumps, kept)))
         done = subprocess.run(
-            [*command, count], cwd=BENCHMARKS, capture_output=True, text=True, timeout=140
+            [*command, *options], cwd=BENCHMARKS, capture_output=True, text=True, timeout=140
         )
         assert done.returncode == 0, done.stderr
         seen.append((tmp_path / "smoke.jsonl").read_text().splitlines())
-    two, three, again = seen
-    assert three[:2] == two and again == three
+    two, three, filled, twice = seen
+    assert three[:2] == two and filled == three
+    again = [json.loads(line).pop("again") for line in twice]
+    assert again != [json.loads(line)["top1"] for line in twice]  # of other images at each step
+    assert [
+        {**json.loads(line), "again": top1} for line, top1 in zip(three, again, strict=True)
+    ] == [json.loads(line) for line in twice]
     kept[0]["scores"]["0"] += 0.1  # by another supernet
     (tmp_path / "smoke.jsonl").write_text("\n".join(map(json.dumps, kept)))
     refused = subprocess.run(
