@@ -6,6 +6,6 @@ of which stages are done. Weights are safetensors, tables Parquet, everything el
 
 from .checkpoints import Checkpoints
 from .manifest import Manifest, Record
-from .store import Store, jsonable
+from .store import Store, jsonable, tensors_of
 
-__all__ = ["Checkpoints", "Manifest", "Record", "Store", "jsonable"]
+__all__ = ["Checkpoints", "Manifest", "Record", "Store", "jsonable", "tensors_of"]

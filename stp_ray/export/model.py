@@ -1,14 +1,15 @@
 """Weights as safetensors beside a JSON description that says how to rebuild the architecture."""
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .. import models
-from ..artifacts import Store
+from ..artifacts import Store, tensors_of
 from ..elastic.subnet import Subnet
 from ..elastic.supernet import Supernet
 from ..errors import ConfigError, ExportError, StorageError
@@ -68,6 +69,7 @@ def save_model(store: Store, module: nn.Module, description: Mapping[str, Any]) 
         for name, tensor in module.state_dict().items()
     }
     weights = store.save_tensors(WEIGHTS, tensors)
+    content["weights_sha256"] = weights
     return {WEIGHTS: weights, DESCRIPTION: store.write_json(DESCRIPTION, content)}
 
 
@@ -119,13 +121,26 @@ def load(uri: str, factory: Callable[..., nn.Module] | None = None) -> nn.Module
     try:
         net.space.validate(subnet)
         module = net.extract(subnet)
-        module.load_state_dict(store.load_tensors(WEIGHTS))
+        module.load_state_dict(_weights(store, content.get("weights_sha256")))
     except (RuntimeError, ValueError) as error:
         raise StorageError(
             f"{store.uri} does not fit the model {content['model']['name']!r}: "
             f"{' '.join(str(error).split())[:200]}; build the same dense model that was trained"
         ) from error
     return module.eval()
+
+
+def _weights(store: Store, written: str | None) -> dict[str, Tensor]:
+    """The weights, which have to be those that the description was written with; ones that were
+    written before descriptions said so are taken as they are."""
+    data = store.read_bytes(WEIGHTS)
+    found = hashlib.sha256(data).hexdigest()
+    if written is not None and found != written:
+        raise StorageError(
+            f"{store.uri}/{WEIGHTS} has the SHA-256 {found[:12]}; expected {str(written)[:12]}, as "
+            f"{DESCRIPTION} says: it was damaged or replaced; copy both files again"
+        )
+    return tensors_of(data, f"{store.uri}/{WEIGHTS}")
 
 
 def _dense(content: Mapping[str, Any], factory: Callable[..., nn.Module] | None) -> nn.Module:

@@ -41,6 +41,7 @@ def test_saved_model_holds_weights_and_description(module, store):
     assert content["format"] == export.FORMAT
     assert content["subnet"] == {"dropped": ["b"], "widths": {"a": 4}}
     assert content["model"] == DESCRIPTION["model"]
+    assert content["weights_sha256"] == store.checksum("model.safetensors")
     assert written == {name: store.checksum(name) for name in store.names()}
 
 
@@ -115,6 +116,29 @@ def test_a_damaged_value_in_a_description_is_told(pruned, store, key, value, wor
     with pytest.raises(StorageError, match=words) as caught:
         export.load(store.uri)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("at", [-1, -1000])  # in the last tensors: what is read is a whole file
+def test_weights_that_were_damaged_or_replaced_are_refused(pruned, store, at):
+    module, description = pruned
+    export.save_model(store, module, description)
+    data = bytearray(store.read_bytes("model.safetensors"))
+    data[at] ^= 1
+    store.write_bytes("model.safetensors", bytes(data))
+    with pytest.raises(
+        StorageError, match=r"model.safetensors has the SHA-256 .*copy both"
+    ) as told:
+        export.load(store.uri)
+    assert "\n" not in str(told.value)
+
+
+def test_a_model_that_was_saved_without_a_checksum_comes_back(pruned, store):
+    module, description = pruned
+    export.save_model(store, module, description)
+    content = store.read_json("model.json")
+    store.write_json("model.json", {k: v for k, v in content.items() if k != "weights_sha256"})
+    images = torch.randn(2, 3, 16, 16)
+    assert torch.equal(export.load(store.uri)(images), module.eval()(images))
 
 
 def fails(num_classes):
