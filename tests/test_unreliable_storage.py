@@ -62,3 +62,28 @@ def test_storage_that_stays_away_ends_in_one_line(s3, server, monkeypatch):
     with pytest.raises(StorageError, match="cannot write s3://") as told:
         store.write_bytes("a.bin", b"x")
     assert "\n" not in str(told.value)
+
+
+def test_a_file_that_nobody_takes_is_sent_again_and_in_the_end_told(s3, server, monkeypatch):
+    """S3's clients ask first whether a file is wanted, and would wait for ever."""
+    monkeypatch.setattr("stp_ray.artifacts.store.STALLED", 1.0)
+    monkeypatch.setattr("stp_ray.artifacts.store.PAUSES", (0.1,) * 5)
+    store = Store(f"{s3}/{uuid.uuid4().hex}")
+    server.silent = True
+    timer = threading.Timer(2.0, setattr, (server, "silent", False))
+    timer.start()
+    store.write_bytes("a.bin", b"in the end")
+    timer.join()
+    assert store.read_bytes("a.bin") == b"in the end"
+
+    monkeypatch.setattr("stp_ray.artifacts.store.PATIENCE", 0.5)
+    server.silent = True
+    started = time.monotonic()
+    try:
+        with pytest.raises(StorageError, match=r"cannot write s3://.*: no answer in time"):
+            store.write_bytes("a.bin", b"never")
+        with pytest.raises(StorageError, match=r"cannot write s3://.*: no answer in time"):
+            store.probe()
+        assert time.monotonic() - started < 10
+    finally:
+        server.silent = False

@@ -20,6 +20,8 @@ class Unreliable(ThreadingHTTPServer):
         self.random = random.Random(0)
         self.share = 0.0
         self.away = False
+        #: Says nothing, and leaves connections open.
+        self.silent = False
         self.spoiled = 0
         #: (seconds of the monotonic clock, path) of each file that was written, and whose writer
         #: was told so.
@@ -48,8 +50,17 @@ class Unreliable(ThreadingHTTPServer):
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
+    def handle_expect_100(self):
+        self.keep_silent()
+        return super().handle_expect_100()
+
+    def keep_silent(self):
+        while self.server.silent:
+            time.sleep(0.05)
+
     def handle_any(self):
         server = self.server
+        self.keep_silent()
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         if server.away:
             self.close_connection = True

@@ -19,6 +19,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import safetensors
 import safetensors.torch
+from fsspec.asyn import AsyncFileSystem
+from fsspec.exceptions import FSTimeoutError
 from fsspec.implementations.local import LocalFileSystem
 from torch import Tensor
 
@@ -30,10 +32,16 @@ from . import local
 log = logging.getLogger(__name__)
 
 #: Seconds between tries of remote storage that does not answer.
-PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
+PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 28.0)
 
 #: Seconds after which no further try begins.
 PATIENCE = 60.0
+
+#: Seconds for which a file that is written may stay without an answer, and bytes a second that it
+#: gets more time for. Back-ends have time-outs of their own for what they read, which do not count
+#: before the whole file is sent; and S3's clients ask first whether it is wanted.
+STALLED = 30.0
+SLOWEST = 256 * 1024
 
 _SEGMENT = re.compile(r"[A-Za-z0-9_=-][A-Za-z0-9._=-]*")
 
@@ -103,7 +111,7 @@ class Store:
         path = self._at(name)
         with self._explained("write", name):
             if self.local_path is None:
-                self._call("pipe_file", path, data)  # one put: visible when complete
+                self._put(path, data)  # one request: visible when complete
             else:
                 local.replace_file(Path(path), data)
         return hashlib.sha256(data).hexdigest()
@@ -123,7 +131,7 @@ class Store:
         with self._explained("create", name):
             try:
                 if self.local_path is None:
-                    self._call("pipe_file", path, data, mode="create")
+                    self._put(path, data, mode="create")
                 else:
                     local.create_file(Path(path), data)
             except OSError:  # each back-end has its own for a condition that does not hold
@@ -262,6 +270,11 @@ class Store:
 
     # -- internals ------------------------------------------------------------------
 
+    def _put(self, path: str, data: bytes, **options: Any) -> None:
+        if isinstance(self._fs, AsyncFileSystem):
+            options["timeout"] = STALLED + len(data) / SLOWEST
+        self._call("pipe_file", path, data, **options)
+
     def _call(self, method: str, *arguments: Any, **options: Any) -> Any:
         """Call the back-end, and again after a pause where remote storage did not answer."""
         started = time.monotonic()
@@ -278,6 +291,8 @@ class Store:
     def _ask(self, method: str, *arguments: Any, **options: Any) -> Any:
         try:
             return getattr(self._fs, method)(*arguments, **options)
+        except FSTimeoutError as error:  # which says nothing
+            raise TimeoutError("no answer in time") from error
         except RuntimeError as error:  # adlfs hides behind it what a deletion ended with
             if isinstance(error.__cause__, backend_errors()):
                 raise error.__cause__ from None
