@@ -96,7 +96,11 @@ def _layer(
         tensors.update({key: value.clone() for key, value in found.items()})
     sizes = layout.sizes(subnet) if cut or not layout.tensors else {}
     small = narrowed(module, tensors, sizes, layout.narrow_class if cut else None)
-    return copy.deepcopy(small, {id(tensor): tensor for tensor in tensors.values()})
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in tensors.values()}
+    for inner in small.modules():  # such as the weights that spectral_norm's hook has computed
+        computed = [v for v in vars(inner).values() if isinstance(v, Tensor) and not v.is_leaf]
+        memo |= {id(value): value.detach().clone() for value in computed}
+    return copy.deepcopy(small, memo)
 
 
 class _Copies:

@@ -36,6 +36,9 @@ def symbolic_graph(model: nn.Module, example: Tensor) -> fx.GraphModule:
             f"{type(model).__name__} cannot be copied: {str(error).splitlines()[0]}; expected a "
             "model that copy.deepcopy takes"
         ) from error
+    for tensor in (*model.parameters(), *model.buffers()):
+        if 0 in tensor.stride():  # expanded: its elements lie in one place, and could not change
+            tensor.data = tensor.data.contiguous()
     if "forward" in vars(model) or model._forward_hooks or model._forward_pre_hooks:
         raise TraceError(
             f"{type(model).__name__} has forward hooks, or a forward of its own that is not its "

@@ -10,32 +10,23 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from ..errors import TraceError
-from . import ops
+from .shapes import Shapes
 from .tracer import DECIDES, IN_PLACE, line_of
 
 #: Marks a node whose module works in place in the model that was traced.
 WRITES = "stp_writes"
 
-#: Operations whose result may share memory with their operand.
-_VIEWS = frozenset(
-    [
-        "view", "reshape", "flatten", "unflatten", "transpose", "permute", "squeeze", "unsqueeze",
-        "expand", "chunk", "split", "narrow", "select", "unbind", "detach", "contiguous", "getitem",
-        "to", "float", "double", "type_as", "view_as", "expand_as", "Flatten", "Unflatten",
-    ]
-)  # fmt: skip
 
-
-def write_nothing(graph: fx.GraphModule, shapes: dict[fx.Node, ops.Shape]) -> None:
+def write_nothing(graph: fx.GraphModule, found: Shapes) -> None:
     """Make every operation return a new tensor. What reads the operand after an operation that
     worked in place now reads the result, so the network computes what it did."""
     order = {node: place for place, node in enumerate(graph.graph.nodes)}
     for node in graph.graph.nodes:
         source = node.args[0] if node.args else node.kwargs.get("input")
-        if not _make_pure(node) or not isinstance(shapes.get(source), torch.Size):
+        if not _make_pure(node) or not isinstance(found.shapes.get(source), torch.Size):
             continue
         # Views made before it and read after it; what is made later is made from the result.
-        views = [v for v in _aliases(source, graph) - {source} if order[v] < order[node]]
+        views = [v for v in _aliases(source, found.shared) - {source} if order[v] < order[node]]
         if source.op == "get_attr" or any(
             order[user] > order[node] for view in views for user in view.users
         ):
@@ -124,21 +115,13 @@ def _place_of(argument: str, function: Any) -> int | None:
         return None
 
 
-def _aliases(node: fx.Node, graph: fx.GraphModule) -> set[fx.Node]:
-    """Nodes whose values may share memory with this one."""
-
-    def is_view(other: fx.Node) -> bool:
-        target: Any = other.target
-        if other.op == "call_module":
-            target = type(graph.get_submodule(str(target)))
-        return getattr(target, "__name__", target) in _VIEWS
-
+def _aliases(node: fx.Node, shared: Mapping[fx.Node, list[fx.Node]]) -> set[fx.Node]:
+    """Nodes whose values share memory with this one."""
     found, stack = {node}, [node]
     while stack:
         here = stack.pop()
-        near = {user for user in here.users if is_view(user) and user.args[:1] == (here,)}
-        if is_view(here):
-            near |= {source for source in here.args[:1] if isinstance(source, fx.Node)}
+        near = {user for user in here.users if here in shared.get(user, ())}
+        near |= set(shared.get(here, ()))
         stack += near - found
         found |= near
     return found

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from itertools import count
 from math import gcd
 from typing import Any
@@ -19,16 +20,22 @@ BATCH = 11
 
 
 class _ShapePass(fx.Interpreter):
-    """Records the shape and the MACs of every node."""
+    """Records the shape and the MACs of every node, and with which of its operands it shares
+    memory."""
 
     def __init__(self, graph: fx.GraphModule) -> None:
         super().__init__(graph)
         self.shapes: dict[str, ops.Shape] = {}
         self.counted: dict[str, int] = {}
+        self.shared: dict[str, list[str]] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         with FlopCounterMode(display=False) as counter:
             value = super().run_node(n)
+        own = _memory(value)
+        self.shared[n.name] = [
+            source.name for source in n.all_input_nodes if own & _memory(self.env[source])
+        ]
         self.counted[n.name] = counter.get_total_flops() // 2
         self.shapes[n.name] = _shape(value)
         return value
@@ -40,6 +47,15 @@ def _shape(value: Any) -> ops.Shape:
     if isinstance(value, (tuple, list)):
         return [_shape(item) for item in value]
     return None
+
+
+def _memory(value: Any) -> set[int]:
+    """Which memory the tensors of a value lie in."""
+    if isinstance(value, Tensor):
+        return {value.untyped_storage()._cdata}
+    if isinstance(value, (tuple, list)):
+        return set().union(*map(_memory, value))
+    return set()
 
 
 def without_data(model: nn.Module) -> Any:
@@ -56,10 +72,22 @@ def _batch_beside(sizes: Collection[int]) -> int:
     return next(n for n in count(BATCH) if all(gcd(n, size) == 1 for size in sizes if size))
 
 
-def shapes_of(
-    graph: fx.GraphModule, example: Tensor
-) -> tuple[dict[fx.Node, ops.Shape], dict[fx.Node, int], int]:
-    """Shapes and MACs of the nodes, and the number of samples that they are for."""
+@dataclass(frozen=True)
+class Shapes:
+    """What a run without arithmetic tells of each node."""
+
+    shapes: dict[fx.Node, ops.Shape]
+    macs: dict[fx.Node, int]
+    """Of all samples together."""
+    shared: dict[fx.Node, list[fx.Node]]
+    """The operands that the result shares memory with in evaluation: views, and what layers like
+    dropout return as it is."""
+    batch: int
+    """The number of samples."""
+
+
+def shapes_of(graph: fx.GraphModule, example: Tensor) -> Shapes:
+    """Shapes, MACs and shared memory of the nodes."""
     sizes = {*example.shape[1:], *(n for p in graph.parameters() for n in p.shape)}
     batch = _batch_beside(sizes)
     run = _shape_pass(graph, example, batch)
@@ -69,9 +97,10 @@ def shapes_of(
         batch = _batch_beside(sizes.union(*found))
         run = _shape_pass(graph, example, batch)
     nodes = {node.name: node for node in graph.graph.nodes}
-    return (
+    return Shapes(
         {nodes[name]: shape for name, shape in run.shapes.items()},
         {nodes[name]: macs for name, macs in run.counted.items()},
+        {nodes[name]: [nodes[other] for other in shared] for name, shared in run.shared.items()},
         batch,
     )
 

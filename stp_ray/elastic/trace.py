@@ -18,7 +18,7 @@ from .dims import Dim, Dims, Frozen, Variable, length
 from .graph import TRAINING_ONLY, symbolic_graph
 from .in_place import write_again, write_nothing
 from .ops import Size, Step, Value, Visit
-from .shapes import shapes_of
+from .shapes import Shapes, shapes_of
 from .slicing import Layout, Merge
 from .space import ResidualBlock, SearchSpace, WidthAxis
 from .tracer import DECIDES, line_of
@@ -90,9 +90,9 @@ def trace(
         if not isinstance(patterns, Sequence) or not all(isinstance(p, str) for p in patterns):
             raise OptionError(f"{name} is {patterns!r:.60}; expected a list of patterns of names")
     graph = symbolic_graph(model, example_input)
-    shapes, counted, batch = shapes_of(graph, example_input)
+    shapes = shapes_of(graph, example_input)
     write_nothing(graph, shapes)
-    analysis = _Analysis(graph, shapes, counted, batch)
+    analysis = _Analysis(graph, shapes)
     analysis.walk()
     analysis.keep_whole(ignore, only)
     return analysis.conclude(divisor, min_ratio)
@@ -101,14 +101,9 @@ def trace(
 class _Analysis:
     """Visits every node once, then turns what the rules found into a search space."""
 
-    def __init__(
-        self,
-        graph: fx.GraphModule,
-        shapes: dict[fx.Node, ops.Shape],
-        counted: dict[fx.Node, int],
-        batch: int,
-    ) -> None:
-        self.graph, self.shapes, self.counted, self.batch = graph, shapes, counted, batch
+    def __init__(self, graph: fx.GraphModule, found: Shapes) -> None:
+        self.graph, self.batch = graph, found.batch
+        self.shapes, self.counted = found.shapes, found.macs
         self.dims = Dims()
         self.steps: dict[fx.Node, Step] = {}
         self.values: dict[fx.Node, Value] = {}

@@ -216,7 +216,9 @@ class Trainer:
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=options.precision == "fp16")
         self._ema: dict[str, Tensor] | None = None
         if options.ema is not None:
-            self._ema = {name: t.detach().clone() for name, t in self._averageable().items()}
+            # a mask of -inf has no mean with itself; it stays as it is
+            finite = {n: t for n, t in self._averageable().items() if bool(t.isfinite().all())}
+            self._ema = {name: t.detach().clone() for name, t in finite.items()}
         self._module = wrap(_Step(objective))
 
     @property
@@ -377,7 +379,9 @@ class Trainer:
     # -- the moving average ---------------------------------------------------------
 
     def _averageable(self) -> dict[str, Tensor]:
-        return {name: t for name, t in self._tensors().items() if t.is_floating_point()}
+        """What is averaged, or might be before that is decided."""
+        tensors = {name: t for name, t in self._tensors().items() if t.is_floating_point()}
+        return tensors if self._ema is None else {name: tensors[name] for name in self._ema}
 
     @torch.no_grad()
     def _update_ema(self) -> None:
@@ -386,9 +390,7 @@ class Trainer:
         # the first steps count less, or the average would remember the initial weights
         decay = min(self.options.ema, (1 + self.step) / (10 + self.step))
         live = self._averageable()
-        torch._foreach_lerp_(
-            list(self._ema.values()), [live[name] for name in self._ema], 1 - decay
-        )
+        torch._foreach_lerp_(list(self._ema.values()), list(live.values()), 1 - decay)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:

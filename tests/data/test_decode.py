@@ -110,6 +110,41 @@ def test_many_images_are_decoded_as_each_of_them_is():
     np.testing.assert_array_equal(decoded, np.concatenate(alone))
 
 
+def test_large_files_are_decoded_few_at_a_time(monkeypatch):
+    """A thread that held 32 photographs of 24 megapixels needed 2.2 GB."""
+    from stp_ray.data import decode as module
+
+    together = []
+    raw = module._raw
+    monkeypatch.setattr(module, "_raw", lambda files: (together.append(len(files)), raw(files))[1])
+    files = [encode(image, "JPEG") for image in pixels(40, 16)]
+    large = [
+        file + bytes(400_000) for file in files[:5]
+    ]  # readers pass over what follows the image
+    decoded, _ = decode([*files, *large], 16, resize=False)
+    assert together == [32, 10, 2, 1]
+    np.testing.assert_array_equal(decoded[40:], decoded[:5])
+
+
+@pytest.mark.parametrize("shape", [(1, 400), (400, 1), (2, 90)])
+def test_a_thin_image_is_cut_before_it_is_scaled(shape, monkeypatch):
+    """A line of 20,000 pixels would have become 3 GB."""
+    from stp_ray.data import decode as module
+
+    sizes = []
+    resize = module.functional.resize
+    monkeypatch.setattr(
+        module.functional, "resize",
+        lambda image, size, **more: (sizes.append(size), resize(image, size, **more))[1],
+    )  # fmt: skip
+    image = torch.zeros(3, *shape, dtype=torch.uint8)
+    places = [slice(side // 2 - 1, side // 2 + 1) if side > 2 else slice(side) for side in shape]
+    image[:, *places] = 255
+    fitted = fit(image, 32)
+    assert fitted.shape == (3, 32, 32) and fitted[:, 16, 16].min() > 200
+    assert max(sizes[0]) <= 8 * 32
+
+
 def test_nothing_readable_gives_an_empty_array():
     decoded, mask = decode([b"x", None], 16, resize=True)
     assert decoded.shape == (0, 3, 16, 16)

@@ -67,6 +67,14 @@ def test_an_extraction_can_be_copied_saved_and_loaded():
     assert torch.equal(other(pixels(2)), out)
 
 
+def test_weights_that_a_hook_computes_are_extracted_after_a_step():
+    layers = {"after": torch.nn.utils.spectral_norm(nn.Conv2d(8, 8, 3, padding=1))}
+    net = supernet(Written(lambda m, x: m.after(x).relu(), **layers))
+    net.train()(pixels(2)).sum().backward()
+    small = net.eval().extract(net.space.smallest)
+    torch.testing.assert_close(small(pixels(2)), net(pixels(2), net.space.smallest))
+
+
 def test_statistics_are_copied_too():
     net = supernet(Own()).eval()
     subnet = net.space.uniform(0.5)

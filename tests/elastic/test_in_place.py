@@ -49,15 +49,36 @@ def _assign(m, x):
         lambda m, x: x.flatten(2).relu_().mean(2)[:, :, None, None] + x,
         lambda m, x: m.scale.mul_(2) * x,
         lambda m, x: x.clone().zero_() + x,
+        lambda m, x: _beside(x, x.reshape(x.shape)),
+        lambda m, x: _beside(x, x.ravel()),
+        lambda m, x: _beside(x, x.movedim(1, 3)),
+        lambda m, x: _beside(x, x.tensor_split(2, 1)[0]),
+        lambda m, x: _beside(x, F.dropout(x, 0.5, m.training)),  # the operand itself in evaluation
+        lambda m, x: _beside(x, m.drop(x)),
     ],
 )
 def test_in_place_operations_that_cannot_be_followed_are_refused(between):
-    model = Written(between, scale=nn.Parameter(torch.ones(8, 1, 1), requires_grad=False))
+    model = Written(
+        between, drop=nn.Dropout(0.5), scale=nn.Parameter(torch.ones(8, 1, 1), requires_grad=False)
+    )
     with pytest.raises(
         TraceError, match=r"at test_in_place\.py:\d+ .*in place.*expected"
     ) as caught:
         Supernet.trace(model, torch.zeros(1, 3, 8, 8))
     assert "\n" not in str(caught.value)
+
+
+def _beside(x, other):
+    """What reads the same memory after it was written over."""
+    return x.relu_() + other.sum()
+
+
+@pytest.mark.parametrize("make", [nn.Dropout, nn.Dropout2d, nn.Identity])
+def test_dropout_before_an_operation_in_place_is_no_hindrance(make):
+    layers = {"after": nn.Conv2d(8, 8, 3, padding=1), "drop": make()}
+    between = lambda m, x: F.relu(m.drop(m.after(x)), inplace=True) + x  # noqa: E731
+    model = randomised(Written(between, **layers).double(), pixels(8))
+    assert_exact(Supernet.trace(model, pixels(1)), model=model)
 
 
 class Writing(nn.Module):

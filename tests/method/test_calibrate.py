@@ -32,6 +32,33 @@ def test_statistics_are_those_of_the_extracted_network():
     torch.testing.assert_close(net.eval()(parts[0], subnet, stats=stats), small.eval()(parts[0]))
 
 
+def test_a_norm_that_has_a_hook_is_measured_anew_too():
+    """It stays whole, but what reaches it is another distribution in every subnet."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 8, 3),
+        nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4),
+    ).double()  # fmt: skip
+    model[4].register_forward_hook(lambda *_: None)
+    images = images_and_labels(24)[0].double()
+    net = Supernet.trace(model, images, divisor=1)
+    subnet = net.space.smallest
+    stats = calibrate(net, subnet, images.split(8))
+    assert set(stats) == {"1", "4"}
+    small = net.extract(subnet, stats).eval()
+    torch.testing.assert_close(net.eval()(images, subnet, stats=stats), small(images))
+
+    again = net.extract(subnet).train()
+    for norm in (again.get_submodule("1"), again.get_submodule("4")):
+        norm.reset_running_stats()
+        norm.momentum = None
+    with torch.no_grad():
+        for part in images.split(8):
+            again(part)
+    torch.testing.assert_close(small(images), again.eval()(images))
+    assert net.model.get_submodule("4").num_batches_tracked == 0
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_calibration_leaves_the_network_as_it_was(training):
     net = supernet(dropout=0.5).train(training)

@@ -256,6 +256,21 @@ def test_average_follows_the_weights_and_is_put_in_place_for_a_while():
         assert torch.equal(tensor, live[name]), name
 
 
+def test_an_average_leaves_infinite_masks_as_they_are():
+    net = supernet()
+    mask = torch.full((4, 4), -torch.inf).triu(1)
+    net.model.register_buffer("mask", mask.clone())
+    options = Optimisation(epochs=1, ema=0.9)
+    trainer, draw = trainer_of(net, options)
+    list(trainer.run(batches(STEPS), draw))
+    with trainer.averaged():
+        assert torch.equal(net.model.mask, mask)
+        assert all(bool(p.isfinite().all()) for p in net.parameters())
+    other, _ = trainer_of(net, options)
+    other.load(*trainer.state())
+    assert torch.equal(net.model.mask, mask)
+
+
 def test_without_an_average_the_weights_themselves_are_in_place():
     net = supernet()
     trainer, _ = trainer_of(net)

@@ -249,5 +249,9 @@ def unknown(visit: Visit) -> Value:
             visit.dims.frozen.append(Frozen(visit.layer, width, reason))
         for tensor in parameters:
             visit.dims.freeze(visit.tensor(tensor), f"no rule for {name}", report=False)
+        if isinstance(visit.module, nn.modules.batchnorm._BatchNorm):  # one with hooks, say
+            for tensor in ("running_mean", "running_var"):
+                visit.dims.freeze(visit.tensor(tensor), f"no rule for {name}", report=False)
+            visit.step.norm = True  # its statistics are a subnet's own all the same
         visit.step.scratch = tuple(buffer for buffer, _ in visit.module.named_buffers())
     return visit.constants()
