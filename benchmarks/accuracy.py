@@ -155,10 +155,11 @@ def figures(bench: Bench, trained: Trained) -> dict[str, Any]:
 
 def add_data(parser: argparse.ArgumentParser) -> None:
     """The option that says where the images are."""
+    folder = os.environ.get("STP_DATA")
     parser.add_argument(
         "--data",
-        default=os.environ.get("STP_DATA"),
-        help="folder or URI with train.parquet and test.parquet; default: $STP_DATA",
+        default=folder and f"{folder}/cifar10",
+        help="folder or URI with train.parquet and test.parquet; default: $STP_DATA/cifar10",
     )
 
 
@@ -168,7 +169,7 @@ def protocol_of(parser: argparse.ArgumentParser, name: str, data: str | None) ->
     if name == "smoke":
         return protocol
     if data is None:
-        parser.error("expected --data or STP_DATA, the folder of train.parquet and test.parquet")
+        parser.error("expected --data, the folder of train.parquet and test.parquet, or STP_DATA")
     return replace(protocol, data=replace(protocol.data, uri=data))
 
 

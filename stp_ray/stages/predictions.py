@@ -38,7 +38,8 @@ def compare(
 
     Returns:
         A row for each image: `label`, `before`, `after` (class indices) and `image`, a small
-        PNG of the first dozen that only one of the two gets right, null for all others.
+        PNG of the first dozen that `before` alone gets right and of the first dozen that
+        `after` alone does, null for all others.
     """
     mean, std = (torch.tensor(each).view(3, 1, 1) for each in (options.mean, options.std))
     rows: list[dict[str, object]] = []
