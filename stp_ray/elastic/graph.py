@@ -29,6 +29,13 @@ def symbolic_graph(model: nn.Module, example: Tensor) -> fx.GraphModule:
                 f"{name} of {type(model).__name__} has no shape yet; expected a model whose lazy "
                 "layers have run: call it once on an example"
             )
+    for name, module in model.named_modules():
+        if isinstance(module, nn.SyncBatchNorm):
+            raise TraceError(
+                f"{name or type(model).__name__} is a SyncBatchNorm, which waits for its like on "
+                "all workers, and their subnets differ; expected nn.BatchNorm2d; leave out "
+                "convert_sync_batchnorm"
+            )
     try:
         model = copy.deepcopy(model)
     except Exception as error:

@@ -6,7 +6,7 @@ is given a budget keeps it.
 """
 
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import repeat
@@ -51,11 +51,13 @@ class ResidualBlock:
         name: the module that holds it, in dotted notation.
         axes: the axes that live only inside it.
         layers: the layers that go with it, in the order in which they run.
+        within: the blocks that it lies in, and goes with.
     """
 
     name: str
     axes: tuple[str, ...] = ()
     layers: tuple[str, ...] = ()
+    within: tuple[str, ...] = ()
 
 
 #: Places of the exponents that are tried at once when a draw is fitted to a budget.
@@ -95,6 +97,7 @@ class SearchSpace:
             axis.name: frozenset(b.name for b in self.blocks if axis.name in b.axes)
             for axis in self.axes
         }
+        self._within = {b.name: frozenset(b.within) for b in self.blocks if b.within}
         self.terms = tuple(macs)
         self._params = tuple(params)
         self._timed = latency is not None
@@ -395,7 +398,7 @@ class SearchSpace:
         _require_random(rng)
         _require_share("p", p)
         self.validate(subnet)
-        dropped = {name for name in sorted(subnet.dropped) if rng.random() >= p}
+        dropped = self._with_inner({n for n in sorted(subnet.dropped) if rng.random() >= p})
         widths = {}
         for axis in self.axes:
             width = subnet.widths[axis.name]
@@ -408,19 +411,24 @@ class SearchSpace:
 
     def canonical(self, subnet: Subnet) -> Subnet:
         """The same network as `subnet`, with axes that lie wholly inside dropped blocks at their
-        floor."""
-        dead = {name for name, homes in self._homes.items() if homes & subnet.dropped}
-        if not dead:
+        floor, and blocks inside of them dropped."""
+        dropped = self._with_inner(subnet.dropped)
+        dead = {name for name, homes in self._homes.items() if homes & dropped}
+        if not dead and dropped == subnet.dropped:
             return subnet
         return Subnet(
             {
                 name: self._axis[name].choices[0] if name in dead else width
                 for name, width in subnet.widths.items()
             },
-            subnet.dropped,
+            dropped,
         )
 
     # -- internals ------------------------------------------------------------------
+
+    def _with_inner(self, dropped: Set[str]) -> Set[str]:
+        """Blocks, and those that lie in one of them."""
+        return dropped | {name for name, outer in self._within.items() if outer & dropped}
 
     @cached_property
     def _choices(self) -> tuple[np.ndarray, np.ndarray]:

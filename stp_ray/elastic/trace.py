@@ -274,6 +274,7 @@ class _Analysis:
                         if node in branch.nodes and calls_layer(node)
                     )
                 ),
+                within=tuple(sorted(gates[branch.addition] - {name})),
             )
             for name, branch in branches.items()
         ]

@@ -19,15 +19,23 @@ def tables(draw: st.DrawFn) -> tuple[list[WidthAxis], list[ResidualBlock], list[
     """What a search space is made of."""
     width_axes = [draw(axes(f"axis{i}")) for i in range(draw(st.integers(1, 5)))]
     names = [axis.name for axis in width_axes]
-    inner = iter(draw(st.permutations(names)))
-    blocks = []
+    left = iter(draw(st.permutations(names)))
+    own: dict[str, list[str]] = {}
+    within: dict[str, tuple[str, ...]] = {}
     for i in range(draw(st.integers(0, 3))):
-        own = [name for name, _ in zip(inner, range(draw(st.integers(0, 2))), strict=False)]
-        blocks.append(ResidualBlock(f"block{i}", tuple(own)))
+        axes_here = [name for name, _ in zip(left, range(draw(st.integers(0, 2))), strict=False)]
+        outer = draw(st.sampled_from([None, *own]))
+        within[f"block{i}"] = (outer, *within[outer]) if outer else ()
+        for name in within[f"block{i}"]:
+            own[name] += axes_here
+        own[f"block{i}"] = axes_here
+    blocks = [ResidualBlock(name, tuple(own[name]), within=within[name]) for name in own]
     parts = st.lists(st.tuples(st.sampled_from(names), st.integers(1, 9)), max_size=3)
     extents = st.builds(Extent, st.integers(0, 9), parts.map(tuple))
     gates = (
-        st.frozensets(st.sampled_from([block.name for block in blocks]), max_size=2)
+        st.frozensets(st.sampled_from(list(own)), max_size=2).map(
+            lambda names: names.union(*(within[name] for name in names))
+        )
         if blocks
         else st.just(frozenset())
     )

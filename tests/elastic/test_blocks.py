@@ -1,5 +1,7 @@
 """Which residual branches can be dropped, and what they are called."""
 
+import random
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -149,7 +151,13 @@ def test_nested_branches_drop_alone_and_together():
     assert_exact(net)
     both = net.space.canonical(Subnet(net.space.full.widths, [inner, outer]))
     alone = net.space.canonical(Subnet(net.space.full.widths, [outer]))
-    assert net.cost(both) == net.cost(alone)
+    assert both == alone, "equal networks are equal subnets"
+    assert both.dropped == {inner, outer}
+    rng = random.Random(0)
+    larger = [net.space.expand(both, rng, 0.5) for _ in range(20)]
+    assert {frozenset(subnet.dropped) for subnet in larger} == {
+        frozenset(dropped) for dropped in ([inner, outer], [inner], [])
+    }
     assert net.cost(alone).params == 8 * 27 + 8 + 8 * 4 + 4
 
 

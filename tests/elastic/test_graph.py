@@ -189,6 +189,15 @@ def test_a_lazy_layer_that_has_not_run_is_named(lazy):
     Supernet.trace(model, torch.zeros(1, 3, 8, 8))
 
 
+def test_norms_that_wait_for_other_workers_are_refused():
+    """Each worker draws subnets of its own: of other widths, or without the block."""
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(
+        nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    )
+    with pytest.raises(TraceError, match=r"^1 is a SyncBatchNorm.*expected nn\.BatchNorm2d"):
+        Supernet.trace(model, torch.zeros(1, 3, 8, 8))
+
+
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
 def test_a_model_that_cannot_be_copied_is_refused():
     model = nn.Sequential(nn.utils.weight_norm(nn.Conv2d(3, 8, 3)))
