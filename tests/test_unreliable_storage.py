@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from stp_ray.artifacts import Checkpoints, Manifest, Store
+from stp_ray.artifacts import store as store_module
 from stp_ray.errors import StorageError
 from tests.unreliable import Unreliable
 
@@ -77,6 +78,14 @@ def test_a_file_that_nobody_takes_is_sent_again_and_in_the_end_told(s3, server, 
     assert store.read_bytes("a.bin") == b"in the end"
 
     monkeypatch.setattr("stp_ray.artifacts.store.PATIENCE", 0.5)
+    monkeypatch.setattr("stp_ray.artifacts.store.STALLED", 0.4)
+    server.silent = True
+    timer = threading.Timer(1.0, setattr, (server, "silent", False))
+    timer.start()
+    store.write_bytes("large.bin", bytes(store_module.SLOWEST))  # a try alone outlasts the patience
+    timer.join()
+    assert len(store.read_bytes("large.bin")) == store_module.SLOWEST
+
     server.silent = True
     started = time.monotonic()
     try:

@@ -37,11 +37,11 @@ PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 28.0)
 #: Seconds after which no further try begins.
 PATIENCE = 60.0
 
-#: Seconds for which a file that is written may stay without an answer, and bytes a second that it
-#: gets more time for. Back-ends have time-outs of their own for what they read, which do not count
-#: before the whole file is sent; and S3's clients ask first whether it is wanted.
+#: Seconds for which a file that is written may stay without an answer, and one more for each so
+#: many bytes. Back-ends have time-outs of their own for what they read, which do not count before
+#: the whole file is sent; and S3's clients ask first whether it is wanted.
 STALLED = 30.0
-SLOWEST = 256 * 1024
+SLOWEST = 128 * 1024
 
 _SEGMENT = re.compile(r"[A-Za-z0-9_=-][A-Za-z0-9._=-]*")
 
@@ -111,7 +111,7 @@ class Store:
         path = self._at(name)
         with self._explained("write", name):
             if self.local_path is None:
-                self._put(path, data)  # one request: visible when complete
+                self._put(path, data)  # visible when complete
             else:
                 local.replace_file(Path(path), data)
         return hashlib.sha256(data).hexdigest()
@@ -277,12 +277,13 @@ class Store:
 
     def _call(self, method: str, *arguments: Any, **options: Any) -> Any:
         """Call the back-end, and again after a pause where remote storage did not answer."""
-        started = time.monotonic()
+        # a large file that is given up is sent once more at least
+        until = time.monotonic() + PATIENCE + options.get("timeout", STALLED) - STALLED
         for pause in self._pauses:
             try:
                 return self._ask(method, *arguments, **options)
             except backend_errors() as error:
-                if not _may_pass(error) or time.monotonic() - started > PATIENCE:
+                if not _may_pass(error) or time.monotonic() > until:
                     raise
                 log.warning("%s: %s; trying again in %g s", self.uri, _reason(error), pause)
                 time.sleep(pause)

@@ -21,12 +21,13 @@ def write_nothing(graph: fx.GraphModule, found: Shapes) -> None:
     """Make every operation return a new tensor. What reads the operand after an operation that
     worked in place now reads the result, so the network computes what it did."""
     order = {node: place for place, node in enumerate(graph.graph.nodes)}
+    shared = dict(found.shared)
     for node in graph.graph.nodes:
         source = node.args[0] if node.args else node.kwargs.get("input")
         if not _make_pure(node) or not isinstance(found.shapes.get(source), torch.Size):
             continue
         # Views made before it and read after it; what is made later is made from the result.
-        views = [v for v in _aliases(source, found.shared) - {source} if order[v] < order[node]]
+        views = [v for v in _aliases(source, shared) - {source} if order[v] < order[node]]
         if source.op == "get_attr" or any(
             order[user] > order[node] for view in views for user in view.users
         ):
@@ -37,6 +38,7 @@ def write_nothing(graph: fx.GraphModule, found: Shapes) -> None:
         for user in list(source.users):
             if order[user] > order[node]:
                 user.replace_input_with(source, node)
+                shared[user] = [node if s is source else s for s in shared.get(user, ())]
     # An unused second output would look like a way out; what decided something is looked at once.
     graph.graph.eliminate_dead_code(lambda node: node.is_impure() or DECIDES in node.meta)
     graph.recompile()

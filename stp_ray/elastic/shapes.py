@@ -52,7 +52,10 @@ def _shape(value: Any) -> ops.Shape:
 def _memory(value: Any) -> set[int]:
     """Which memory the tensors of a value lie in."""
     if isinstance(value, Tensor):
-        return {value.untyped_storage()._cdata}
+        strided = value.layout is torch.strided  # others have no storage of their own
+        return {value.untyped_storage()._cdata if strided else id(value)}
+    if isinstance(value, dict):
+        return _memory(list(value.values()))
     if isinstance(value, (tuple, list)):
         return set().union(*map(_memory, value))
     return set()

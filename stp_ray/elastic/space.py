@@ -1,8 +1,8 @@
 """The multi-dimension architecture space: axes, blocks, and ways to draw from them.
 
 Names and integers only. Every draw is canonical (an axis that lies wholly inside dropped
-blocks sits at its floor, so that equal networks are equal subnets), and every draw that
-is given a budget keeps it.
+blocks sits at its floor, and a block inside of one is dropped, so that equal networks are equal
+subnets), and every draw that is given a budget keeps it.
 """
 
 import random
@@ -392,13 +392,15 @@ class SearchSpace:
         """A mutation upwards, subnet within result within full: subnet mutating expansion [paper].
 
         Each axis moves, with probability p, to a random width between its own and the full one;
-        each dropped block comes back with probability p; `rng` draws [ours]. Raises ValueError if p
+        each dropped block comes back with probability p, if those that it lies in do; `rng` draws
+        [ours]. Raises ValueError if p
         is no probability, `rng` no `random.Random` or the subnet of another space.
         """
         _require_random(rng)
         _require_share("p", p)
         self.validate(subnet)
-        dropped = self._with_inner({n for n in sorted(subnet.dropped) if rng.random() >= p})
+        dropped = {name for name in sorted(subnet.dropped) if rng.random() >= p}
+        dropped = self._with_inner(dropped) & subnet.dropped
         widths = {}
         for axis in self.axes:
             width = subnet.widths[axis.name]

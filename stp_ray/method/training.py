@@ -468,6 +468,8 @@ class Trainer:
             groups.setdefault(group, {})[rest] = tensor
         model, ema = self._tensors(), self._ema or {}
         _require_same(groups["model"], model, "model")
+        # states of before infinite masks were left out hold averages of them
+        groups["ema"] = {n: t for n, t in groups["ema"].items() if n in ema or n not in model}
         _require_same(groups["ema"], ema, "ema")
         state: dict[str, dict[str, Tensor]] = {}
         for name, tensor in groups["optim"].items():

@@ -154,6 +154,8 @@ def test_nested_branches_drop_alone_and_together():
     assert both == alone, "equal networks are equal subnets"
     assert both.dropped == {inner, outer}
     rng = random.Random(0)
+    loose = Subnet(net.space.full.widths, [outer])
+    assert loose.within(net.space.expand(loose, rng, 0.0))
     larger = [net.space.expand(both, rng, 0.5) for _ in range(20)]
     assert {frozenset(subnet.dropped) for subnet in larger} == {
         frozenset(dropped) for dropped in ([inner, outer], [inner], [])

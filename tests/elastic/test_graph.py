@@ -198,6 +198,20 @@ def test_norms_that_wait_for_other_workers_are_refused():
         Supernet.trace(model, torch.zeros(1, 3, 8, 8))
 
 
+def test_a_sparse_buffer_is_no_hindrance():
+    class Graph(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8, 4)
+            self.register_buffer("edges", torch.eye(8).to_sparse())
+
+        def forward(self, x):
+            return self.head(torch.sparse.mm(self.edges, self.stem(x).mean((2, 3)).t()).t())
+
+    model, images = Graph().eval(), torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(Supernet.trace(model, images)(images), model(images))
+
+
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
 def test_a_model_that_cannot_be_copied_is_refused():
     model = nn.Sequential(nn.utils.weight_norm(nn.Conv2d(3, 8, 3)))

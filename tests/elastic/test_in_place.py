@@ -55,12 +55,18 @@ def _assign(m, x):
         lambda m, x: _beside(x, x.tensor_split(2, 1)[0]),
         lambda m, x: _beside(x, F.dropout(x, 0.5, m.training)),  # the operand itself in evaluation
         lambda m, x: _beside(x, m.drop(x)),
+        lambda m, x: _twice(x.relu_(), x),
+        lambda m, x: _twice(m.act(x), x),
+        lambda m, x: _twice(F.relu(x, inplace=True), x),
+        lambda m, x: _beside(x, F.relu_(x).chunk(2, 1)[1]),
+        lambda m, x: (lambda views: _beside(views["a"], views["b"]))(_views(x)),
     ],
 )
 def test_in_place_operations_that_cannot_be_followed_are_refused(between):
     model = Written(
-        between, drop=nn.Dropout(0.5), scale=nn.Parameter(torch.ones(8, 1, 1), requires_grad=False)
-    )
+        between, drop=nn.Dropout(0.5), act=nn.ReLU(inplace=True),
+        scale=nn.Parameter(torch.ones(8, 1, 1), requires_grad=False),
+    )  # fmt: skip
     with pytest.raises(
         TraceError, match=r"at test_in_place\.py:\d+ .*in place.*expected"
     ) as caught:
@@ -71,6 +77,17 @@ def test_in_place_operations_that_cannot_be_followed_are_refused(between):
 def _beside(x, other):
     """What reads the same memory after it was written over."""
     return x.relu_() + other.sum()
+
+
+def _twice(y, x):
+    """The same after it was written over before."""
+    view = x.flatten(2)
+    return y.add_(1) + view.sum()
+
+
+@torch.fx.wrap
+def _views(x):
+    return {"a": x.view(x.shape), "b": x.view(x.shape)}
 
 
 @pytest.mark.parametrize("make", [nn.Dropout, nn.Dropout2d, nn.Identity])

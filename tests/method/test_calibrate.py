@@ -6,6 +6,7 @@ from torch import nn
 from torchvision.models.vision_transformer import VisionTransformer
 
 from stp_ray.elastic import Supernet
+from stp_ray.elastic.supernet import StatsRecorder
 from stp_ray.method import calibrate, relative_sparsity
 
 from .networks import images_and_labels, left_as_it_was, supernet
@@ -47,6 +48,13 @@ def test_a_norm_that_has_a_hook_is_measured_anew_too():
     assert set(stats) == {"1", "4"}
     small = net.extract(subnet, stats).eval()
     torch.testing.assert_close(net.eval()(images, subnet, stats=stats), small(images))
+
+    recorder = StatsRecorder()
+    net.train()(images, subnet, stats=recorder)  # measured in training mode too, as others are
+    torch.testing.assert_close(
+        recorder.stats()["4"], calibrate(net, subnet, [images])["4"], rtol=1e-6, atol=1e-9
+    )
+    net.eval()
 
     again = net.extract(subnet).train()
     for norm in (again.get_submodule("1"), again.get_submodule("4")):

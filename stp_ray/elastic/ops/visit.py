@@ -253,5 +253,6 @@ def unknown(visit: Visit) -> Value:
             for tensor in ("running_mean", "running_var"):
                 visit.dims.freeze(visit.tensor(tensor), f"no rule for {name}", report=False)
             visit.step.norm = True  # its statistics are a subnet's own all the same
-        visit.step.scratch = tuple(buffer for buffer, _ in visit.module.named_buffers())
+        else:
+            visit.step.scratch = tuple(buffer for buffer, _ in visit.module.named_buffers())
     return visit.constants()
