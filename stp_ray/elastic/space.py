@@ -399,8 +399,8 @@ class SearchSpace:
         _require_random(rng)
         _require_share("p", p)
         self.validate(subnet)
-        dropped = {name for name in sorted(subnet.dropped) if rng.random() >= p}
-        dropped = self._with_inner(dropped) & subnet.dropped
+        stay = {name for name in sorted(subnet.dropped) if rng.random() >= p}
+        dropped = self._with_inner(stay) & subnet.dropped
         widths = {}
         for axis in self.axes:
             width = subnet.widths[axis.name]
