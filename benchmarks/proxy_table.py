@@ -1,5 +1,6 @@
 """Whether the search's score ranks, from the lines that `proxy.py` has written."""
 
+import math
 import statistics
 from collections import defaultdict
 from pathlib import Path
@@ -12,6 +13,9 @@ from matplotlib.figure import Figure
 from scipy.stats import kendalltau
 
 from stp_ray.method import Exploration
+
+#: In place of a score: the accuracy after a second distillation.
+TRAINED_AGAIN = "trained again"
 
 Group = tuple[str, int, float]
 """Method, seed, budget."""
@@ -52,7 +56,11 @@ EXPLANATION = (
     "score was left to choose: a search may have found another shape than there. Kendall's tau is "
     "that of the score (lower is better) with top-1 after it: 1 where both rank alike, 0 where the "
     "score says nothing; a star: p < 0.05. In brackets that of the random ones alone, among which "
-    "is none that a score has chosen."
+    "is none that a score has chosen. Some shapes were trained twice, by other orders of the "
+    "images, augmentation and expanded networks: what the two differ by bounds what a score can "
+    "say. One that knew the mean of many trainings would have a tau of "
+    "2/pi asin(sqrt(1 - d^2/s^2)) with one of them, if both were normal: d is the deviation of a "
+    "training, s that of the shapes."
 )
 
 
@@ -61,12 +69,31 @@ def _order(group: tuple[Group, list[Line]]) -> Group:
     return method, seed, -budget
 
 
+def is_scored(line: Line, steps: str) -> bool:
+    """Whether a shape was scored after so many steps, or trained again."""
+    return "again" in line if steps == TRAINED_AGAIN else steps in line["scores"]
+
+
 def tau(lines: list[Line], steps: str) -> tuple[float, float]:
-    """Kendall's tau of the score after so many steps with the accuracy, and the chance of one so
-    far from zero by accident."""
-    scores = [-line["scores"][steps] for line in lines]
+    """Kendall's tau of the score after so many steps, or of a second training, with the accuracy,
+    and the chance of one so far from zero by accident."""
+    again = steps == TRAINED_AGAIN
+    scores = [line["again"] if again else -line["scores"][steps] for line in lines]
     found = kendalltau(scores, [line["top1"] for line in lines])
     return float(found.statistic), float(found.pvalue)
+
+
+def apart(lines: list[Line]) -> float:
+    """The standard deviation of one training, from shapes that were trained twice."""
+    return math.sqrt(statistics.mean((line["again"] - line["top1"]) ** 2 for line in lines) / 2)
+
+
+def most(lines: list[Line], noise: float) -> float:
+    """The tau with one training of a score that knew what each shape comes to on average. Of
+    normal variables tau is 2/pi asin(correlation)."""
+    spread = statistics.variance(line["top1"] for line in lines)
+    share = max(0.0, 1 - noise**2 / spread) if spread else 0.0
+    return 2 / math.pi * math.asin(math.sqrt(share))
 
 
 def _protocol(name: str, groups: dict[Group, list[Line]]) -> list[str]:
@@ -75,7 +102,8 @@ def _protocol(name: str, groups: dict[Group, list[Line]]) -> list[str]:
     steps = list(dict.fromkeys(key for line in everything for key in line["scores"]))
     heading = [
         "method", "seed", "budget", "shapes", *map(_heading, steps),
-        "found", "uniform", "random, median", "random, best",
+        "deviation of a training (shapes trained twice)", "tau, a second training",
+        "the most that a score can have", "found", "uniform", "random, median", "random, best",
     ]  # fmt: skip
     out = [
         f"{name}, {first['device']}, {first['threads']} thread(s), torch {first['torch']}, "
@@ -92,14 +120,27 @@ def _protocol(name: str, groups: dict[Group, list[Line]]) -> list[str]:
         alone = [line for line in lines if line["how"] == "random"]
         cells = [method, seed, budget, len(lines)]
         for count in steps:
-            if any(count not in line["scores"] for line in lines):
+            if not all(is_scored(line, count) for line in lines):
                 cells.append(NOT_MEASURED)
                 continue
             (statistic, chance), (unchosen, _) = tau(lines, count), tau(alone, count)
             cells.append(f"{statistic:.2f}{'*' * (chance < 0.05)} ({unchosen:.2f})")
+        cells += _again(lines)
         cells += [f"{by[how][0]:.2f}" for how in ("explored", "uniform")]
         out.append(row([*cells, f"{statistics.median(drawn):.2f}", f"{max(drawn):.2f}"]))
     return [*out, ""]
+
+
+def _again(lines: list[Line]) -> list[str]:
+    """What two trainings of the same shapes say of each other, and of what a score can reach."""
+    twice = [line for line in lines if is_scored(line, TRAINED_AGAIN)]
+    if len(twice) < 2:
+        return [NOT_MEASURED] * 3
+    noise, (between, chance) = apart(twice), tau(twice, TRAINED_AGAIN)
+    return [
+        f"{noise:.2f} ({len(twice)})", f"{between:.2f}{'*' * (chance < 0.05)}",
+        f"{most(lines, noise):.2f}",
+    ]  # fmt: skip
 
 
 def _heading(key: str) -> str:

@@ -2,6 +2,7 @@
 written: the front of docs/results.md, and all of it."""
 
 import statistics
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import groupby
@@ -28,7 +29,7 @@ from contenders import (
 from differences import costs, grown, over_best, paired, runs_of, searches_of, spread
 from filling import Line, read
 from markdown_table import row
-from proxy_table import tau
+from proxy_table import TRAINED_AGAIN, is_scored, tau
 
 from stp_ray.method import Exploration
 
@@ -191,7 +192,10 @@ LEAN_PRUNING = "torch-pruning, even, labels alone"
 
 #: What is aimed at, of which form, where, against what if that is not in the aim, and how to ask.
 ROWS: list[tuple[Aim, str, str, str, Ask]] = [
-    *((AHEAD, *of, "", _ahead(of[0])) for of in (PAPER, AS_CHOSEN, (TUNED, FRESH), *ELSEWHERE)),
+    *(
+        (AHEAD, *of, "", _ahead(of[0]))
+        for of in (PAPER, AS_CHOSEN, (TUNED, FRESH), (TUNED, MOBILE), *ELSEWHERE)
+    ),
     *(
         (LONG, form, place, "", _ahead(form))
         for form, place in (
@@ -304,6 +308,7 @@ OF_RECIPES = (
     (STARTED_FINALS, FRESH, PROMOTED, SEARCHES),
     (TUNED, CHOSEN, FINAL, f"{CHOOSES}; chosen on this seed"),
     (STARTED_FINALS, FRESH, FINAL, CHOOSES),
+    (STARTED_FINALS, FRESH, TRAINED_AGAIN, "that of a second training in place of a score"),
 )
 SCORES = (
     (TAUGHT, CHOSEN, "0", "as the slice is, which (b) and (c) search by"),
@@ -413,15 +418,23 @@ def _taus(
             path = folder / f"{place}.jsonl"
             lines = [
                 line for line in (read(path) if path.exists() else [])
-                if line["method"] == method and steps in line["scores"]
+                if line["method"] == method and is_scored(line, steps)
                 and (aim is TAU or line["how"] == "random")
             ]  # fmt: skip
-            for seed in sorted({line["seed"] for line in lines}):
-                of = [line for line in lines if line["seed"] == seed]
-                figures = {
-                    budget: [tau([line for line in of if line["budget"] == budget], steps)[0]]
-                    for budget in sorted({line["budget"] for line in of}, reverse=True)
-                }
-                where = f"{PLACES[place]}, seed {seed}, {use}"
-                verdicts.append((aim, _name(method), where, figures))
+            if lines:
+                seeds = sorted({line["seed"] for line in lines})
+                named = f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
+                where = f"{PLACES[place]}, {named}, {use}"
+                verdicts.append((aim, _name(method), where, _ranked(lines, steps)))
     return verdicts
+
+
+def _ranked(lines: list[Line], steps: str) -> dict[float, list[float]]:
+    """Kendall's tau at each budget, one for each seed."""
+    groups: dict[float, dict[int, list[Line]]] = defaultdict(lambda: defaultdict(list))
+    for line in lines:
+        groups[line["budget"]][line["seed"]].append(line)
+    return {
+        budget: [tau(seeds[seed], steps)[0] for seed in sorted(seeds)]
+        for budget, seeds in sorted(groups.items(), reverse=True)
+    }

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from stp_ray.elastic import Subnet
@@ -68,6 +69,33 @@ def test_tau_is_one_where_the_lowest_score_is_the_most_accurate():
     assert tau(found, "200 on 4096")[0] == pytest.approx(-1)
 
 
+def test_no_score_ranks_better_than_what_two_trainings_differ_by_lets_it():
+    from proxy_table import TRAINED_AGAIN, apart, most, tau
+
+    rng = np.random.default_rng(0)
+    worth = rng.normal(size=2000)  # of each shape; a training errs by as much as shapes differ
+    first, second = worth + rng.normal(size=(2, 2000))
+    found = [
+        {**line(-knows, once), "again": again}
+        for knows, once, again in zip(worth, first, second, strict=True)
+    ]
+    reached = tau(found, "0")[0]
+    assert reached == pytest.approx(0.5, abs=0.03) == most(found, apart(found))
+    assert tau(found, TRAINED_AGAIN)[0] == pytest.approx(1 / 3, abs=0.03)
+    assert most(found, 0.0) == 1 and most(found, 9.0) == 0
+
+
+def test_a_second_training_has_columns_of_its_own(tmp_path):
+    from proxy_table import section
+
+    lines = [line(score, 60 - score, how) for score, how in enumerate(["explored", "uniform"])]
+    lines += [line(score, 60 - score) for score in range(2, 6)]
+    lines[0]["again"], lines[1]["again"] = 58, 59  # of 60 and 59
+    (tmp_path / "smoke.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (cells,) = [text.split(" | ") for text in section(tmp_path, tmp_path) if text[:5] == "| stp"]
+    assert cells[6:9] == ["1.00 (2)", "-1.00", "0.64"]
+
+
 def test_what_a_score_has_chosen_is_left_out_in_brackets(tmp_path):
     from proxy_table import section
 
@@ -110,8 +138,8 @@ def test_the_table_has_a_row_for_each_seed_and_budget_and_a_plot(tmp_path):
     rows = [text.split(" | ") for text in page if text.startswith("| stp")]
     assert [cells[2] for cells in rows] == ["0.15", "0.05"]
     assert [cells[4:] for cells in rows] == [
-        ["1.00 (1.00)", "-1.00 (-1.00)", "60.00", "59.00", "57.50", "58.00 |"],
-        ["1.00 (1.00)", "-1.00 (-1.00)", "61.00", "60.00", "58.50", "59.00 |"],
+        ["1.00 (1.00)", "-1.00 (-1.00)", "–", "–", "–", "60.00", "59.00", "57.50", "58.00 |"],
+        ["1.00 (1.00)", "-1.00 (-1.00)", "–", "–", "–", "61.00", "60.00", "58.50", "59.00 |"],
     ]  # fmt: skip
     assert (tmp_path / "smoke-proxy.svg").read_text().count("explored") >= 1
     assert "![Accuracy against the score](smoke-proxy.svg)" in page
