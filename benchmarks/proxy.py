@@ -130,9 +130,10 @@ def main() -> None:
                     key: known[key] if key in known else judge(subnet, held_out, steps)
                     for key, (judge, steps) in judges.items()
                 }
+                write(out, lines)
                 if chosen.again and "again" not in line:
                     line["again"] = distilled(bench, replace(of, training=1), budget)
-                write(out, lines)
+                    write(out, lines)
                 print(
                     f"seed {chosen.seed}  {budget:<5} {how:9} scores "
                     f"{'  '.join(f'{score:.4f}' for score in line['scores'].values())}  "

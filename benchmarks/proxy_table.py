@@ -14,9 +14,6 @@ from scipy.stats import kendalltau
 
 from stp_ray.method import Exploration
 
-#: In place of a score: the accuracy after a second distillation.
-TRAINED_AGAIN = "trained again"
-
 Group = tuple[str, int, float]
 """Method, seed, budget."""
 
@@ -69,17 +66,14 @@ def _order(group: tuple[Group, list[Line]]) -> Group:
     return method, seed, -budget
 
 
-def is_scored(line: Line, steps: str) -> bool:
-    """Whether a shape was scored after so many steps, or trained again."""
-    return "again" in line if steps == TRAINED_AGAIN else steps in line["scores"]
-
-
 def tau(lines: list[Line], steps: str) -> tuple[float, float]:
-    """Kendall's tau of the score after so many steps, or of a second training, with the accuracy,
-    and the chance of one so far from zero by accident."""
-    again = steps == TRAINED_AGAIN
-    scores = [line["again"] if again else -line["scores"][steps] for line in lines]
-    found = kendalltau(scores, [line["top1"] for line in lines])
+    """Kendall's tau of the score after so many steps with the accuracy, and the chance of one so
+    far from zero by accident."""
+    return _tau([-line["scores"][steps] for line in lines], lines)
+
+
+def _tau(ranks: list[float], lines: list[Line]) -> tuple[float, float]:
+    found = kendalltau(ranks, [line["top1"] for line in lines])
     return float(found.statistic), float(found.pvalue)
 
 
@@ -120,7 +114,7 @@ def _protocol(name: str, groups: dict[Group, list[Line]]) -> list[str]:
         alone = [line for line in lines if line["how"] == "random"]
         cells = [method, seed, budget, len(lines)]
         for count in steps:
-            if not all(is_scored(line, count) for line in lines):
+            if any(count not in line["scores"] for line in lines):
                 cells.append(NOT_MEASURED)
                 continue
             (statistic, chance), (unchosen, _) = tau(lines, count), tau(alone, count)
@@ -133,10 +127,11 @@ def _protocol(name: str, groups: dict[Group, list[Line]]) -> list[str]:
 
 def _again(lines: list[Line]) -> list[str]:
     """What two trainings of the same shapes say of each other, and of what a score can reach."""
-    twice = [line for line in lines if is_scored(line, TRAINED_AGAIN)]
+    twice = [line for line in lines if "again" in line]
     if len(twice) < 2:
         return [NOT_MEASURED] * 3
-    noise, (between, chance) = apart(twice), tau(twice, TRAINED_AGAIN)
+    noise = apart(twice)
+    between, chance = _tau([line["again"] for line in twice], twice)
     return [
         f"{noise:.2f} ({len(twice)})", f"{between:.2f}{'*' * (chance < 0.05)}",
         f"{most(lines, noise):.2f}",

@@ -29,7 +29,7 @@ from contenders import (
 from differences import costs, grown, over_best, paired, runs_of, searches_of, spread
 from filling import Line, read
 from markdown_table import row
-from proxy_table import TRAINED_AGAIN, is_scored, tau
+from proxy_table import tau
 
 from stp_ray.method import Exploration
 
@@ -308,7 +308,6 @@ OF_RECIPES = (
     (STARTED_FINALS, FRESH, PROMOTED, SEARCHES),
     (TUNED, CHOSEN, FINAL, f"{CHOOSES}; chosen on this seed"),
     (STARTED_FINALS, FRESH, FINAL, CHOOSES),
-    (STARTED_FINALS, FRESH, TRAINED_AGAIN, "that of a second training in place of a score"),
 )
 SCORES = (
     (TAUGHT, CHOSEN, "0", "as the slice is, which (b) and (c) search by"),
@@ -418,7 +417,7 @@ def _taus(
             path = folder / f"{place}.jsonl"
             lines = [
                 line for line in (read(path) if path.exists() else [])
-                if line["method"] == method and is_scored(line, steps)
+                if line["method"] == method and steps in line["scores"]
                 and (aim is TAU or line["how"] == "random")
             ]  # fmt: skip
             if lines:

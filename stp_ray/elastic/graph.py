@@ -44,9 +44,8 @@ def symbolic_graph(model: nn.Module, example: Tensor) -> fx.GraphModule:
             "model that copy.deepcopy takes"
         ) from error
     for tensor in (*model.parameters(), *model.buffers()):
-        if (
-            tensor.layout is torch.strided and 0 in tensor.stride()
-        ):  # expanded: its elements lie in one place, and could not change
+        # expanded: its elements lie in one place, and could not be put in order
+        if tensor.layout is torch.strided and 0 in tensor.stride():
             tensor.data = tensor.data.contiguous()
     if "forward" in vars(model) or model._forward_hooks or model._forward_pre_hooks:
         raise TraceError(

@@ -393,8 +393,8 @@ class SearchSpace:
 
         Each axis moves, with probability p, to a random width between its own and the full one;
         each dropped block comes back with probability p, if those that it lies in do; `rng` draws
-        [ours]. Raises ValueError if p
-        is no probability, `rng` no `random.Random` or the subnet of another space.
+        [ours]. Raises ValueError if p is no probability, `rng` no `random.Random` or the subnet of
+        another space.
         """
         _require_random(rng)
         _require_share("p", p)

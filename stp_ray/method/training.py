@@ -217,8 +217,10 @@ class Trainer:
         self._ema: dict[str, Tensor] | None = None
         if options.ema is not None:
             # a mask of -inf has no mean with itself; it stays as it is
-            finite = {n: t for n, t in self._averageable().items() if bool(t.isfinite().all())}
-            self._ema = {name: t.detach().clone() for name, t in finite.items()}
+            self._ema = {
+                name: t.detach().clone() for name, t in self._tensors().items()
+                if t.is_floating_point() and bool(t.isfinite().all())
+            }  # fmt: skip
         self._module = wrap(_Step(objective))
 
     @property
@@ -378,10 +380,10 @@ class Trainer:
 
     # -- the moving average ---------------------------------------------------------
 
-    def _averageable(self) -> dict[str, Tensor]:
-        """What is averaged, or might be before that is decided."""
-        tensors = {name: t for name, t in self._tensors().items() if t.is_floating_point()}
-        return tensors if self._ema is None else {name: tensors[name] for name in self._ema}
+    def _averaged(self) -> dict[str, Tensor]:
+        """The tensors themselves of which there is an average, in its order."""
+        tensors = self._tensors()
+        return {name: tensors[name] for name in self._ema or ()}
 
     @torch.no_grad()
     def _update_ema(self) -> None:
@@ -389,7 +391,7 @@ class Trainer:
             return
         # the first steps count less, or the average would remember the initial weights
         decay = min(self.options.ema, (1 + self.step) / (10 + self.step))
-        live = self._averageable()
+        live = self._averaged()
         torch._foreach_lerp_(list(self._ema.values()), list(live.values()), 1 - decay)
 
     @contextmanager
@@ -398,7 +400,7 @@ class Trainer:
         if self._ema is None:
             yield
             return
-        live = self._averageable()
+        live = self._averaged()
         kept = {name: t.detach().clone() for name, t in live.items()}
         _assign(live, self._ema)
         try:

@@ -111,16 +111,15 @@ def test_many_images_are_decoded_as_each_of_them_is():
 
 
 def test_large_files_are_decoded_few_at_a_time(monkeypatch):
-    """A thread that held 32 photographs of 24 megapixels needed 2.2 GB."""
+    """32 photographs of 24 megapixels are 2.3 GB."""
     from stp_ray.data import decode as module
 
     together = []
     raw = module._raw
     monkeypatch.setattr(module, "_raw", lambda files: (together.append(len(files)), raw(files))[1])
     files = [encode(image, "JPEG") for image in pixels(40, 16)]
-    large = [
-        file + bytes(400_000) for file in files[:5]
-    ]  # readers pass over what follows the image
+    # readers pass over what follows the image
+    large = [file + bytes(400_000) for file in files[:5]]
     decoded, _ = decode([*files, *large], 16, resize=False)
     assert together == [32, 10, 2, 1]
     np.testing.assert_array_equal(decoded[40:], decoded[:5])

@@ -93,7 +93,10 @@ def _views(x):
 @pytest.mark.parametrize("make", [nn.Dropout, nn.Dropout2d, nn.Identity])
 def test_dropout_before_an_operation_in_place_is_no_hindrance(make):
     layers = {"after": nn.Conv2d(8, 8, 3, padding=1), "drop": make()}
-    between = lambda m, x: F.relu(m.drop(m.after(x)), inplace=True) + x  # noqa: E731
+
+    def between(m, x):
+        return F.relu(m.drop(m.after(x)), inplace=True) + x
+
     model = randomised(Written(between, **layers).double(), pixels(8))
     assert_exact(Supernet.trace(model, pixels(1)), model=model)
 

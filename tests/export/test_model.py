@@ -118,7 +118,7 @@ def test_a_damaged_value_in_a_description_is_told(pruned, store, key, value, wor
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("at", [-1, -1000])  # in the last tensors: what is read is a whole file
+@pytest.mark.parametrize("at", [-1, -1000])
 def test_weights_that_were_damaged_or_replaced_are_refused(pruned, store, at):
     module, description = pruned
     export.save_model(store, module, description)

@@ -1,4 +1,5 @@
 import random
+from types import MethodType
 
 import pytest
 import torch
@@ -65,6 +66,26 @@ def test_a_norm_that_has_a_hook_is_measured_anew_too():
             again(part)
     torch.testing.assert_close(small(images), again.eval()(images))
     assert net.model.get_submodule("4").num_batches_tracked == 0
+
+
+def test_a_norm_with_a_forward_of_its_own_is_left_alone():
+    """Nobody knows what it does with its statistics."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3),
+        nn.BatchNorm2d(8),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, 4),
+    )
+
+    def centred(norm, x):
+        return x - norm.running_mean.view(1, -1, 1, 1)
+
+    model[1].forward = MethodType(centred, model[1])
+    images = images_and_labels(8)[0]
+    net = Supernet.trace(model, images, divisor=1)
+    net.train()(images, net.space.smallest).sum().backward()
+    assert calibrate(net, net.space.smallest, [images]) == {}
 
 
 @pytest.mark.parametrize("training", [True, False])

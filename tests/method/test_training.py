@@ -269,10 +269,8 @@ def test_an_average_leaves_infinite_masks_as_they_are():
     other, _ = trainer_of(net, options)
     tensors, meta = trainer.state()
     assert "ema.net.model.mask" not in tensors
-    before = {
-        **tensors,
-        "ema.net.model.mask": torch.full((4, 4), torch.nan),
-    }  # as it was saved once
+    # as states were saved before
+    before = {**tensors, "ema.net.model.mask": torch.full((4, 4), torch.nan)}
     other.load(before, meta)
     assert torch.equal(net.model.mask, mask)
 

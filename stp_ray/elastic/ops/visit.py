@@ -249,10 +249,14 @@ def unknown(visit: Visit) -> Value:
             visit.dims.frozen.append(Frozen(visit.layer, width, reason))
         for tensor in parameters:
             visit.dims.freeze(visit.tensor(tensor), f"no rule for {name}", report=False)
-        if isinstance(visit.module, nn.modules.batchnorm._BatchNorm):  # one with hooks, say
+        kind, buffers = type(visit.module), dict(visit.module.named_buffers())
+        own_forward = "forward" in vars(visit.module)
+        if kind.forward is nn.modules.batchnorm._BatchNorm.forward and not own_forward:
+            # one with hooks, say: its statistics are a subnet's own all the same
             for tensor in ("running_mean", "running_var"):
                 visit.dims.freeze(visit.tensor(tensor), f"no rule for {name}", report=False)
-            visit.step.norm = True  # its statistics are a subnet's own all the same
-        else:
-            visit.step.scratch = tuple(buffer for buffer, _ in visit.module.named_buffers())
+            visit.step.norm = True
+            for tensor in ("running_mean", "running_var", "num_batches_tracked"):
+                buffers.pop(tensor, None)
+        visit.step.scratch = tuple(buffers)
     return visit.constants()
