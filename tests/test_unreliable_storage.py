@@ -4,6 +4,7 @@ import os
 import threading
 import time
 import uuid
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -70,29 +71,37 @@ def test_a_file_that_nobody_takes_is_sent_again_and_in_the_end_told(s3, server, 
     monkeypatch.setattr("stp_ray.artifacts.store.STALLED", 1.0)
     monkeypatch.setattr("stp_ray.artifacts.store.PAUSES", (0.1,) * 5)
     store = Store(f"{s3}/{uuid.uuid4().hex}")
-    server.silent = True
-    timer = threading.Timer(2.0, setattr, (server, "silent", False))
-    timer.start()
-    store.write_bytes("a.bin", b"in the end")
-    timer.join()
+    with server.saying_nothing(2.0):
+        store.write_bytes("a.bin", b"in the end")
     assert store.read_bytes("a.bin") == b"in the end"
 
     monkeypatch.setattr("stp_ray.artifacts.store.PATIENCE", 0.5)
     monkeypatch.setattr("stp_ray.artifacts.store.STALLED", 0.4)
-    server.silent = True
-    timer = threading.Timer(1.0, setattr, (server, "silent", False))
-    timer.start()
-    store.write_bytes("large.bin", bytes(store_module.SLOWEST))  # a try alone outlasts the patience
-    timer.join()
+    with server.saying_nothing(1.0):  # a try alone outlasts the patience
+        store.write_bytes("large.bin", bytes(store_module.SLOWEST))
     assert len(store.read_bytes("large.bin")) == store_module.SLOWEST
 
-    server.silent = True
     started = time.monotonic()
-    try:
+    with server.saying_nothing(60.0):
         with pytest.raises(StorageError, match=r"cannot write s3://.*: no answer in time"):
             store.write_bytes("a.bin", b"never")
         with pytest.raises(StorageError, match=r"cannot write s3://.*: no answer in time"):
             store.probe()
-        assert time.monotonic() - started < 10
-    finally:
-        server.silent = False
+    assert time.monotonic() - started < 10
+
+
+def test_storage_that_refuses_is_tried_for_a_minute(monkeypatch):
+    now = [0.0]
+    clock = SimpleNamespace(
+        monotonic=lambda: now[0], sleep=lambda seconds: now.append(now.pop() + seconds)
+    )
+    monkeypatch.setattr("stp_ray.artifacts.store.time", clock)
+    store = Store(f"memory://{uuid.uuid4().hex}")
+
+    def refuse(*_, **__):
+        raise ConnectionRefusedError("refused")
+
+    monkeypatch.setattr(store._fs, "pipe_file", refuse)
+    with pytest.raises(StorageError, match="refused"):
+        store.write_bytes("a.bin", b"x")
+    assert 55 < now[0] <= store_module.PATIENCE

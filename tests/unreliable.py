@@ -35,6 +35,19 @@ class Unreliable(ThreadingHTTPServer):
         return "http://{}:{}".format(*self.server_address)
 
     @contextlib.contextmanager
+    def saying_nothing(self, seconds):
+        """For so many seconds, or until the block ends."""
+        timer = threading.Timer(seconds, setattr, (self, "silent", False))
+        self.silent = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+            timer.join()
+            self.silent = False
+
+    @contextlib.contextmanager
     def serving(self):
         """Answers requests, in a thread of its own."""
         thread = threading.Thread(target=self.serve_forever, daemon=True)
