@@ -397,8 +397,9 @@ class Stp:
     """Which of several second phases of one supernet, which differ in the order of the images,
     their augmentation and what the ladder draws."""
     tried_epochs: int = 0
-    """Passes over the images that each of a few candidates has on the labels, by itself, before it
-    is scored again, by its cross-entropy; the search is then for one budget alone."""
+    """Passes over the images that each of a few candidates, the finalists where there are any, has
+    on the labels, by itself, before it is scored again, by its cross-entropy; the search is then
+    for one budget alone."""
     expansion: Expansion = field(default_factory=Expansion)
     turn: float = 0.5
     """The learning rate between the phases, as a share of the protocol's: one fall over both."""
@@ -533,7 +534,7 @@ class Stp:
                 for candidate in candidates:
                     subnet, count = candidate.subnet, candidate.images or held
                     looks = count + options.calibration_images
-                    if candidate.steps and self.tried_epochs:
+                    if self.tried_epochs and candidate.steps > self.tuning_steps:
                         scores[candidate.key], paid = judge.tried(
                             subnet, self.tried_epochs,
                             after=self.before(bench) + self.first(bench.protocol.epochs),
@@ -561,7 +562,7 @@ class Stp:
 
     def _exploration(self, bench: Bench) -> Exploration:
         options = replace(bench.protocol.exploration, finalists=self.finalists)
-        if not self.tried_epochs:
+        if self.tuning_steps or not self.tried_epochs:
             return replace(
                 options, tuning_steps=self.tuning_steps, tuning_images=self.tuning_images
             )
@@ -646,7 +647,9 @@ ALONE = replace(
 OURS = "stp"
 TAUGHT = f"{OURS}, taught, four subnets a step"
 QUARTER = f"{TAUGHT}, a quarter, restart"
+ALONE_FINALS = f"{OURS}, target alone, finals"
 TRIED = f"{OURS}, target alone, shapes tried"
+TRIED_FINALS = f"{OURS}, target alone, finals tried"
 TUNED = f"{QUARTER}, tuned scores"
 STARTED = f"{TUNED}, of the teacher"
 STARTED_FINALS = f"{QUARTER}, finals, of the teacher"
@@ -736,7 +739,9 @@ OWN_SHAPE: dict[str, Any] = {
     "stp, main let go": replace(STP, expansion=replace(STP.expansion, main="drop")),
     "stp, taught": replace(STP, taught=True),
     "stp, target alone": ALONE,
+    ALONE_FINALS: replace(ALONE, **OPTIONS["finals"]),
     TRIED: replace(ALONE, tried_epochs=2),
+    TRIED_FINALS: replace(ALONE, **{**OPTIONS["finals"], "finalists": 4}, tried_epochs=4),
     "stp, a sixth stimulative": replace(STP, share=1 / 6),
     "stp, taught, four subnets a step, tuned scores": replace(BEST, tuning_steps=50),
     "stp, taught at first, four subnets a step": replace(BEST, to_the_end=False),

@@ -80,8 +80,10 @@ def main() -> None:
     add_data(parser)
     parser.add_argument(
         "--method",
+        metavar="METHOD",
         choices=[name for name, method in OWN_SHAPE.items() if isinstance(method, Stp)],
         default="stp, taught, four subnets a step",
+        help="a form of STP that contenders.py names",
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--budget", type=float, nargs="*", help="default: those of the protocol")
