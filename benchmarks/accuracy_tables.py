@@ -12,6 +12,7 @@ from accuracy import PROTOCOLS
 from bench import Protocol
 from contenders import (
     AGAIN,
+    ALONE_FINALS,
     DENSE_TWICE,
     FILLED,
     FINALS_TWICE,
@@ -147,7 +148,7 @@ CHANGED: dict[str, tuple[str, ...]] = {
     ),
 }
 #: Ours at its cheapest, which equal MACs buy the most epochs of.
-LEAN = ("stp, target alone", TRIED)
+LEAN = ("stp, target alone", ALONE_FINALS, TRIED)
 #: Trainings of a shape that STP found, and the same of shapes that nobody has to find.
 UNFOUND = {
     "scratch": ("scratch at uniform widths", "scratch at a random shape"),
@@ -230,7 +231,8 @@ widths that were not filled.
 - *Target alone*: one epoch of the supernet, the search, then the found slice alone on the
   labels; *shapes tried*: four of 32 candidates, and four more of their offspring, are trained by
   themselves for two epochs each before one is chosen, which equal MACs count and equal epochs do
-  not.
+  not; *finals*: the search of the form of that name; *finals tried*: its best four are then trained
+  by themselves for four epochs each.
 - *Scratch*: the shape that STP found (*shape of four*: that of `stp, taught, four subnets a
   step`; *of a quarter*, *of tuned scores*, *of finals*, *that was tried*: of those forms), for
   which it does not pay; *at uniform widths* and *at a random shape* nobody has to find anything.
