@@ -115,8 +115,9 @@ def needs(reference: str, cell: Cell) -> list[str]:
     return [reference] if cell["equal"] == "macs" else []
 
 
-def train(bench: Bench, cell: Cell, done: list[Line]) -> Line:
-    """One line of the results: the cell, and what came out of it."""
+def train(bench: Bench, cell: Cell, done: list[Line]) -> Line | None:
+    """One line of the results: the cell, and what came out of it. None where that took more MACs
+    than there were, as a search can that is dear beside a short training."""
     protocol, method, budget = bench.protocol, cell["method"], cell["budget"]
     lines = {line["method"]: line for line in done if line["budget"] == budget}
     macs = lines[protocol.reference]["training_macs"] if cell["equal"] == "macs" else None
@@ -131,6 +132,13 @@ def train(bench: Bench, cell: Cell, done: list[Line]) -> Line:
         trained = make(bench, shape, limit)
     else:
         trained = OWN_SHAPE[method](bench, budget, limit)
+    if macs is not None and trained.spent > macs:
+        print(
+            f"seed {bench.seed}  {method} at {budget} is left out: it took "
+            f"{trained.spent / 1e9:.1f} GMACs, and {protocol.reference} {macs / 1e9:.1f}",
+            flush=True,
+        )
+        return None
     return {
         **cell,
         "seed": bench.seed,
@@ -181,9 +189,10 @@ class Worker:
         self._protocol, self._work = protocol, work
         self._images, self._around = Images(protocol.data, device), surroundings(device)
 
-    def __call__(self, seed: int, cell: Cell, done: list[Line]) -> Line:
+    def __call__(self, seed: int, cell: Cell, done: list[Line]) -> Line | None:
         bench = Bench(self._protocol, self._images, seed, self._work)
-        return {**train(bench, cell, done), **self._around}
+        line = train(bench, cell, done)
+        return line and {**line, **self._around}
 
 
 def main() -> None:

@@ -13,8 +13,8 @@ Line = dict[str, Any]
 #: Which network: method, budget, and what is equal; its line says that too.
 Cell = dict[str, Any]
 
-#: (seed, cell, the lines of that seed) -> the line of the cell.
-Train = Callable[[int, Cell, list[Line]], Line]
+#: (seed, cell, the lines of that seed) -> the line of the cell, or None for none.
+Train = Callable[[int, Cell, list[Line]], Line | None]
 
 
 class Table:
@@ -44,7 +44,9 @@ class Table:
         there = {line["method"] for line in self.of(seed) if line["budget"] == cell["budget"]}
         return [method for method in self._needs(cell) if method not in there]
 
-    def add(self, line: Line) -> None:
+    def add(self, line: Line | None) -> None:
+        if line is None:
+            return
         with self._path.open("a") as file:
             file.write(json.dumps(line) + "\n")
         print(
@@ -74,7 +76,7 @@ def _side_by_side(table: Table, make: Callable[[], Train], jobs: int) -> None:
     waiting, failed = list(table.wanted), 0
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, spawn, _prepare, (make,)) as pool:
-        running: set[Future[Line]] = set()
+        running: set[Future[Line | None]] = set()
         while True:
             ready = [unit for unit in waiting if not table.lacks(*unit)]
             for seed, cell in ready[: jobs - len(running)]:
@@ -99,7 +101,7 @@ def _prepare(make: Callable[[], Train]) -> None:
     _made = make()
 
 
-def _train(seed: int, cell: Cell, done: list[Line]) -> Line:
+def _train(seed: int, cell: Cell, done: list[Line]) -> Line | None:
     return _made(seed, cell, done)
 
 

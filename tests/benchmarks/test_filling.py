@@ -4,12 +4,14 @@ import json
 
 import pytest
 
-GOOD, BAD = "good", "bad"
+GOOD, BAD, DEAR = "good", "bad", "dear"
 
 
 def train(seed, cell, done):
     if cell["method"] == BAD:
         raise ValueError("a cell that fails")
+    if cell["method"] == DEAR:
+        return None
     figures = {"top1": 50.0, "epochs": 1, "training_macs": len(done), "seconds": 0.0}
     return {**cell, "seed": seed, **figures}
 
@@ -42,6 +44,16 @@ def test_side_by_side_a_cell_that_fails_keeps_the_others_and_fails_the_whole(tmp
         fill(table(path, wanted), make, jobs=2)
     assert sorted(methods(path)) == [GOOD, "other"]
     assert table(path, wanted).wanted == [(0, cell(BAD))], "what is there is not trained again"
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_cell_that_went_beyond_its_means_leaves_no_line(tmp_path, jobs):
+    from filling import fill
+
+    path = tmp_path / "lines.jsonl"
+    fill(table(path, [(0, cell(DEAR)), (0, cell(GOOD))]), make, jobs)
+    assert methods(path) == [GOOD]
 
 
 @pytest.mark.timeout(60)
