@@ -231,8 +231,9 @@ widths that were not filled.
 - *Target alone*: one epoch of the supernet, the search, then the found slice alone on the
   labels; *shapes tried*: four of 32 candidates, and four more of their offspring, are trained by
   themselves for two epochs each before one is chosen, which equal MACs count and equal epochs do
-  not; *finals*: the search of the form of that name; *finals tried*: its best four are then trained
-  by themselves for four epochs each.
+  not; *finals*: with the search of (f), for both budgets, all of which each of them pays; *finals
+  tried*: that search for one budget, whose best four are then trained by themselves for four epochs
+  each.
 - *Scratch*: the shape that STP found (*shape of four*: that of `stp, taught, four subnets a
   step`; *of a quarter*, *of tuned scores*, *of finals*, *that was tried*: of those forms), for
   which it does not pay; *at uniform widths* and *at a random shape* nobody has to find anything.

@@ -370,8 +370,9 @@ forms of STP*:
 - (f): (e), and the best candidates are tuned for longer before one is chosen: what the recipes
   `cifar10_resnet20_cpu`, `cifar10_resnet56` and `imagenet_resnet50` do.
 
-[The method](method.md#what-each-part-gives) has the settings of each; *shapes tried* is no part of
-the pipeline, and other names are those of the sections below, which have the conditions. Options
+[The method](method.md#what-each-part-gives) has the settings of each; the pipeline tries no shapes
+by themselves (*shapes tried*, *finals tried*), and other names are those of the sections below,
+which have the conditions. Options
 were chosen by the first three seeds of ResNet-20; (e) and (f) were thought of after (d) had been
 run on the fresh ones. The aims of 1 and 2 points, 97 %, tau 0.6 and two dense trainings were set
 before anything was run; those of what starts as the teacher, of Torch-Pruning of the teacher and of
