@@ -5,7 +5,7 @@ import logging
 import os
 import platform
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -283,7 +283,7 @@ class _Pipeline:
         kinds: dict[Training, Optimisation] = {"finalize": self.config.finalize.optimisation}
         if self.config.finalize.control:
             kinds["control"] = self.config.control_options()
-        before = {label: spent(self.store.child(folder(label))) for label in missing}
+        before = self._seconds_before(missing)
         started = time.monotonic()
         with contextlib.ExitStack() as stack:
             trackers = {
@@ -321,6 +321,17 @@ class _Pipeline:
                     metrics=metrics,
                 )
                 tracker.artifact(self._artifact(f"finalize/{label}"))
+
+    def _seconds_before(self, missing: Iterable[str]) -> dict[str, float]:
+        """How long earlier attempts at the last stage took before each budget goes on. Budgets that
+        are done count from its beginning; in one process each waits for the one before."""
+        stages = self.manifest.stages()
+        done = [r["seconds"] for stage, r in stages.items() if stage.startswith("finalize/")]
+        until = max(done, default=0.0)
+        own = {label: spent(self.store.child(folder(label))) for label in missing}
+        if self.config.cluster.in_process:
+            return {label: until + seconds for label, seconds in own.items()}
+        return {label: max(until, seconds) for label, seconds in own.items()}
 
     def _report(self) -> dict[str, Any]:
         started = time.monotonic()

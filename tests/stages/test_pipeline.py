@@ -30,6 +30,7 @@ from stp_ray.lease import held
 from stp_ray.method import Candidate, Teacher, evaluate, reference_logits, training
 from stp_ray.models import build_model
 from stp_ray.stages import explore as exploring
+from stp_ray.stages import finalize as finalizing
 from stp_ray.stages import images as stage_images
 from stp_ray.stages import jobs, pipeline
 from stp_ray.stages.images import share
@@ -725,6 +726,25 @@ def test_a_budget_that_is_resumed_counts_those_of_ladder_and_control(tmp_path, i
     record, took = resumed(run, "finalize/0.5", until=None)
     for seconds in (record["seconds"], record["device_seconds"]):
         assert ladder + control < seconds < ladder + control + took
+
+
+def test_a_run_that_goes_on_after_a_budget_counts_its_seconds(tmp_path, monkeypatch, slow):
+    """In one process the second budget waits for the first."""
+    run, prune = Run(tmp_path, minimal(budgets=[0.6, 0.3])), finalizing.prune
+
+    def first_alone(job, *arguments):
+        if job.stage == "finalize/0.3":
+            raise KeyboardInterrupt
+        return prune(job, *arguments)
+
+    with slow(pipeline), monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(finalizing, "prune", first_alone)
+        pipeline.run(run.config)
+    first = Manifest(Store(run.folder)).stages()["finalize/0.6"]["seconds"]
+    trained = jobs.seconds_spent(Store(run.folder).child("budget-0.3"))
+    assert first > 600 and trained > 0
+    record, took = resumed(run, "finalize/0.3", until=None)
+    assert first + trained < record["seconds"] < first + trained + took
 
 
 @pytest.fixture
