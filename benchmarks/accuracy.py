@@ -84,7 +84,7 @@ PROTOCOLS = {
     "smoke": Protocol(
         model="stp_ray.models:CifarResNet", model_options={"depth": 14},
         data=DataOptions(name="digits", holdout=64, limit=320), epochs=4,
-        batch_size=64, calibration_images=64, seeds=(0,), budgets=(0.3,),
+        batch_size=32, calibration_images=64, seeds=(0,), budgets=(0.3,),
         exploration=Exploration(
             generations=2, population=4, parents=2, calibration_images=64, scoring_images=32,
             final_steps=30,

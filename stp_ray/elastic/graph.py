@@ -13,9 +13,10 @@ from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 
 from ..errors import TraceError
+from . import ops
 from .flag import TRAINING, TrainingFlag
 from .in_place import WRITES, works_in_place
-from .tracer import Tracer, line_of, recorded
+from .tracer import Tracer, kept_whole, line_of, recorded
 
 #: Under this key a graph names the layers that the model calls while it trains alone.
 TRAINING_ONLY = "stp_training_only"
@@ -36,6 +37,7 @@ def symbolic_graph(model: nn.Module, example: Tensor) -> fx.GraphModule:
                 "all workers, and their subnets differ; expected nn.BatchNorm2d; leave out "
                 "convert_sync_batchnorm"
             )
+    _require_no_gradient_hooks(model)
     try:
         model = copy.deepcopy(model)
     except Exception as error:
@@ -43,10 +45,16 @@ def symbolic_graph(model: nn.Module, example: Tensor) -> fx.GraphModule:
             f"{type(model).__name__} cannot be copied: {str(error).splitlines()[0]}; expected a "
             "model that copy.deepcopy takes"
         ) from error
+    storages: set[int] = set()
     for tensor in (*model.parameters(), *model.buffers()):
-        # expanded: its elements lie in one place, and could not be put in order
-        if tensor.layout is torch.strided and 0 in tensor.stride():
-            tensor.data = tensor.data.contiguous()
+        if tensor.layout is not torch.strided:
+            continue
+        # Expanded, or a view of another one: elements in one place, that would be put in order
+        # never or twice.
+        storage = tensor.untyped_storage()._cdata
+        if 0 in tensor.stride() or storage in storages:
+            tensor.data = tensor.data.clone(memory_format=torch.contiguous_format)
+        storages.add(storage)
     if "forward" in vars(model) or model._forward_hooks or model._forward_pre_hooks:
         raise TraceError(
             f"{type(model).__name__} has forward hooks, or a forward of its own that is not its "
@@ -95,9 +103,29 @@ def symbolic_graph(model: nn.Module, example: Tensor) -> fx.GraphModule:
             module = traced.get_submodule(node.target)
             node.meta[WRITES] = any(module is other for other in writing)
             # An identity on a shortcut would hide a residual branch.
-            if type(module) is nn.Identity:
+            if type(module) is nn.Identity and ops.module_rule(module) is not None:
                 node.replace_all_uses_with(node.all_input_nodes[0])
     return traced.train(was_training)
+
+
+def _require_no_gradient_hooks(model: nn.Module) -> None:
+    """Raise TraceError where gradients would pass by a hook: a copy of a parameter has none, nor
+    has a graph those of a module that it does not call."""
+    hooked = [
+        name
+        for name, p in model.named_parameters()
+        if p._backward_hooks or p._post_accumulate_grad_hooks
+    ]
+    hooked += [
+        name or type(model).__name__
+        for name, module in model.named_modules()
+        if (module._backward_hooks or module._backward_pre_hooks) and not kept_whole(module)
+    ]
+    if hooked:
+        raise TraceError(
+            f"{hooked[0]} has hooks that see gradients, which would not run in a graph; expected "
+            "none on parameters and on modules that hold others; take them off before the trace"
+        )
 
 
 def _both_modes(

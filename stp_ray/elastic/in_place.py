@@ -35,13 +35,29 @@ def write_nothing(graph: fx.GraphModule, found: Shapes) -> None:
                 f"{line_of(node)} works in place on a tensor that other parts of the model share; "
                 "expected an operation that returns a new tensor"
             )
+        result = _in_its_type(node, source, found)
+        order[result] = order[node]
         for user in list(source.users):
             if order[user] > order[node]:
-                user.replace_input_with(source, node)
-                shared[user] = [node if s is source else s for s in shared.get(user, ())]
+                user.replace_input_with(source, result)
+                shared[user] = [result if s is source else s for s in shared.get(user, ())]
     # An unused second output would look like a way out; what decided something is looked at once.
     graph.graph.eliminate_dead_code(lambda node: node.is_impure() or DECIDES in node.meta)
     graph.recompile()
+
+
+def _in_its_type(node: fx.Node, source: fx.Node, found: Shapes) -> fx.Node:
+    """The result in the type of the operand that was written over, where another operand may have
+    widened it."""
+    kind = found.dtypes[source]
+    if all(found.dtypes.get(other, kind) == kind for other in node.all_input_nodes):
+        return node
+    with node.graph.inserting_after(node):
+        cast = node.graph.call_method("to", (node, kind))
+    node.replace_all_uses_with(cast, delete_user_cb=lambda user: user is not cast)
+    cast.meta.update(node.meta)
+    found.shapes[cast], found.macs[cast], found.dtypes[cast] = found.shapes[node], 0, kind
+    return cast
 
 
 def _make_pure(node: fx.Node) -> bool:

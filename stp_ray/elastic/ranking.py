@@ -28,22 +28,27 @@ def importance(net: "Supernet", kind: Importance = "l2") -> dict[str, Tensor]:
             al., ICLR 2017; over coupled layers as in DepGraph, CVPR 2023); "norm", the scale of the
             normalisation that follows (Liu et al., ICCV 2017), by l2 on axes without one;
             "taylor", the sum of |weight * gradient| (Molchanov et al., CVPR 2019), for which
-            gradients have to be there.
+            gradients have to be there; a weight without one, such as a frozen one, counts nothing.
 
     Returns:
         axis -> [size], on the device of the weights.
 
     Raises:
-        ValueError: `kind` is unknown, or is "taylor" and a weight has no gradient.
+        ValueError: `kind` is unknown, or is "taylor" and no weight has a gradient.
     """
     if kind not in ("l1", "l2", "norm", "taylor"):
         raise ValueError(f"importance {kind!r}: expected l1, l2, norm or taylor")
+    if kind == "taylor" and all(tensor.grad is None for _, tensor, _ in _parameters(net)):
+        raise ValueError(
+            "there is no gradient on any weight; importance by Taylor expansion needs "
+            "loss.backward() first"
+        )
     totals: dict[str, Tensor] = {}
     scales: dict[str, Tensor] = {}
     for name, tensor, is_scale in _parameters(net):
         for dim, segments in _cut_dims(net, name):
             others = [place for place in range(tensor.dim()) if place != dim]
-            for key, elements in _per_unit(_saliency(tensor, kind, name), others, dim, segments):
+            for key, elements in _per_unit(_saliency(tensor, kind), others, dim, segments):
                 totals[key] = totals.get(key, 0) + elements
             if is_scale:
                 for key, elements in _per_unit(tensor.detach().abs(), others, dim, segments):
@@ -91,17 +96,13 @@ def _places(
     return (start + units[:, None] * factor + torch.arange(factor, device=device)).flatten()
 
 
-def _saliency(tensor: Tensor, kind: Importance, name: str) -> Tensor:
+def _saliency(tensor: Tensor, kind: Importance) -> Tensor:
     weight = tensor.detach()
     if kind == "l1":
         return weight.abs()
     if kind != "taylor":
         return weight.square()
-    if tensor.grad is None:
-        raise ValueError(
-            f"{name} has no gradient; importance by Taylor expansion needs loss.backward() first"
-        )
-    return (weight * tensor.grad).abs()
+    return torch.zeros_like(weight) if tensor.grad is None else (weight * tensor.grad).abs()
 
 
 def _per_unit(

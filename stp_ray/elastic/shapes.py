@@ -26,6 +26,7 @@ class _ShapePass(fx.Interpreter):
     def __init__(self, graph: fx.GraphModule) -> None:
         super().__init__(graph)
         self.shapes: dict[str, ops.Shape] = {}
+        self.dtypes: dict[str, torch.dtype] = {}
         self.counted: dict[str, int] = {}
         self.shared: dict[str, list[str]] = {}
 
@@ -38,6 +39,8 @@ class _ShapePass(fx.Interpreter):
         ]
         self.counted[n.name] = counter.get_total_flops() // 2
         self.shapes[n.name] = _shape(value)
+        if isinstance(value, Tensor):
+            self.dtypes[n.name] = value.dtype
         return value
 
 
@@ -82,6 +85,8 @@ class Shapes:
     shapes: dict[fx.Node, ops.Shape]
     macs: dict[fx.Node, int]
     """Of all samples together."""
+    dtypes: dict[fx.Node, torch.dtype]
+    """Of those that are tensors."""
     shared: dict[fx.Node, list[fx.Node]]
     """The operands that the result shares memory with in evaluation: views, and what layers like
     dropout return as it is."""
@@ -103,6 +108,7 @@ def shapes_of(graph: fx.GraphModule, example: Tensor) -> Shapes:
     return Shapes(
         {nodes[name]: shape for name, shape in run.shapes.items()},
         {nodes[name]: macs for name, macs in run.counted.items()},
+        {nodes[name]: dtype for name, dtype in run.dtypes.items()},
         {nodes[name]: [nodes[other] for other in shared] for name, shared in run.shared.items()},
         batch,
     )

@@ -170,9 +170,7 @@ class Tracer(fx.Tracer):
             self._evaluating = False
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if ops.module_rule(m) is not None:
-            return True
-        return super().is_leaf_module(m, module_qualified_name)
+        return kept_whole(m)
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         if self._evaluating:
@@ -183,9 +181,18 @@ class Tracer(fx.Tracer):
         return out
 
 
-def _surroundings() -> tuple[bool, ...]:
-    """Whether gradients are recorded, and where arithmetic is of lower precision."""
-    return torch.is_grad_enabled(), *map(torch.is_autocast_enabled, ("cpu", "cuda"))
+def kept_whole(module: nn.Module) -> bool:
+    """Whether a graph calls a module instead of what its forward calls."""
+    return ops.module_rule(module) is not None or fx.Tracer().is_leaf_module(module, "")
+
+
+def _surroundings() -> tuple[bool | int, ...]:
+    """Whether gradients are recorded, where arithmetic is of lower precision, and in how many
+    regions that say whether it is."""
+    torch.autocast_increment_nesting()
+    regions = torch.autocast_decrement_nesting()
+    enabled = map(torch.is_autocast_enabled, ("cpu", "cuda"))
+    return torch.is_grad_enabled(), *enabled, regions
 
 
 def _about_sizes(node: fx.Node) -> bool:

@@ -87,6 +87,11 @@ def in_half_precision(m, x):
         return m.a(x)
 
 
+def never_in_half_precision(m, x):
+    with torch.autocast("cpu", enabled=False):  # which a training in half precision has on
+        return m.a(x)
+
+
 def by_a_coin(draw):
     return lambda m, x: x if m.training and draw() < 0.5 else x + m.a(x)
 
@@ -105,6 +110,7 @@ def with_a_hidden_parameter(m, x):
     [
         (without_gradients, r"test_graph.py.*cannot hold torch\.no_grad"),
         (in_half_precision, r"test_graph.py.*torch\.autocast\(\): detach"),
+        (never_in_half_precision, r"test_graph.py.*torch\.autocast\(\): detach"),
         (by_a_coin(lambda: torch.rand(1).item()), "draws random numbers while it decides"),
         (by_a_coin(random.random), "draws random numbers while it decides"),
         (by_a_coin(np.random.rand), "draws random numbers while it decides"),
@@ -258,6 +264,22 @@ def test_a_width_that_decides_does_not_shrink():
     assert_exact(net)
 
 
+def asserted(m, x):
+    torch._assert(x.shape[1] == 8, "expected eight channels")
+    y = m.a(x)
+    torch._assert(y.shape[2] == 8, "expected images of 8 px")
+    return m.b(y)
+
+
+def test_an_asserted_width_does_not_shrink_and_an_asserted_height_is_no_matter():
+    net = supernet(Written(asserted, a=nn.Conv2d(8, 16, 1), b=nn.Conv2d(16, 8, 1), width=8))
+    assert [(f.name, f.reason.split(":")[0]) for f in net.frozen] == [
+        ("stem", "decides what the model computes")
+    ]
+    assert [axis.name for axis in net.space.axes] == ["a", "b"]
+    assert_exact(net)
+
+
 def test_control_flow_on_the_batch_is_refused():
     with pytest.raises(TraceError, match=r"control flow"):
         supernet(SizeDecides("batch"))
@@ -320,6 +342,52 @@ def test_what_is_hung_on_the_outermost_module_is_refused_and_may_be_within(build
     images = pixels(2)
     net = Supernet.trace(nn.Sequential(model), images).eval()
     torch.testing.assert_close(net(images), model(images))
+
+
+def test_an_identity_that_does_something_stays():
+    identity = nn.Identity()
+    identity.register_forward_hook(lambda module, given, out: 2 * out)
+    model = randomised(Written(lambda m, x: m.twice(x), twice=identity).double(), pixels(8))
+    assert_exact(Supernet.trace(model, pixels(1)), model=model)
+
+
+def hooked_parameter():
+    model = Own()
+    model.stem.weight.register_hook(torch.zeros_like)
+    return model
+
+
+def hooked_after_accumulation():
+    model = Own()
+    model.stem.weight.register_post_accumulate_grad_hook(lambda p: p.grad.zero_())
+    return model
+
+
+def hooked_block():
+    model = nn.Sequential(Own())
+    model[0].register_full_backward_hook(lambda module, given, out: (given[0] * 0,))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("build", "name"),
+    [
+        (hooked_parameter, r"stem\.weight"),
+        (hooked_after_accumulation, r"stem\.weight"),
+        (hooked_block, "0"),
+    ],
+)
+def test_hooks_that_gradients_would_pass_by_are_refused(build, name):
+    with pytest.raises(TraceError, match=f"^{name} has hooks that see gradients.* take them off"):
+        Supernet.trace(build(), torch.zeros(1, 3, 8, 8))
+
+
+def test_a_hook_of_a_layer_sees_its_gradients():
+    seen, model = [], Own()
+    model.stem.register_full_backward_hook(lambda module, given, out: seen.append(out))
+    images = torch.zeros(1, 3, 8, 8, requires_grad=True)
+    Supernet.trace(model, images)(images).sum().backward()
+    assert len(seen) == 1
 
 
 class Held(nn.Module):

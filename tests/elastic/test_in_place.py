@@ -35,6 +35,21 @@ def test_operations_in_place_compute_what_they_did(between):
     assert_exact(net, model=model)
 
 
+def test_a_result_has_the_type_of_what_it_is_written_over():
+    model = Written(lambda m, x: m.after(_widened(x)), after=nn.Conv2d(8, 8, 1)).bfloat16().eval()
+    images = pixels(2).bfloat16()
+    net = Supernet.trace(model, images).eval()
+    assert torch.equal(net(images), model(images))
+    for subnet in (net.space.full, net.space.smallest):
+        assert torch.equal(net(images, subnet), net.extract(subnet)(images))
+
+
+def _widened(x):
+    x += torch.linspace(0, 1, 8)  # in single precision
+    x *= 2
+    return x
+
+
 def _assign(m, x):
     y = m.after(x)
     y += x

@@ -11,7 +11,7 @@ from torchvision.models import swin_v2_t
 from stp_ray.elastic import Supernet, importance
 from stp_ray.models import build_model
 
-from .networks import Own, Tokens, pixels, randomised, supernet
+from .networks import Own, Tokens, Written, pixels, randomised, supernet
 
 NETWORKS = {
     "own": (Own, 8),
@@ -135,6 +135,15 @@ def test_mistakes_are_named():
         importance(net, "taylor")
 
 
+def test_a_frozen_layer_counts_nothing_by_taylor():
+    net = supernet(Written(lambda m, x: m.after(x), after=nn.Conv2d(8, 8, 1)))
+    net.model.get_submodule("stem").requires_grad_(False)
+    net(pixels(2)).sum().backward()
+    reader = net.model.get_parameter("after.weight")
+    expected = (reader * reader.grad).abs().sum((0, 2, 3)).detach()
+    torch.testing.assert_close(importance(net, "taylor")["stem"], expected)
+
+
 def test_a_buffer_that_is_put_in_order_too_is_in_the_state_dict():
     class Positions(nn.Module):
         def __init__(self):
@@ -154,6 +163,23 @@ def test_a_buffer_that_is_put_in_order_too_is_in_the_state_dict():
     assert not torch.equal(state["table"], model.table)
     again.model.load_state_dict(state)
     torch.testing.assert_close(again(images), model.eval()(images))
+
+
+def test_buffers_in_one_memory_are_put_in_order_once():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8, 4)
+            self.register_buffer("scale", torch.rand(8))
+            self.register_buffer("of_images", self.scale.view(1, -1, 1, 1))
+
+        def forward(self, x):
+            return self.head((self.stem(x) * self.of_images).mean((2, 3)) * self.scale)
+
+    images, model = pixels(2).float(), Twice().eval()  # `double()` would part them
+    net = Supernet.trace(model, images).eval()
+    net.rank(random_scores(net))
+    torch.testing.assert_close(net(images), model(images))
 
 
 def test_tensors_whose_elements_lie_in_one_place_are_put_in_order_too():

@@ -33,9 +33,16 @@ def arithmetic(visit: Visit) -> Value:
 
 
 def passive(visit: Visit) -> Value:
-    """Yields no tensor (a shape, a size, an assertion) or integers computed from one."""
+    """Yields no tensor (a shape, a size) or integers computed from one."""
     if isinstance(visit.shape, (torch.Size, list)) and tensors_in(visit.shape):
         return unknown(visit)
+    return None
+
+
+def asserted(visit: Visit) -> Value:
+    """An assertion: what it asks of a width has to stay true."""
+    condition = visit.argument(0, "condition")
+    visit.freeze(tuple(visit.origins(condition)), reason="decides what the model computes")
     return None
 
 

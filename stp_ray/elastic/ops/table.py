@@ -95,10 +95,9 @@ FUNCTIONS: dict[Any, Rule] = {
     },
     **{
         function: functions.passive
-        for function in (
-            operator.floordiv, operator.mod, torch._assert, getattr,
-        )
+        for function in (operator.floordiv, operator.mod, getattr)
     },
+    torch._assert: functions.asserted,
     operator.getitem: reshaping.index,
     operator.matmul: functions.matmul,
     torch.matmul: functions.matmul,
