@@ -19,8 +19,11 @@ from .recipes import recipe_names
 
 
 @contextlib.contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Turn a StpError into one line on standard error and its exit code, without traceback."""
+def one_line_errors(
+    stopped: str = "stopped; the same command goes on where it was",
+) -> Iterator[None]:
+    """Turn a StpError into one line on standard error and its exit code, without traceback; an
+    interruption into what is said of it."""
     try:
         yield
     except StpError as error:
@@ -30,7 +33,7 @@ def one_line_errors() -> Iterator[None]:
         print(f"error: {' '.join(str(told).split())}", file=sys.stderr, flush=True)
         raise SystemExit(told.exit_code) from None
     except KeyboardInterrupt:
-        print("stopped; the same command goes on where it was", file=sys.stderr, flush=True)
+        print(stopped, file=sys.stderr, flush=True)
         raise SystemExit(130) from None
 
 
@@ -293,7 +296,8 @@ def convert_data(
     from .data import dataset_to_parquet, folder_to_parquet
     from .data.convert import is_saved_dataset
 
-    with _progress("converting") as on_progress:
+    begins = one_line_errors("stopped; nothing was kept, and the same command begins anew")
+    with begins, _progress("converting") as on_progress:
         if hub or is_saved_dataset(source):
             counts = dataset_to_parquet(_hugging_face(source, hub), target, on_progress)
         else:
@@ -413,7 +417,8 @@ def run_recipe(
         recipe = None
     if recipe is None and not print_config:
         raise ConfigError(
-            f"no recipe was named; expected a YAML file or one of {', '.join(recipe_names())}"
+            "no recipe was named before the overrides; expected a YAML file or one of "
+            f"{', '.join(recipe_names())}"
         )
     config = load_config({} if recipe is None else recipe, overrides)
     if print_config:

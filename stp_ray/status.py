@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from .artifacts import Manifest, Record, Store
-from .config import RunConfig, load_config, run_id
+from .config import RunConfig, load_config, local_path, run_id
 from .errors import ConfigError, StorageError
 from .lease import DURATION, Holder, holder
 from .tracking import file_name
@@ -138,7 +138,8 @@ def resumable(run: Store, factory: str | None = None) -> RunConfig:
             f"--factory {shlex.quote(named)}"
         )
     for name, path in (("data.uri", config.data.uri), ("model.weights", config.model.weights)):
-        if path is not None and "://" not in path and not os.path.exists(os.path.expanduser(path)):
+        here = None if path is None else local_path(path)
+        if here is not None and not os.path.exists(here):
             raise ConfigError(
                 f"{name} of {run.uri} is {path}, which is not there; expected it where the run was "
                 "started; go to the folder that it is relative to, and resume from there"

@@ -407,6 +407,16 @@ def test_data_convert_makes_what_a_recipe_reads(tmp_path):
     assert "cannot be loaded" in refused(stp("data", "convert", "--hub", "/absent", target))
 
 
+def test_an_interrupted_conversion_does_not_say_that_it_goes_on(tmp_path, monkeypatch):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("stp_ray.data.folder_to_parquet", interrupted)
+    result = stp("data", "convert", str(tmp_path), str(tmp_path / "set"))
+    assert result.exit_code == 128 + signal.SIGINT
+    assert result.stderr == "stopped; nothing was kept, and the same command begins anew\n"
+
+
 def test_wandb_sync_says_what_to_upload(tmp_path, monkeypatch):
     monkeypatch.delenv("WANDB_DIR", raising=False)
     run = tmp_path / "demo-1"
@@ -520,6 +530,20 @@ def test_a_plan_follows_the_work_and_what_is_done(tmp_path, monkeypatch):
     assert planned.left == pytest.approx(sum(s.device_hours for s in done.values()) - 2)
     assert planning.costs(planned, 3)["explore"] == pytest.approx(3 * done["explore"].device_hours)
     assert "baseline" not in planning.costs(planned, 3)
+
+
+def test_a_dry_run_refuses_what_the_run_would(tmp_path, monkeypatch):
+    """That it was begun with other images; and does not measure on cores that are not there."""
+    from stp_ray.artifacts import Store
+    from stp_ray.config import load_config, run_id
+    from stp_ray.stages.inputs import INPUTS
+
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    overrides = [f"storage={tmp_path}", "cluster.threads_per_worker=64"]
+    run = Store(tmp_path).child(run_id(load_config("demo", overrides)))
+    assert "on 2 of this machine's cores" in stp("run", "demo", "--dry-run", *overrides).stdout
+    run.write_json(INPUTS, {"data": "others", "weights": None})
+    assert "begun with other images" in refused(stp("run", "demo", "--dry-run", *overrides))
 
 
 def test_a_plan_for_gpus_that_are_not_here_says_what_it_assumes(tmp_path, monkeypatch):

@@ -157,9 +157,32 @@ def test_other_processes_get_absolute_paths_and_uris_as_they_are(tmp_path, monke
     assert there.data.uri == f"{tmp_path}/set"
     assert there.model.weights == f"{tmp_path}/first/w.pt"
     assert (config.data.uri, config.model.weights) == ("set", "first/w.pt")
+    of_files = load_config(
+        {"data": {"name": "parquet", "uri": "file://set"}, "model": {"weights": "file://w.pt"}}
+    )
+    assert placed(of_files).data.uri == f"{tmp_path}/set"
+    assert placed(of_files).model.weights == f"{tmp_path}/w.pt"
     remote = load_config({"data": {"name": "parquet", "uri": "s3://bucket/set"}})
     assert placed(remote) == remote
     assert placed(load_config({})) == load_config({})
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("model.weights", '""'),
+        ("data.crop_padding", 10**20),
+        ("data.mixup", 1e-320),
+        ("cluster.threads_per_worker", 10**11),
+        ("supernet.optimisation.lr", 1e308),
+        ("supernet.stimulation.temperature", 1e308),
+        ("supernet.stimulation.subnets", 10**10),
+    ],
+)
+def test_a_value_that_nothing_could_compute_with_is_refused(path, value):
+    with pytest.raises(ConfigError, match=path.rpartition(".")[2]) as caught:
+        load_config({}, [f"{path}={value}"])
+    assert "\n" not in str(caught.value)
 
 
 def test_other_processes_are_told_the_cluster_that_the_driver_joined(monkeypatch):

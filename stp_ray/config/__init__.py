@@ -17,6 +17,7 @@ from .tree import (
     TrackingOptions,
     Training,
     dump_config,
+    local_path,
     placed,
     run_id,
 )
@@ -33,6 +34,7 @@ __all__ = [
     "Training",
     "dump_config",
     "load_config",
+    "local_path",
     "placed",
     "run_id",
     "to_yaml",

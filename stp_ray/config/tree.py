@@ -94,7 +94,7 @@ class ModelOptions(_Section):
     "package.module:function" that returns a torch.nn.Module."""
     kwargs: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of the model's function."""
-    weights: str | None = None
+    weights: str | None = Field(default=None, min_length=1)
     """URI of a state dict to start from (safetensors, or torch.save read with weights_only); null:
     random weights."""
     ranking: Literal["l1", "l2", "norm"] | None = "l2"
@@ -171,7 +171,7 @@ class ClusterOptions(_Section):
     each change begins again at the last checkpoint."""
     use_gpu: bool = False
     """One GPU per worker."""
-    threads_per_worker: int = Field(default=1, ge=1)
+    threads_per_worker: int = Field(default=1, ge=1, le=4096)
     """CPU threads (and Ray CPUs) per worker."""
     explore_workers: int | None = Field(default=None, ge=1)
     """Processes that score candidates; null: as many as num_workers."""
@@ -385,10 +385,15 @@ def placed(config: RunConfig) -> RunConfig:
 
 
 def _absolute(uri: str | None) -> str | None:
-    """A path from the root of the file system; a URI stays as it is."""
-    if uri is None or "://" in uri or "::" in uri:
-        return uri
-    return os.path.abspath(os.path.expanduser(uri))
+    """A path from the root of the file system; a URI of other storage stays as it is."""
+    path = None if uri is None else local_path(uri)
+    return uri if path is None else os.path.abspath(path)
+
+
+def local_path(uri: str) -> str | None:
+    """The path of a local file or folder, given as such or by `file://`; None for other storage."""
+    path = uri.removeprefix("file://").removeprefix("local://")
+    return None if "://" in path or "::" in path else os.path.expanduser(path)
 
 
 def dump_config(config: RunConfig) -> dict[str, Any]:

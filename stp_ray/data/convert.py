@@ -16,7 +16,7 @@ from fsspec.implementations.local import LocalFileSystem
 from ..errors import DataError
 from .folders import IMAGE_SUFFIXES, TEST_FOLDERS
 from .parquet import ROWS, checked_names
-from .source import Stored
+from .source import Stored, require_text
 from .storage import open_filesystem, reading, writing
 
 #: Called with the number of images written so far and of all.
@@ -112,6 +112,7 @@ class _Folder:
                 "expected the same folders of images in both"
             )
         self.class_names: Sequence[str] = classes["train"]
+        require_text(self.class_names)
         self.rows: Mapping[Stored, int] = {split: len(files) for split, files in listed.items()}
         self._files = listed
 
@@ -247,15 +248,20 @@ def _write(images: _Images, uri: str, on_progress: OnProgress) -> dict[str, int]
             ROWS: json.dumps(dict(images.rows)),
         },
     )
-    done, total = 0, sum(images.rows.values())
-    with writing(uri):
+    done, total, begun = 0, sum(images.rows.values()), list[str]()
+    with writing(uri), contextlib.ExitStack() as failed:
         if filesystem.exists(root) and filesystem.find(root):
-            raise DataError(f"{uri} holds files already; expected an empty folder; choose another")
+            raise DataError(
+                f"{uri} holds files already; expected an empty folder; choose another, or delete "
+                "what a conversion that was cut off has left"
+            )
+        failed.callback(_delete, filesystem, begun)
         for split, count in images.rows.items():
             filesystem.makedirs(f"{root}/{split}", exist_ok=True)
             rows = images.read(split)
             for number in range(-(-count // (_ROWS_PER_GROUP * _GROUPS_PER_FILE))):
                 path = f"{root}/{split}/part-{number:05}.parquet"
+                begun.append(path)
                 with (
                     filesystem.open(path, "wb") as handle,
                     pq.ParquetWriter(handle, schema, compression="zstd") as writer,
@@ -270,7 +276,15 @@ def _write(images: _Images, uri: str, on_progress: OnProgress) -> dict[str, int]
                         ))  # fmt: skip
                         done += len(group)
                         on_progress(done, total)
+        failed.pop_all()
     return {str(split): count for split, count in images.rows.items()}
+
+
+def _delete(filesystem: Any, paths: Sequence[str]) -> None:
+    """What was begun, so that nobody takes it for a data set and the conversion can begin anew."""
+    for path in paths:
+        with contextlib.suppress(Exception):  # the storage may be what failed
+            filesystem.rm_file(path)
 
 
 def _refuse(error: OSError) -> None:

@@ -1,5 +1,6 @@
 """torchvision's own data sets: CIFAR-10 and CIFAR-100 as downloaded, and folders of images."""
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,9 @@ TEST_FOLDERS = ("test", "val")
 IMAGE_SUFFIXES = frozenset(datasets.folder.IMG_EXTENSIONS)
 
 _PART_FILES = 256
+#: So many files of a split, from all over it, are asked for their sizes: a million on a network's
+#: disk would take an hour.
+_SIZED = 1024
 
 
 def local_folder(name: str, uri: str | None) -> Path:
@@ -124,11 +128,14 @@ class FolderSource:
             shape = image_shape(_file(path))
             if shape is not None:
                 train, test = len(self._samples["train"]), len(self._samples["test"])
-                names = {
-                    split: [path.removeprefix(str(self._folder)) for path, _ in samples]
+                files = {
+                    split: [
+                        (path.removeprefix(str(self._folder)), _size(path) if i < _SIZED else None)
+                        for i, (path, _) in enumerate(samples)
+                    ]
                     for split, samples in self._samples.items()
                 }
-                return Layout(self._classes, train, test, shape, fingerprint(names))
+                return Layout(self._classes, train, test, shape, fingerprint(files, shape))
         raise DataError(
             f"16 images of {self._folder / 'train'} cannot be decoded; expected image files such "
             "as JPEG or PNG; change data.uri"
@@ -144,6 +151,11 @@ class FolderSource:
         samples = [self._samples[part.split][row] for row in part.rows]
         labels = np.array([label for _, label in samples], dtype=np.int64)
         yield Chunk(part.rows, [_file(path) for path, _ in samples], labels)
+
+
+def _size(path: str) -> int | None:
+    with reading(path):
+        return os.path.getsize(path) if os.path.exists(path) else None
 
 
 def _listed(folder: Path) -> datasets.ImageFolder:

@@ -81,7 +81,15 @@ class DataOptions:
         _at_least("image_size", self.image_size, 1)
         _at_least("holdout", self.holdout, 1)
         _at_least("crop_padding", self.crop_padding, 0)
-        _at_least("mixup", self.mixup, 0)
+        if self.crop_padding > 1024:
+            raise ValueError(
+                f"crop_padding is {self.crop_padding}; expected at most 1024 pixels; change "
+                "data.crop_padding"
+            )
+        if self.mixup != 0 and not 1e-6 <= self.mixup <= 1e6:
+            raise ValueError(
+                f"mixup is {self.mixup}; expected 0, or 1e-6 to 1e6; change data.mixup"
+            )
         _at_least("resident_limit_mb", self.resident_limit_mb, 1)
         _at_least("limit", self.limit, 2)
         _channels("mean", self.mean)

@@ -236,8 +236,9 @@ class ParquetSource:
         if wanted is not None and wanted != dict(rows):
             raise DataError(
                 f"{self.uri} holds {rows['train']} training and {rows['test']} test images; "
-                f"expected {wanted['train']} and {wanted['test']}: its conversion was cut off; "
-                "empty the folder and convert again"
+                f"expected {wanted['train']} and {wanted['test']}: its conversion was cut off, or "
+                "files were changed since; empty the folder and convert again, or, if they are to "
+                f"be as they are, leave {ROWS} out of their schema metadata"
             )
 
     def _class_names(self) -> tuple[str, ...] | None:
@@ -341,6 +342,7 @@ def checked_names(
                 f"the labels of the {_SPLIT_WORDS[split]} split of {found_in} go from {low} to "
                 f"{high}; expected 0 to {len(names) - 1} for {len(names)} classes; change the "
                 f"labels, or name all classes in {named_in}"
+                + ("; a label that is missing counts as -1" if low == -1 else "")
             )
     return tuple(names)
 

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from ..errors import DataError
 from .split import stratified_rows
 
 Stored = Literal["train", "test"]
@@ -27,6 +28,22 @@ class Layout:
     fingerprint: str
     """Tells this content from another, by what can be seen without reading the images; the same
     wherever it lies."""
+
+    def __post_init__(self) -> None:
+        """Refuse names that no file of a run could hold. Raises DataError."""
+        require_text(self.class_names)
+
+
+def require_text(class_names: Sequence[str]) -> None:
+    """Raise DataError where the name of a class is no text: a folder whose name is not UTF-8."""
+    for name in class_names:
+        try:
+            name.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"the name of class {name!r} is not UTF-8; expected text, for reports and model "
+                "cards name the classes; rename the folder"
+            ) from error
 
 
 def fingerprint(*parts: Any) -> str:

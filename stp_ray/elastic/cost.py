@@ -152,7 +152,8 @@ def _known(cost: Cost, budget: Budget) -> float:
 def _shown(bound: int | float) -> str:
     """A bound as short as it can be without being taken for another one."""
     short = f"{bound:g}"
-    return short if isinstance(bound, float) and float(short) == bound else str(bound)
+    shown = short if isinstance(bound, float) and float(short) == bound else str(bound)
+    return shown.replace("e+", "e")  # folders are named after it
 
 
 def _absolute(bound: int | float | None, full: int) -> float:

@@ -49,7 +49,9 @@ class Stimulation:
     """Whether data-parallel workers train different subnets: W times K a step [ours]."""
 
     def __post_init__(self) -> None:
-        require(self.subnets >= 1, "subnets", self.subnets, "at least 1", "raise it")
+        require(
+            1 <= self.subnets <= 1000, "subnets", self.subnets, "1 to 1,000", "4 is usual"
+        )  # fmt: skip
         _check_distillation(self.kd_weight, self.temperature)
         require(
             self.sampler in ("uniform", "stratified", "sandwich", "narrowing"),
@@ -122,8 +124,9 @@ class Expansion:
 def _check_distillation(kd_weight: float, temperature: float) -> None:
     require(0 <= kd_weight < math.inf, "kd_weight", kd_weight, "0 or more", "1 is usual")
     require(
-        0 < temperature < math.inf, "temperature", temperature, "a positive number", "1 is usual"
-    )
+        0 < temperature <= 1e6, "temperature", temperature, "a positive number up to 1e6",
+        "1 is usual",
+    )  # fmt: skip
 
 
 #: Runs the backward pass of a loss, as `Tensor.backward` does, scaled where that is needed.

@@ -35,6 +35,11 @@ def build_supernet(config: RunConfig, summary: DataSummary) -> Supernet:
     size = summary.image_size
     data = {"num_classes": summary.num_classes, "image_size": size}
     model = build_for(config.model.name, data, config.model.kwargs)
+    if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+        raise ConfigError(
+            f"model {config.model.name!r} has tensors on the meta device, without values; expected "
+            "a model with weights; build it outside of torch.device('meta')"
+        )
     if config.model.weights:
         load_weights(model, config.model.weights)
     example = torch.zeros(1, 3, size, size)
@@ -156,18 +161,30 @@ def check_images(config: RunConfig, net: Supernet, size: int) -> None:
     ):
         if options is not None and options.batch_size == workers:
             for images in seen:
-                _train_on_one(config.model.name, net, images)
+                _train_on_one(
+                    config.model.name, net, images, "batch_size gives a worker one image a step",
+                    "raise batch_size or have fewer num_workers",
+                )  # fmt: skip
+    search = config.explore
+    for setting, count in (
+        ("explore.calibration_images", search.calibration_images),
+        ("explore.tuning_images", search.tuning_images if search.tuning_steps else None),
+        ("finalize.calibration_images", config.finalize.calibration_images),
+    ):
+        if count == 1:
+            _train_on_one(
+                config.model.name, net, example, f"{setting} is 1", f"raise {setting}"
+            )  # fmt: skip
 
 
-def _train_on_one(name: str, net: Supernet, images: torch.Tensor) -> None:
+def _train_on_one(name: str, net: Supernet, images: torch.Tensor, found: str, remedy: str) -> None:
     copied = copy.deepcopy(net.model).train()
     try:
         copied(images)
     except ValueError as error:  # BatchNorm's, which has nothing to take a mean over
         raise ConfigError(
-            f"batch_size gives a worker one image a step, and {name!r} cannot be trained on one "
-            f"({_short(error)}); expected two or more for each; raise batch_size or have fewer "
-            "num_workers"
+            f"{found}, and {name!r} cannot be trained on one ({_short(error)}); expected two or "
+            f"more; {remedy}"
         ) from error
 
 

@@ -82,10 +82,15 @@ def run(
             f"until is {until!r}; expected baseline, supernet or explore, or None for the whole run"
         )
     config = load_config(config, overrides)
+    with torch.inference_mode(False), torch.enable_grad():  # whatever the caller is in
+        return _run(config, until)
+
+
+def _run(config: RunConfig, until: str | None) -> dict[str, Any]:
     images_summary, net = preflight(config)
     store = Store(config.storage).child(run_id(config))
     store.probe()
-    made_from = inputs(config, images_summary)
+    made_from = inputs(config, images_summary, net)
     require_same(store, made_from)
     done = Manifest(store)
     if finished(done):

@@ -1,6 +1,7 @@
 """What a run would do and cost, before it does anything."""
 
 import math
+import os
 import random
 import time
 from collections.abc import Iterable, Mapping
@@ -18,6 +19,7 @@ from ..method import Optimisation, ladder, sampler
 from ..method.scoring import TUNING_BATCH
 from ..method.training import Draw
 from ..timing import PAIRS
+from .inputs import inputs, require_same
 from .network import LATENCY, timed
 from .pipeline import preflight
 
@@ -72,6 +74,7 @@ def plan(config: RunConfig) -> Plan:
     """
     summary, net = preflight(config)
     store = Store(config.storage).child(run_id(config))
+    require_same(store, inputs(config, summary, net))
     manifest = Manifest(store)
     records = manifest.stages()
     seconds_per_mac, basis = _speed(config, net, summary)
@@ -158,7 +161,8 @@ def _speed(config: RunConfig, net: Supernet, summary: DataSummary) -> tuple[floa
         text = f"{ASSUMED_FLOPS / 1e12:g} TFLOP/s assumed of each GPU, for there is none here"
         return 2 / ASSUMED_FLOPS, text
     device = torch.device("cuda" if config.cluster.use_gpu else "cpu")
-    before, threads = torch.get_num_threads(), config.cluster.threads_per_worker
+    before = torch.get_num_threads()
+    threads = min(config.cluster.threads_per_worker, os.cpu_count() or 1)
     torch.set_num_threads(threads)
     try:
         seconds, count = _training_step(config, net, summary, device)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 import stp_ray as stp
 from stp_ray.config import load_config
@@ -9,6 +10,7 @@ from stp_ray.data import describe
 from stp_ray.errors import ConfigError
 from stp_ray.models import build_model
 from stp_ray.stages.inputs import INPUTS, inputs, require_same
+from stp_ray.stages.network import build_supernet
 from tests.stages.runs import minimal
 
 pytestmark = pytest.mark.timeout(300)
@@ -16,8 +18,10 @@ pytestmark = pytest.mark.timeout(300)
 
 def test_what_a_run_was_begun_with_is_asked_for_again(store):
     config = load_config(minimal())
-    found = inputs(config, describe(config.data))
+    summary = describe(config.data)
+    found = inputs(config, summary, build_supernet(config, summary))
     assert found["weights"] is None
+    assert found["network"] is None  # ours and torchvision's may differ between versions
     require_same(store, found)
     store.write_json(INPUTS, found)
     require_same(store, found)
@@ -25,6 +29,43 @@ def test_what_a_run_was_begun_with_is_asked_for_again(store):
         require_same(store, {**found, "data": "0"})
     with pytest.raises(ConfigError, match="begun with other first weights"):
         require_same(store, {**found, "weights": "0"})
+    with pytest.raises(ConfigError, match="begun with other code of the network"):
+        require_same(store, {**found, "network": "0"})
+    del found["network"]
+    store.write_json(INPUTS, found)  # as an earlier version did
+    require_same(store, {**found, "network": "0"})
+
+
+#: What a user's own code builds, and may be changed to between two attempts.
+OWN = {"width": 8, "act": nn.ReLU, "eps": 1e-5}
+
+
+def own(num_classes):
+    width = OWN["width"]
+    return nn.Sequential(
+        nn.Conv2d(3, width, 3), nn.BatchNorm2d(width, eps=OWN["eps"]), OWN["act"](),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, num_classes),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("change", [{"width": 16}, {"act": nn.Sigmoid}, {"eps": 1e-3}])
+def test_a_run_does_not_go_on_with_other_code_of_the_network(tmp_path, monkeypatch, change):
+    recipe = minimal(model={"name": f"{__name__}:own"}, storage=str(tmp_path / "runs"))
+    config = load_config(recipe)
+    stp.run(config, until="supernet")
+    with monkeypatch.context() as patch:
+        for name, value in change.items():
+            patch.setitem(OWN, name, value)
+        with pytest.raises(ConfigError, match="begun with other code of the network"):
+            stp.run(config)
+    assert stp.run(config, until="supernet")
+
+
+@pytest.mark.parametrize("surroundings", [torch.no_grad, torch.inference_mode])
+def test_a_run_learns_whatever_its_caller_is_in(tmp_path, surroundings):
+    with surroundings():
+        figures = stp.run(minimal(storage=str(tmp_path / "runs")), until="supernet")
+    assert figures
 
 
 def test_a_run_does_not_go_on_with_other_weights_of_the_same_name(tmp_path):

@@ -72,6 +72,28 @@ def test_what_a_step_cannot_be_trained_on_is_found_before_it(summary, supernet, 
     assert all(before[n].equal(tensor) for n, tensor in net.model.state_dict().items())
 
 
+@pytest.mark.parametrize(
+    "setting",
+    ["explore.calibration_images", "explore.tuning_images", "finalize.calibration_images"],
+)
+def test_one_image_to_measure_statistics_on_is_found_too(summary, setting):
+    config = load_config({"model": {"name": f"{__name__}:of_8_px"}}, [f"{setting}=1"])
+    net = build_supernet(config, summary)
+    with pytest.raises(ConfigError, match=rf"^{setting} is 1, and .*more than 1 .*raise {setting}"):
+        check_images(config, net, summary.image_size)
+
+
+def without_values(num_classes):
+    with torch.device("meta"):
+        return of_8_px(num_classes)
+
+
+def test_a_model_without_values_is_refused(summary):
+    config = load_config({"model": {"name": f"{__name__}:without_values"}})
+    with pytest.raises(ConfigError, match="on the meta device, without values"):
+        build_supernet(config, summary)
+
+
 def test_only_what_gets_smaller_images_has_to_do_with_one_of_them(summary):
     """A batch of one is refused to the supernet, and not to what trains on whole images."""
     smaller = {"stimulation": {"resolutions": [1.0, 0.5]}}
