@@ -218,7 +218,9 @@ def inspect(
     ],
     image_size: Annotated[
         int | None,
-        typer.Option(help="Height and width in pixels; 32 for our models, else 224.", min=1),
+        typer.Option(
+            help="Height and width in pixels; 32 for our models, else 224.", min=1, max=8192
+        ),
     ] = None,
     num_classes: Annotated[
         int | None, typer.Option(help="Number of classes; 10 for our models, else 1000.", min=1)
@@ -623,6 +625,11 @@ def _data_options(source: str, root: str | None, image_size: int | None) -> Any:
 
     content: dict[str, Any]
     if "://" in source or os.sep in source or os.path.isdir(source):
+        if root is not None:
+            raise ConfigError(
+                f"--root is {root} beside the folder {source}; expected it with the name of a data "
+                "set; leave out one of them"
+            )
         content = {"name": "parquet", "uri": source}
     else:
         content = {"name": source, "uri": root}

@@ -403,6 +403,8 @@ def test_data_convert_makes_what_a_recipe_reads(tmp_path):
     described = json.loads(stp("data", "describe", target, "--json").stdout)
     assert (described["train_rows"], described["test_rows"]) == (6, 6)
     assert "holds files already" in refused(stp("data", "convert", f"{tmp_path}/photos", target))
+    assert "leave out one" in refused(stp("data", "describe", target, "--root", str(tmp_path)))
+    assert "or --root" in refused(stp("data", "describe", "CIFAR10"))
     assert "none found" in refused(stp("data", "convert", target, f"{tmp_path}/other"))
     assert "cannot be loaded" in refused(stp("data", "convert", "--hub", "/absent", target))
 

@@ -32,7 +32,10 @@ def local_folder(name: str, uri: str | None) -> Path:
         DataError: it is not given, not local, not there or may not be read.
     """
     if uri is None:
-        raise DataError(f"data.name {name} has no data.uri; expected a folder; set data.uri")
+        raise DataError(
+            f"data.name {name} has no data.uri; expected a folder; set data.uri, or --root of "
+            "`stp data describe`"
+        )
     if "://" in uri and not uri.startswith("file://"):
         raise DataError(
             f"data.uri {uri} is not a local folder; expected one for {name}, which torchvision "
