@@ -48,16 +48,15 @@ def own(num_classes):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("change", [{"width": 16}, {"act": nn.Sigmoid}, {"eps": 1e-3}])
-def test_a_run_does_not_go_on_with_other_code_of_the_network(tmp_path, monkeypatch, change):
+def test_a_run_does_not_go_on_with_other_code_of_the_network(tmp_path, monkeypatch):
     recipe = minimal(model={"name": f"{__name__}:own"}, storage=str(tmp_path / "runs"))
     config = load_config(recipe)
     stp.run(config, until="supernet")
-    with monkeypatch.context() as patch:
-        for name, value in change.items():
+    for name, value in (("width", 16), ("act", nn.Sigmoid), ("eps", 1e-3)):
+        with monkeypatch.context() as patch:
             patch.setitem(OWN, name, value)
-        with pytest.raises(ConfigError, match="begun with other code of the network"):
-            stp.run(config)
+            with pytest.raises(ConfigError, match="begun with other code of the network"):
+                stp.run(config)
     assert stp.run(config, until="supernet")
 
 
