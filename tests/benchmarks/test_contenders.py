@@ -128,7 +128,7 @@ def test_no_method_sees_an_epoch_twice(bench, monkeypatch, method, seen_before):
     from bench import Images
     from contenders import OWN_SHAPE, Limit
 
-    limit, few = Limit(bench.protocol.epochs), {"calibration_images": 32}
+    limit, few = Limit(bench.protocol.epochs), {"calibration_images": 16}
     exploration = replace(bench.protocol.exploration, **few)
     bench.protocol = replace(bench.protocol, exploration=exploration, **few)
     OWN_SHAPE["dense"](bench, BUDGET, limit)  # the teacher
