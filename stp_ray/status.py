@@ -8,10 +8,11 @@ from datetime import UTC, datetime
 from typing import Any
 
 from .artifacts import Manifest, Record, Store
-from .config import RunConfig, load_config, local_path, run_id
+from .config import RunConfig, load_config, run_id
 from .errors import ConfigError, StorageError
 from .lease import DURATION, Holder, holder
 from .tracking import file_name
+from .uris import local_path
 
 
 @dataclass(frozen=True)

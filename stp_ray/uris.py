@@ -1,5 +1,6 @@
 """What a URI may contain. Standard library only, so that every layer can ask."""
 
+import os
 import re
 from typing import Any
 from urllib.parse import parse_qsl
@@ -61,6 +62,12 @@ def absolute(filesystem: Any, path: str, uri: str) -> str:
         container = host.partition("@")[0]
         return f"{scheme}://{host}/{path.strip('/').removeprefix(container).strip('/')}"
     return str(filesystem.unstrip_protocol(path))
+
+
+def local_path(uri: str) -> str | None:
+    """The path of a local file or folder, given as such or by `file://`; None for other storage."""
+    path = uri.removeprefix("file://").removeprefix("local://")
+    return None if "://" in path or "::" in path else os.path.expanduser(path)
 
 
 def refuse_detours(uri: str) -> None:

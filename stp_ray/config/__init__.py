@@ -17,7 +17,6 @@ from .tree import (
     TrackingOptions,
     Training,
     dump_config,
-    local_path,
     placed,
     run_id,
 )
@@ -34,7 +33,6 @@ __all__ = [
     "Training",
     "dump_config",
     "load_config",
-    "local_path",
     "placed",
     "run_id",
     "to_yaml",

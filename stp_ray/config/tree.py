@@ -21,6 +21,7 @@ from ..elastic.cost import Budget
 from ..method.explore import Exploration
 from ..method.objective import Expansion, Stimulation
 from ..method.training import Optimisation
+from ..uris import local_path
 from .messages import shown
 
 #: What does not change a run's result, and so is left out of its id: dotted paths.
@@ -388,12 +389,6 @@ def _absolute(uri: str | None) -> str | None:
     """A path from the root of the file system; a URI of other storage stays as it is."""
     path = None if uri is None else local_path(uri)
     return uri if path is None else os.path.abspath(path)
-
-
-def local_path(uri: str) -> str | None:
-    """The path of a local file or folder, given as such or by `file://`; None for other storage."""
-    path = uri.removeprefix("file://").removeprefix("local://")
-    return None if "://" in path or "::" in path else os.path.expanduser(path)
 
 
 def dump_config(config: RunConfig) -> dict[str, Any]:

@@ -3,6 +3,7 @@ storage."""
 
 import contextlib
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import PurePosixPath
@@ -18,6 +19,8 @@ from .folders import IMAGE_SUFFIXES, TEST_FOLDERS
 from .parquet import ROWS, checked_names
 from .source import Stored, require_text
 from .storage import open_filesystem, reading, writing
+
+log = logging.getLogger(__name__)
 
 #: Called with the number of images written so far and of all.
 OnProgress = Callable[[int, int], None]
@@ -283,8 +286,11 @@ def _write(images: _Images, uri: str, on_progress: OnProgress) -> dict[str, int]
 def _delete(filesystem: Any, paths: Sequence[str]) -> None:
     """What was begun, so that nobody takes it for a data set and the conversion can begin anew."""
     for path in paths:
-        with contextlib.suppress(Exception):  # the storage may be what failed
-            filesystem.rm_file(path)
+        try:
+            if filesystem.exists(path):
+                filesystem.rm_file(path)
+        except Exception as error:  # the storage may be what failed
+            log.warning("%s could not be deleted (%s); delete it by hand", path, error)
 
 
 def _refuse(error: OSError) -> None:

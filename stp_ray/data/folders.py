@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torchvision import datasets
 
 from ..errors import DataError
+from ..uris import local_path
 from .decode import image_shape
 from .source import ArraySource, Chunk, Layout, Stored, fingerprint
 from .storage import reading
@@ -36,12 +37,13 @@ def local_folder(name: str, uri: str | None) -> Path:
             f"data.name {name} has no data.uri; expected a folder; set data.uri, or --root of "
             "`stp data describe`"
         )
-    if "://" in uri and not uri.startswith("file://"):
+    path = local_path(uri)
+    if path is None:
         raise DataError(
             f"data.uri {uri} is not a local folder; expected one for {name}, which torchvision "
             "reads; copy the data or convert it to Parquet"
         )
-    folder = Path(uri.removeprefix("file://")).expanduser()
+    folder = Path(path)
     with reading(str(folder)):
         if not folder.is_dir():
             raise DataError(
@@ -158,7 +160,10 @@ class FolderSource:
 
 def _size(path: str) -> int | None:
     with reading(path):
-        return os.path.getsize(path) if os.path.exists(path) else None
+        try:
+            return os.stat(path).st_size
+        except FileNotFoundError:  # which counts as corrupt where it is read
+            return None
 
 
 def _listed(folder: Path) -> datasets.ImageFolder:

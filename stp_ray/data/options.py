@@ -43,7 +43,8 @@ class DataOptions:
     """Standard deviation of each colour channel on the scale 0..1, divided by."""
 
     crop_padding: int = 0
-    """Black pixels added on each side before a random crop back to the image size; 0 = no crop."""
+    """Black pixels added on each side before a random crop back to the image size, at most 1,024;
+    0 = no crop."""
 
     random_resized_crop: bool = False
     """Train on random crops of 8 % to 100 % of the area, resized to the image size. Images are
@@ -56,7 +57,7 @@ class DataOptions:
     """One random operation of random strength on each training image (TrivialAugment, wide)."""
 
     mixup: float = 0.0
-    """Parameter of the Beta distribution of mixup; 0 = off. Labels become soft."""
+    """Parameter of the Beta distribution of mixup, 1e-6 to 1e6; 0 = off. Labels become soft."""
 
     max_corrupt: float = 0.01
     """Share of a split's images that may be unreadable; they are skipped and counted."""

@@ -59,9 +59,7 @@ def extract(
         elif node.op == "get_attr":
             owner, _, leaf = target.rpartition(".")
             value = getattr(model.get_submodule(owner), leaf)
-            if stats is not None and leaf in stats.get(owner, ()):
-                value = stats[owner][leaf].clone()
-            elif target in layout.tensors:
+            if target in layout.tensors:
                 value = copies.own(value, layout.cut(target, value, subnet))
             root[target] = value
     small = fx.GraphModule(root, graph, class_name=model.__class__.__name__)

@@ -45,16 +45,7 @@ def symbolic_graph(model: nn.Module, example: Tensor) -> fx.GraphModule:
             f"{type(model).__name__} cannot be copied: {str(error).splitlines()[0]}; expected a "
             "model that copy.deepcopy takes"
         ) from error
-    storages: set[int] = set()
-    for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.layout is not torch.strided:
-            continue
-        # Expanded, or a view of another one: elements in one place, that would be put in order
-        # never or twice.
-        storage = tensor.untyped_storage()._cdata
-        if 0 in tensor.stride() or storage in storages:
-            tensor.data = tensor.data.clone(memory_format=torch.contiguous_format)
-        storages.add(storage)
+    _part(model)
     if "forward" in vars(model) or model._forward_hooks or model._forward_pre_hooks:
         raise TraceError(
             f"{type(model).__name__} has forward hooks, or a forward of its own that is not its "
@@ -97,6 +88,7 @@ def symbolic_graph(model: nn.Module, example: Tensor) -> fx.GraphModule:
     traced = fx.GraphModule(model, graph, class_name=type(model).__name__)
     traced.graph.lint()
     _require_same_modes(model, traced)
+    _require_unread_statistics(traced.graph)
     traced.meta[TRAINING_ONLY] = training_only
     for node in traced.graph.nodes:
         if node.op == "call_module":
@@ -106,6 +98,27 @@ def symbolic_graph(model: nn.Module, example: Tensor) -> fx.GraphModule:
             if type(module) is nn.Identity and ops.module_rule(module) is not None:
                 node.replace_all_uses_with(node.all_input_nodes[0])
     return traced.train(was_training)
+
+
+#: Buffers that a norm writes while it trains.
+_WRITTEN = ("running_mean", "running_var", "num_batches_tracked")
+
+
+def _part(model: nn.Module) -> None:
+    """Give each tensor memory of its own: of what is expanded, or a view of another one, elements
+    would be put in order never or twice. Raises TraceError where a norm writes what is shared."""
+    first: dict[int, str] = {}
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.layout is not torch.strided:
+            continue
+        other = first.setdefault(tensor.untyped_storage()._cdata, name)
+        if other != name and any(each.endswith(_WRITTEN) for each in (name, other)):
+            raise TraceError(
+                f"{name} and {other} share memory that is written in training; expected tensors "
+                "of their own; read the one that is written in forward, or have a copy of it"
+            )
+        if 0 in tensor.stride() or other != name:
+            tensor.data = tensor.data.clone(memory_format=torch.contiguous_format)
 
 
 def _require_no_gradient_hooks(model: nn.Module) -> None:
@@ -124,7 +137,8 @@ def _require_no_gradient_hooks(model: nn.Module) -> None:
     if hooked:
         raise TraceError(
             f"{hooked[0]} has hooks that see gradients, which would not run in a graph; expected "
-            "none on parameters and on modules that hold others; take them off before the trace"
+            "none on parameters, and on modules only on torch's own layers; take them off before "
+            "the trace"
         )
 
 
@@ -138,6 +152,20 @@ def _both_modes(
     constants = {name: getattr(model, name) for name in set(vars(model)) - known}
     _forget(model, known)  # so that the second trace gives the same names
     return training, _trace_once(model.eval(), example, buffers), constants
+
+
+def _require_unread_statistics(graph: fx.Graph) -> None:
+    """Raise TraceError where a forward reads what a norm that it calls has measured: each subnet is
+    measured anew, and what comes after the read with it."""
+    called = {str(node.target) for node in graph.nodes if node.op == "call_module"}
+    for node in graph.nodes:
+        owner, _, leaf = str(node.target).rpartition(".")
+        if node.op == "get_attr" and owner in called and leaf in _WRITTEN:
+            reader = next(iter(node.users), node)
+            raise TraceError(
+                f"{line_of(reader)} reads {node.target}, which every subnet measures anew; "
+                f"expected statistics that {owner} alone reads; keep what is read in a buffer"
+            )
 
 
 def _require_same_modes(model: nn.Module, traced: fx.GraphModule) -> None:

@@ -47,13 +47,14 @@ def write_nothing(graph: fx.GraphModule, found: Shapes) -> None:
 
 
 def _in_its_type(node: fx.Node, source: fx.Node, found: Shapes) -> fx.Node:
-    """The result in the type of the operand that was written over, where another operand may have
-    widened it."""
+    """The result in the type of the operand that was written over, whatever that is in a run, where
+    another operand widens it."""
     kind = found.dtypes[source]
-    if all(found.dtypes.get(other, kind) == kind for other in node.all_input_nodes):
+    others = (found.dtypes.get(other, kind) for other in node.all_input_nodes)
+    if all(torch.promote_types(kind, other) == kind for other in others):
         return node
     with node.graph.inserting_after(node):
-        cast = node.graph.call_method("to", (node, kind))
+        cast = node.graph.call_method("type_as", (node, source))
     node.replace_all_uses_with(cast, delete_user_cb=lambda user: user is not cast)
     cast.meta.update(node.meta)
     found.shapes[cast], found.macs[cast], found.dtypes[cast] = found.shapes[node], 0, kind

@@ -254,7 +254,7 @@ class Supernet(nn.Module):
             elif node.op == "placeholder":
                 env[node.name] = images
             elif node.op == "get_attr":
-                env[node.name] = self._attribute(str(node.target), layout, subnet, stats, direct)
+                env[node.name] = self._attribute(str(node.target), layout, subnet, direct)
             elif node.op == "output":
                 out = _load(node.args[0], env, subnet)
             else:
@@ -268,17 +268,8 @@ class Supernet(nn.Module):
                 env.pop(dead, None)
         return out
 
-    def _attribute(
-        self,
-        name: str,
-        layout: Layout,
-        subnet: Subnet,
-        stats: "Stats | StatsRecorder | None",
-        direct: bool,
-    ) -> Any:
+    def _attribute(self, name: str, layout: Layout, subnet: Subnet, direct: bool) -> Any:
         owner, _, leaf = name.rpartition(".")
-        if isinstance(stats, Mapping) and leaf in stats.get(owner, ()) and not self.training:
-            return stats[owner][leaf]
         value = getattr(self.model.get_submodule(owner), leaf)
         if direct and isinstance(value, nn.Parameter):
             return layout.leaf(name, value, subnet)

@@ -101,9 +101,9 @@ class Tracer(fx.Tracer):
         if _surroundings() != self._surroundings:
             raise ValueError(
                 "a graph cannot hold torch.no_grad() or torch.autocast(): detach tensors, or have "
-                "parameters that do not require gradients; a function that calls an "
-                "autograd.Function, within which no gradients are recorded either, is kept whole "
-                "under torch.fx.wrap"
+                "parameters that do not require gradients; a function that chooses its precision, "
+                "or calls an autograd.Function, within which no gradients are recorded either, is "
+                "kept whole under torch.fx.wrap"
             )
         node = super().create_node(*args, **kwargs)
         frame = sys._getframe(1)

@@ -30,11 +30,11 @@ class Stimulation:
     __pydantic_config__ = {"extra": "forbid", "use_attribute_docstrings": True}  # noqa: RUF012
 
     subnets: int = 1
-    """K, the subnets trained beside the main network in each step [ST]."""
+    """K, the subnets trained beside the main network in each step, 1 to 1,000 [ST]."""
     kd_weight: float = 1.0
     """Lambda, the weight of the mean distillation loss of the subnets [ours]."""
     temperature: float = 1.0
-    """T of the distillation; the loss is multiplied by T squared [ours]."""
+    """T of the distillation, above 0 and up to 1e6; the loss is multiplied by T squared [ours]."""
     sampler: Literal["uniform", "stratified", "sandwich", "narrowing"] = "stratified"
     """Which subnets: any; evenly spread over MACs; the smallest and random ones; or with an
     upper limit that falls from the full network to the budgets as training goes on [ours]."""
@@ -98,7 +98,7 @@ class Expansion:
     kd_weight: float = 1.0
     """Weight of each distillation loss of the ladder [ours]."""
     temperature: float = 1.0
-    """T of the distillation; the loss is multiplied by T squared [ours]."""
+    """T of the distillation, above 0 and up to 1e6; the loss is multiplied by T squared [ours]."""
     main: Literal["train", "drop"] = "train"
     """"train": the main network goes on learning the labels and teaches the ladder [paper].
     "drop": it is let go, and the expanded subnets learn the labels in its place [ours]."""

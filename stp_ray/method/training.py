@@ -52,7 +52,7 @@ class Optimisation:
     optimizer: Literal["sgd", "adamw"] = "sgd"
     """SGD with momentum, or AdamW with its usual betas."""
     lr: float = 0.1
-    """Learning rate after the warm-up, for the whole batch."""
+    """Learning rate after the warm-up, for the whole batch; above 0 and up to 1e30."""
     momentum: float = 0.9
     """Momentum of SGD; AdamW does not read it."""
     nesterov: bool = True
@@ -82,7 +82,7 @@ class Optimisation:
         check(self.epochs >= 0, "epochs", "0 or more", "raise it")
         check(self.batch_size >= 1, "batch_size", "at least 1", "raise it")
         check(self.optimizer in ("sgd", "adamw"), "optimizer", "sgd or adamw", "choose one")
-        check(0 < self.lr <= 1e6, "lr", "a positive number up to 1e6", "0.1 is usual for sgd")
+        check(0 < self.lr <= 1e30, "lr", "a positive number up to 1e30", "0.1 is usual for sgd")
         check(0 <= self.momentum < 1, "momentum", "a number in [0, 1)", "0.9 is usual")
         check(
             0 <= self.weight_decay < math.inf, "weight_decay", "0 or more", "5e-4 is usual for sgd"

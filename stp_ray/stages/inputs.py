@@ -3,16 +3,17 @@ a recipe names images, first weights and its user's code by where they lie, not 
 
 import hashlib
 import json
+import re
 from typing import Any
 
 import fsspec
-from torch import fx
+from torch import fx, nn
 
 from ..artifacts import Store
 from ..config import RunConfig
 from ..data import DataSummary
 from ..elastic import Supernet
-from ..errors import ConfigError
+from ..errors import ConfigError, StorageError
 
 INPUTS = "inputs.json"
 
@@ -41,17 +42,37 @@ def inputs(config: RunConfig, summary: DataSummary, net: Supernet) -> dict[str, 
 
 
 def _digest(model: fx.GraphModule) -> str:
-    """Of operations, their arguments, layers, and the shapes of tensors; not of their values, which
-    machines compute differently."""
+    """Of operations, their arguments, layers, and the names and shapes of tensors; not of values,
+    which machines compute differently, nor of what a function does that is kept whole."""
     places = {node: f"%{place}" for place, node in enumerate(model.graph.nodes)}
-    lines = []
+    lines: list[Any] = []
     for node in model.graph.nodes:
-        layer = repr(model.get_submodule(str(node.target))) if node.op == "call_module" else ""
         arguments = fx.node.map_arg((node.args, node.kwargs), places.__getitem__)
-        lines.append([node.op, getattr(node.target, "__name__", node.target), layer, arguments])
-    shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-    content = json.dumps([lines, shapes], default=str)
-    return hashlib.sha256(content.encode()).hexdigest()
+        lines.append([node.op, _name(node.target), repr(arguments)])
+        if node.op == "call_module":
+            layers = model.get_submodule(str(node.target)).modules()
+            lines.append([[_name(type(layer)), _settings(layer)] for layer in layers])
+    for name, parameter in model.named_parameters():
+        lines.append([name, list(parameter.shape), parameter.requires_grad])
+    lines += [[name, list(buffer.shape)] for name, buffer in model.named_buffers()]
+    text = re.sub(r" at 0x[0-9a-f]+", "", json.dumps(lines))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _name(target: Any) -> str:
+    """What a node calls, or a class."""
+    name = getattr(target, "__qualname__", None)
+    return str(target) if name is None else f"{target.__module__}.{name}"
+
+
+def _settings(layer: nn.Module) -> dict[str, str]:
+    """The numbers, words and flags that a layer was made with."""
+    plain = (bool, int, float, str, tuple)
+    return {
+        name: repr(value)
+        for name, value in vars(layer).items()
+        if isinstance(value, plain) and not name.startswith("_") and name != "training"
+    }
 
 
 def require_same(run: Store, found: dict[str, Any]) -> None:
@@ -64,10 +85,16 @@ def require_same(run: Store, found: dict[str, Any]) -> None:
 
     Raises:
         ConfigError: it was begun with something else.
+        StorageError: what says so is damaged.
     """
     if not run.exists(INPUTS):
         return
     begun = run.read_json(INPUTS)
+    if not isinstance(begun, dict):
+        raise StorageError(
+            f"{run.uri}/{INPUTS} holds {type(begun).__name__}; expected what a run was begun with; "
+            "give the new run a name of its own (name=...)"
+        )
     for name, words in _WORDS.items():
         if begun.get(name, found[name]) != found[name]:
             raise ConfigError(

@@ -333,10 +333,15 @@ class _Pipeline:
         stages = self.manifest.stages()
         done = [r["seconds"] for stage, r in stages.items() if stage.startswith("finalize/")]
         until = max(done, default=0.0)
-        own = {label: spent(self.store.child(folder(label))) for label in missing}
-        if self.config.cluster.in_process:
-            return {label: until + seconds for label, seconds in own.items()}
-        return {label: max(until, seconds) for label, seconds in own.items()}
+        before = {}
+        for label in missing:
+            seconds = spent(self.store.child(folder(label)))
+            if self.config.cluster.in_process:
+                until += seconds
+                before[label] = until
+            else:
+                before[label] = max(until, seconds)
+        return before
 
     def _report(self) -> dict[str, Any]:
         started = time.monotonic()
@@ -532,7 +537,8 @@ class _Pipeline:
 
 
 def latency_threads(config: RunConfig) -> int:
-    """With which the latencies of a summary are measured: a worker's, if this machine has them."""
+    """With which a summary's latencies and a plan's step are measured: a worker's, if this machine
+    has them."""
     return min(config.cluster.threads_per_worker, os.cpu_count() or 1)
 
 

@@ -1,7 +1,6 @@
 """What a run would do and cost, before it does anything."""
 
 import math
-import os
 import random
 import time
 from collections.abc import Iterable, Mapping
@@ -21,7 +20,7 @@ from ..method.training import Draw
 from ..timing import PAIRS
 from .inputs import inputs, require_same
 from .network import LATENCY, timed
-from .pipeline import preflight
+from .pipeline import latency_threads, preflight
 
 #: Assumed of a GPU that is not here: floating-point operations a second in real training.
 ASSUMED_FLOPS = 20e12
@@ -78,14 +77,16 @@ def plan(config: RunConfig) -> Plan:
     manifest = Manifest(store)
     records = manifest.stages()
     seconds_per_mac, basis = _speed(config, net, summary)
-    per_worker = 1 if config.cluster.use_gpu else config.cluster.threads_per_worker
+    per_worker, measured = config.cluster.threads_per_worker, latency_threads(config)
+    if config.cluster.use_gpu:
+        per_worker = measured = 1
     steps = []
     foreseen = {
         budget.label: _foreseen(budget, net.space, seconds_per_mac) for budget in config.budgets
     }
     for stage, workers, macs in _work(config, net, summary, foreseen):
         done = manifest.done(stage) is not None
-        spent = records[stage]["device_seconds"] if done else macs * seconds_per_mac * per_worker
+        spent = records[stage]["device_seconds"] if done else macs * seconds_per_mac * measured
         steps.append(Step(stage, done, workers * per_worker, spent / 3600))
     if timed(config):
         basis += "; latency is taken to follow MACs until it is measured"
@@ -161,8 +162,7 @@ def _speed(config: RunConfig, net: Supernet, summary: DataSummary) -> tuple[floa
         text = f"{ASSUMED_FLOPS / 1e12:g} TFLOP/s assumed of each GPU, for there is none here"
         return 2 / ASSUMED_FLOPS, text
     device = torch.device("cuda" if config.cluster.use_gpu else "cpu")
-    before = torch.get_num_threads()
-    threads = min(config.cluster.threads_per_worker, os.cpu_count() or 1)
+    before, threads = torch.get_num_threads(), latency_threads(config)
     torch.set_num_threads(threads)
     try:
         seconds, count = _training_step(config, net, summary, device)

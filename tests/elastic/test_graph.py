@@ -274,7 +274,7 @@ def asserted(m, x):
 def test_an_asserted_width_does_not_shrink_and_an_asserted_height_is_no_matter():
     net = supernet(Written(asserted, a=nn.Conv2d(8, 16, 1), b=nn.Conv2d(16, 8, 1), width=8))
     assert [(f.name, f.reason.split(":")[0]) for f in net.frozen] == [
-        ("stem", "decides what the model computes")
+        ("stem", "is asked for by an assertion")
     ]
     assert [axis.name for axis in net.space.axes] == ["a", "b"]
     assert_exact(net)
@@ -349,6 +349,20 @@ def test_an_identity_that_does_something_stays():
     identity.register_forward_hook(lambda module, given, out: 2 * out)
     model = randomised(Written(lambda m, x: m.twice(x), twice=identity).double(), pixels(8))
     assert_exact(Supernet.trace(model, pixels(1)), model=model)
+
+
+def test_statistics_that_a_forward_reads_are_refused():
+    """Each subnet is measured anew, and what comes after the read with it."""
+    model = Written(lambda m, x: m.bn(x) - m.bn.running_mean[:, None, None], bn=nn.BatchNorm2d(8))
+    with pytest.raises(TraceError, match=r"reads bn\.running_mean, which every subnet measures"):
+        supernet(model)
+
+
+def test_a_view_of_what_a_norm_writes_is_refused():
+    model = Written(lambda m, x: m.bn(x) + m.mean, bn=nn.BatchNorm2d(8))
+    model.register_buffer("mean", model.bn.running_mean.view(-1, 1, 1))
+    with pytest.raises(TraceError, match=r"share memory that is written in training; expected"):
+        Supernet.trace(model, torch.zeros(1, 3, 8, 8))
 
 
 def hooked_parameter():

@@ -44,6 +44,17 @@ def test_a_result_has_the_type_of_what_it_is_written_over():
         assert torch.equal(net(images, subnet), net.extract(subnet)(images))
 
 
+def test_what_widens_nothing_leaves_the_type_to_the_run():
+    """A mask, which is of another type: the network may be cast as the model may."""
+    model = Written(lambda m, x: m.after(x.masked_fill_(x < 0, 0.0)), after=nn.Conv2d(8, 8, 1))
+    net = Supernet.trace(model.eval(), pixels(2).float()).eval()
+    small = net.extract(net.space.smallest)
+    for kind in (torch.float64, torch.bfloat16):
+        images = pixels(2).to(kind)
+        assert torch.equal(net.to(kind)(images), model.to(kind)(images))
+        assert small.to(kind)(images).dtype == kind
+
+
 def _widened(x):
     x += torch.linspace(0, 1, 8)  # in single precision
     x *= 2

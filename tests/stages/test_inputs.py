@@ -60,6 +60,42 @@ def test_a_run_does_not_go_on_with_other_code_of_the_network(tmp_path, monkeypat
     assert stp.run(config, until="supernet")
 
 
+class Told(nn.BatchNorm2d):
+    """A layer with an object that shows its address, and a state that is no tensor."""
+
+    def extra_repr(self):
+        return repr(object())
+
+    def get_extra_state(self):
+        return {"any": "thing"}
+
+
+def attending(num_classes, heads=2, eps=1e-5, frozen=False):
+    class Attending(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.norm = nn.Conv2d(3, 8, 2, stride=2), Told(8, eps=eps)
+            self.attention = nn.MultiheadAttention(8, heads, batch_first=True)
+            self.head = nn.Linear(8, num_classes).requires_grad_(not frozen)
+
+        def forward(self, x):
+            x = self.norm(self.stem(x)).flatten(2).transpose(1, 2)
+            return self.head(self.attention(x, x, x, need_weights=False)[0].mean(1))
+
+    return Attending()
+
+
+def test_a_network_is_known_by_what_its_layers_were_made_with():
+    def digest(**kwargs):
+        config = load_config(minimal(model={"name": f"{__name__}:attending", "kwargs": kwargs}))
+        summary = describe(config.data)
+        return inputs(config, summary, build_supernet(config, summary))["network"]
+
+    assert digest() == digest()
+    changed = [digest(**change) for change in ({"heads": 4}, {"eps": 1e-3}, {"frozen": True})]
+    assert len({digest(), *changed}) == 4
+
+
 @pytest.mark.parametrize("surroundings", [torch.no_grad, torch.inference_mode])
 def test_a_run_learns_whatever_its_caller_is_in(tmp_path, surroundings):
     with surroundings():

@@ -83,6 +83,14 @@ def test_one_image_to_measure_statistics_on_is_found_too(summary, setting):
         check_images(config, net, summary.image_size)
 
 
+def test_one_image_is_no_matter_where_no_statistics_are_measured_on_it(summary):
+    settings = ["explore.tuning_images=1", "explore.tuning_steps=0", "explore.finalists=0"]
+    config = load_config({"model": {"name": f"{__name__}:of_8_px"}}, settings)
+    check_images(config, build_supernet(config, summary), summary.image_size)
+    config = load_config({}, ["finalize.calibration_images=1"])  # BatchNorm sees many pixels
+    check_images(config, build_supernet(config, summary), summary.image_size)
+
+
 def without_values(num_classes):
     with torch.device("meta"):
         return of_8_px(num_classes)

@@ -747,6 +747,20 @@ def test_a_run_that_goes_on_after_a_budget_counts_its_seconds(tmp_path, monkeypa
     assert first + trained < record["seconds"] < first + trained + took
 
 
+def test_a_run_that_goes_on_within_a_budget_counts_its_seconds_for_the_next(
+    tmp_path, interrupted, slow
+):
+    run = Run(tmp_path, minimal(budgets=[0.6, 0.3], finalize=EVERY_STEP))
+    pipeline.run(run.config, until="explore")
+    with slow(jobs):
+        interrupted(run, 2, until=None)
+    spent = jobs.seconds_spent(Store(run.folder).child("budget-0.6"))
+    assert spent > 600
+    assert jobs.seconds_spent(Store(run.folder).child("budget-0.3")) == 0
+    record, took = resumed(run, "finalize/0.3", until=None)
+    assert spent < record["seconds"] < spent + took
+
+
 @pytest.fixture
 def half_searched(tmp_path, asked, slow):
     """A run that stopped with two of its three candidates scored, and the keys of those asked."""

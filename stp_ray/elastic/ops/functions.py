@@ -42,7 +42,7 @@ def passive(visit: Visit) -> Value:
 def asserted(visit: Visit) -> Value:
     """An assertion: what it asks of a width has to stay true."""
     condition = visit.argument(0, "condition")
-    visit.freeze(tuple(visit.origins(condition)), reason="decides what the model computes")
+    visit.freeze(tuple(visit.origins(condition)), reason="is asked for by an assertion")
     return None
 
 
