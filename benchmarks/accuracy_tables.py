@@ -32,6 +32,7 @@ from contenders import (
     TAUGHT,
     THEIRS,
     TRIED,
+    TRIED_FINALS,
     TUNED,
     UNDECAYED,
     WHOLE,
@@ -148,7 +149,7 @@ CHANGED: dict[str, tuple[str, ...]] = {
     ),
 }
 #: Ours at its cheapest, which equal MACs buy the most epochs of.
-LEAN = ("stp, target alone", ALONE_FINALS, TRIED)
+LEAN = ("stp, target alone", ALONE_FINALS, TRIED, TRIED_FINALS)
 #: Trainings of a shape that STP found, and the same of shapes that nobody has to find.
 UNFOUND = {
     "scratch": ("scratch at uniform widths", "scratch at a random shape"),

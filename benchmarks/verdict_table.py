@@ -25,6 +25,7 @@ from contenders import (
     TAUGHT,
     THEIRS,
     TRIED,
+    TRIED_FINALS,
     TUNED,
 )
 from differences import costs, grown, over_best, paired, runs_of, searches_of, spread
@@ -231,6 +232,7 @@ ROWS: list[tuple[Aim, str, str, str, Ask]] = [
                                     "scratch at uniform widths", "scratch")),
             (TRIED, CHOSEN, (LEAN_PRUNING, "torch-pruning, even", "scratch at uniform widths",
                              "scratch", "scratch, shape that was tried")),
+            (TRIED_FINALS, CHOSEN, (LEAN_PRUNING, "torch-pruning, even", "scratch")),
         )
         for other in others
     ),
