@@ -460,6 +460,8 @@ class Stp:
         small = net.extract(
             target, calibrate(net, target, bench.images.calibration(bench.seed, count))
         )
+        if limit.macs is not None:
+            del sparsity[1:-1]  # no plot draws the course over hundreds of epochs
         net.eval()
         notes["main_top1"] = bench.top1(net) if full else None
         return Trained(small, before + spent + calibration, first + rest, target, notes)

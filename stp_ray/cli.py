@@ -298,10 +298,8 @@ def convert_data(
     from .data import dataset_to_parquet, folder_to_parquet
     from .data.convert import is_saved_dataset
 
-    begins = one_line_errors(
-        "stopped, and what was written is deleted; the same command begins anew"
-    )
-    with begins, _progress("converting") as on_progress:
+    told = "stopped, and what was written is deleted; the same command begins anew"
+    with one_line_errors(told), _progress("converting") as on_progress:
         if hub or is_saved_dataset(source):
             counts = dataset_to_parquet(_hugging_face(source, hub), target, on_progress)
         else:

@@ -646,8 +646,11 @@ def test_resume_goes_on_with_the_settings_of_the_folder(begun, pipeline):
     assert Store(config.storage).uri == Store(begun.parent).uri
 
 
-def test_resume_elsewhere_than_where_relative_data_lies_says_so(tmp_path, pipeline, monkeypatch):
-    data = {"name": "ImageFolder", "uri": "images"}
+@pytest.mark.parametrize("uri", ["images", "file://images"])
+def test_resume_elsewhere_than_where_relative_data_lies_says_so(
+    tmp_path, pipeline, monkeypatch, uri
+):
+    data = {"name": "ImageFolder", "uri": uri}
     config = load_config({"name": "trial", "storage": str(tmp_path), "data": data})
     run = Store(tmp_path / run_id(config))
     run.write_json("config.json", dump_config(config))

@@ -21,8 +21,8 @@ TEST_FOLDERS = ("test", "val")
 IMAGE_SUFFIXES = frozenset(datasets.folder.IMG_EXTENSIONS)
 
 _PART_FILES = 256
-#: So many files of a split, from all over it, are asked for their sizes: a million on a network's
-#: disk would take an hour.
+#: So many files of a split, from all over it, are asked for their sizes: each is a question to the
+#: disk, and a split may hold a million.
 _SIZED = 1024
 
 

@@ -61,6 +61,13 @@ def test_all_have_the_epochs_or_the_macs_that_their_account_allows(lines):
             assert allowed - epoch < line["training_macs"] <= allowed, line["method"]
 
 
+def test_the_course_of_norms_is_kept_where_a_plot_draws_it(lines):
+    for line in lines:
+        if line["method"] == "stp, main let go":
+            kept = {"epochs": line["epochs"] + 1, "macs": 2}  # from the first weights on
+            assert len(line["sparsity"]) == kept[line["equal"]]
+
+
 def test_networks_learn(lines):
     """Ten classes: a guess is right one time in ten."""
     best = {line["method"]: 0.0 for line in lines}
