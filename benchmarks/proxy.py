@@ -64,8 +64,8 @@ def distilled(bench: Bench, stp: Stp, budget: float) -> float:
 
 
 def same(judge: Judge, line: dict[str, Any], images: int) -> None:
-    """Stop where a score is not what it was: another supernet than the one that a shape was trained
-    from has nothing to say of it."""
+    """Stop where a score is not what it was: another supernet than the one that a budget's shapes
+    were trained from has nothing to say of them."""
     found, known = judge(Subnet.from_json(line["subnet"]), images, 0), line["scores"]["0"]
     if not math.isclose(found, known, rel_tol=1e-4):
         raise SystemExit(
@@ -108,15 +108,12 @@ def main() -> None:
         judges = {key: (few, steps) for key, steps in FEW.items()}
         judges |= {key: (many, steps) for key, steps in MANY.items()}
         held_out = images.count("holdout")
-        same_run = (chosen.method, chosen.seed)
-        for line in [each for each in read(out) if (each["method"], each["seed"]) == same_run][:1]:
-            same(few, line, held_out)
         for budget in chosen.budget or protocol.budgets:
+            run = {"method": chosen.method, "seed": chosen.seed, "budget": budget}
+            for line in [each for each in read(out) if run.items() <= each.items()][:1]:
+                same(few, line, held_out)
             for how, subnet in shapes(bench, stp, net, budget, chosen.subnets):
-                cell = {
-                    "method": chosen.method, "seed": chosen.seed, "budget": budget,
-                    "subnet": subnet.to_json(),
-                }  # fmt: skip
+                cell = {**run, "subnet": subnet.to_json()}
                 lines, of = read(out), replace(stp, target=subnet)
                 line = next((each for each in lines if is_there(cell, [each])), None)
                 if line is None:
