@@ -74,7 +74,8 @@ ABOUT = {
         "**The same protocol on seeds that nothing was chosen by.** The options of STP above "
         "were compared by their top-1 on the test images, with seeds 0 to 2; what won there is "
         "trained here once more, beside those of the others that came nearest to it. No epoch "
-        "is seen twice, and searches start from filled uniform widths. What starts as the "
+        "is seen twice, and searches start from filled uniform widths; all of it replaces a first "
+        "run without those two changes (commit 808f6c0). What starts as the "
         "teacher came last, because of what these seeds had shown; its parts were left out one "
         "by one later. Options that nothing had tried came after that, on seed 3 alone but for "
         "one sampler: none of them became a default, and one seed of them is no claim. `finals` "
@@ -195,11 +196,14 @@ def section(kept: Path, docs: Path) -> list[str]:
 EXPLANATION = """\
 `python benchmarks/accuracy.py PROTOCOL --data FOLDER`. Mean ± standard deviation over seeds, their
 number in brackets: where numbers differ, read the differences within a seed, not those of the
-means. A revision with a + had changes that were not committed yet. Which options of STP are good
-was judged by these same test images and seeds, but for the section of fresh seeds. All but that
-section, and what starts as the teacher or has twice the epochs, was recorded before two changes:
-second phases saw the order and crops of the first epochs again, and searches started from uniform
-widths that were not filled.
+means. A revision with a + had changes that were not committed yet. Images, those of the test among
+them, are the same for all seeds, which differ in weights and order. Which options of STP are good
+was judged by these test images and seeds, but for the section of fresh seeds. All but that section,
+what starts as the teacher or has twice the epochs, `torch-pruning, even, labels alone`, the forms
+with the target alone and *finals*, and some of MobileNetV2 (with tuned scores, their shapes from
+scratch, and without expansion at 0.15) was recorded before two changes: second phases saw the order
+and crops of the first epochs again, and searches started from uniform widths that were not filled.
+Differences between the two kinds have those changes in them.
 
 - *Equal epochs*: every method passes over the images equally often; one that trains, prunes and
   tunes splits them. Teachers are a gift: distillation from the finished dense network does not
@@ -230,7 +234,8 @@ widths that were not filled.
 - *A sixth stimulative*: two of twelve epochs. *Main let go*: the second phase goes without the main
   network, and the expanded ones learn the labels in its place.
 - *Target alone*: one epoch of the supernet, the search, then the found slice alone on the
-  labels; *shapes tried*: four of 32 candidates, and four more of their offspring, are trained by
+  labels, whose loss counts twice (for the slice, and for the expanded network that it stands for);
+  *shapes tried*: four of 32 candidates, and four more of their offspring, are trained by
   themselves for two epochs each before one is chosen, which equal MACs count and equal epochs do
   not; *finals*: with the search of (f), for both budgets, all of which each of them pays; *finals
   tried*: that search for one budget, whose best four are then trained by themselves for four epochs

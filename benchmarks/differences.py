@@ -47,14 +47,19 @@ def paired(
     ratio: bool = False,
 ) -> list[float]:
     """What a method has (its `key`) minus the top-1 of another one, or in per cent of it, for each
-    seed that both were run on."""
-    against = {line["seed"]: line["top1"] for line in runs_of(those, other, budget)}
+    seed that both were run on. What expansion is worth counts where both trained the same shape."""
+    one_shape = f"{method}, no expansion" == other
+    against = {line["seed"]: line for line in runs_of(those, other, budget)}
     pairs = [
-        (line[key], against[line["seed"]])
+        (line, against[line["seed"]])
         for line in runs_of(these, method, budget)
         if line["seed"] in against
     ]
-    return [100 * a / b if ratio else a - b for a, b in pairs]
+    return [
+        100 * a[key] / b["top1"] if ratio else a[key] - b["top1"]
+        for a, b in pairs
+        if not one_shape or a.get("subnet") == b.get("subnet")
+    ]
 
 
 def over_best(lines: list[Line], method: str, budget: float) -> list[float]:

@@ -78,6 +78,30 @@ def test_a_part_has_to_be_worth_more_than_its_spread(verdicts):
     assert growing[3:] == ["–", "–", "–", "-0.10 ± 0.46 (3)", "no"]
 
 
+def test_expansion_is_judged_on_one_shape(verdicts):
+    from contenders import STARTED
+
+    lines = []
+    for seed, other in ((3, "wide"), (4, "narrow"), (5, "wide")):
+        lines.append({**line(seed, STARTED, 61.0 + seed), "subnet": "wide"})
+        lines.append({**line(seed, f"{STARTED}, no expansion", 60.0 + seed), "subnet": other})
+    (row,) = verdicts(lines)
+    assert row[5] == "+1.00 ± 0.00 (2)"
+
+
+def test_a_found_shape_is_set_beside_the_uniform_one_of_its_supernet(verdicts):
+    from contenders import TUNED
+
+    shapes = [
+        {"method": TUNED, "seed": seed, "budget": 0.05, "top1": top1, "how": how, "scores": {}}
+        for seed, found, uniform in ((1, 60.0, 58.0), (2, 61.0, 58.0), (4, 59.0, None))
+        for how, top1 in (("explored", found), ("random", 50.0), ("uniform", uniform))
+        if top1
+    ]
+    (row,) = verdicts([], shapes)
+    assert row[1:] == ["(d)", "ResNet-20", "–", "–", "–", "+2.50 ± 0.71 (2)", "(yes)"]
+
+
 def test_one_seed_shows_nothing_of_a_part(verdicts):
     from contenders import STARTED
 
@@ -137,14 +161,15 @@ def test_norms_are_judged_by_how_they_grow(verdicts):
 
 
 def test_every_row_has_figures_in_what_is_recorded(on_path):
-    from verdict_table import OF_RECIPES, ROWS, SCORES, SHORT, section
+    from verdict_table import OF_RECIPES, ROWS, SCORES, SHORT, SUPERNETS, section
 
     recorded = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
     page = section(recorded / "accuracy", recorded / "proxy")
     at = page.index("### Every form")
     short, whole = rows(page[:at]), rows(page[at:])
-    assert len(short) == len(SHORT) + len(OF_RECIPES)
-    assert len(whole) == len(ROWS) + 2 * len(SCORES)  # of all shapes, and of random ones
+    assert len(short) == len(SHORT) + 1 + len(OF_RECIPES)
+    # scores: of all shapes, and of random ones
+    assert len(whole) == len(ROWS) + len(SUPERNETS) + 2 * len(SCORES)
 
 
 def test_scores_are_judged_by_how_they_rank(verdicts):
