@@ -163,6 +163,10 @@ def resume(
         str | None,
         typer.Option(help='For a dense model of yours: its function as "package.module:name".'),
     ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="Settings that leave the results alone, such as cluster.address=auto."),
+    ] = None,
 ) -> None:
     """Go on with a run from its folder alone, whoever started it."""
     _see_current_folder()
@@ -170,7 +174,7 @@ def resume(
     from .status import resumable
 
     run = _folder(uri)
-    print_summary(pipeline.run(resumable(run, factory)), f"{run.uri}/report.html")
+    print_summary(pipeline.run(resumable(run, factory, overrides or [])), f"{run.uri}/report.html")
 
 
 @app.command()

@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -117,20 +118,29 @@ def configuration(run: Store) -> RunConfig:
     return config
 
 
-def resumable(run: Store, factory: str | None = None) -> RunConfig:
+def resumable(run: Store, factory: str | None = None, overrides: Sequence[str] = ()) -> RunConfig:
     """The configuration to go on with. Code of yours that a run needs has to be named again: the
     folder may have been written by somebody else, and building the model would run what it names.
 
     Args:
         run: the run's folder.
         factory: the function that builds the dense model, as "package.module:name".
+        overrides: dotted overrides of what leaves the run's results as they are, such as
+            "cluster.address=auto".
 
     Raises:
         StorageError: as `configuration`.
         ConfigError: the model is somebody's own, and is not the one that was named, or local data
             or weights are not there.
     """
-    config = configuration(run)
+    begun = configuration(run)
+    config = load_config(begun, overrides) if overrides else begun
+    if (run_id(config), config.storage) != (run_id(begun), begun.storage):
+        raise ConfigError(
+            f"{' '.join(overrides)} would make another run of {run.uri}; expected what leaves its "
+            "results as they are, such as cluster.address or tracking.wandb; start another one "
+            "with `stp run`"
+        )
     named = config.model.name
     if ":" in named and factory != named:
         raise ConfigError(

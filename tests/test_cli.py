@@ -646,6 +646,14 @@ def test_resume_goes_on_with_the_settings_of_the_folder(begun, pipeline):
     assert Store(config.storage).uri == Store(begun.parent).uri
 
 
+def test_resume_takes_another_cluster(begun, pipeline):
+    command = ["resume", str(begun), "cluster.address=auto", "cluster.schedule_timeout_s=1800"]
+    assert CliRunner().invoke(app, command).exit_code == 0
+    (config,) = pipeline.configs
+    assert (config.cluster.address, config.cluster.schedule_timeout_s) == ("auto", 1800)
+    assert "seed=7" in refused(CliRunner().invoke(app, ["resume", str(begun), "seed=7"]))
+
+
 @pytest.mark.parametrize("uri", ["images", "file://images"])
 def test_resume_elsewhere_than_where_relative_data_lies_says_so(
     tmp_path, pipeline, monkeypatch, uri

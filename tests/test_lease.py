@@ -98,6 +98,18 @@ def test_a_driver_that_stood_still_finds_that_it_was_replaced(tmp_path, renewals
         assert holder(store).owner == lease._owner
 
 
+def test_a_machine_that_slept_finds_that_it_was_replaced(tmp_path):
+    """Its clock stood still: by that its lease was renewed just now."""
+    store = Store(tmp_path)
+    slept = Lease(store, duration=60)
+    assert slept._renew()
+    late = Lease(store, duration=60)
+    late._number = holder(store).number
+    assert late._renew()
+    with pytest.raises(RunError, match="took over"):
+        slept.require()
+
+
 @pytest.fixture(params=[signal.default_int_handler, signal.SIG_IGN], ids=["terminal", "background"])
 def at_interruptions(request):
     """What a driver does at SIGINT that a terminal started, or a shell in the background."""

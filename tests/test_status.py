@@ -6,9 +6,9 @@ import pytest
 
 from stp_ray.artifacts import Manifest
 from stp_ray.config import dump_config, load_config, run_id
-from stp_ray.errors import StorageError
+from stp_ray.errors import ConfigError, StorageError
 from stp_ray.lease import Lease, held
-from stp_ray.status import configuration, status
+from stp_ray.status import configuration, resumable, status
 
 CONFIG = load_config({"name": "trial", "budgets": [0.5, 0.15]})
 
@@ -87,6 +87,15 @@ def test_the_configuration_comes_back_with_the_storage_that_the_run_lies_in(run)
     found = configuration(run)
     assert run_id(found) == run_id(CONFIG)
     assert f"{found.storage}/{run_id(found)}" == run.uri
+
+
+def test_what_leaves_the_results_alone_can_be_set_anew(run):
+    found = resumable(run, overrides=["cluster.address=10.0.0.1:6379", "tracking.wandb=off"])
+    assert (found.cluster.address, found.tracking.wandb) == ("10.0.0.1:6379", "off")
+    assert f"{found.storage}/{run_id(found)}" == run.uri
+    for override in ("seed=7", "storage=elsewhere", "cluster.num_workers=4"):
+        with pytest.raises(ConfigError, match=f"{override} would make another run of"):
+            resumable(run, overrides=[override])
 
 
 def test_a_folder_that_is_no_run_is_told(store, run):

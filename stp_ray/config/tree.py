@@ -177,11 +177,12 @@ class ClusterOptions(_Section):
     explore_workers: int | None = Field(default=None, ge=1)
     """Processes that score candidates; null: as many as num_workers."""
     max_failures: int = Field(default=3, ge=0)
-    """How often a stage is restarted from its last checkpoint after a worker was lost."""
+    """How often a stage is restarted from its last checkpoint after a worker was lost. A machine
+    that was drained, as a spot machine is on the cloud's notice, does not count."""
     schedule_timeout_s: float = Field(default=300.0, gt=0)
     """Seconds to wait for the cluster to offer the requested workers, or one of them again where a
     search or the budgets of one worker each have lost all machines. A training of several workers
-    that lost some of them waits so long `max_failures` + 1 times."""
+    that lost some of them waits so long `max_failures` + 1 times, with `min_workers` once."""
     address: str | None = None
     """Ray cluster to join, "auto" for one that was started on this machine; null: the one that
     RAY_ADDRESS or the job names, else a local one."""

@@ -343,6 +343,13 @@ class Trainer:
             "is kept"
         )
 
+    def is_finite(self) -> bool:
+        """Whether the weights, and this worker's losses, are finite: what is not is no state to go
+        on from. At a step with `Progress.checkpoint_due` they are. Waits for the device."""
+        return not bool(self._spoiled) and all(
+            bool(p.detach().isfinite().all()) for p in self._parameters.values()
+        )
+
     def _require_finite_weights(self, epoch: int) -> None:
         """A finite loss can still have a gradient that is not: such weights are never saved."""
         finite = torch.stack([p.detach().isfinite().all() for p in self._parameters.values()])

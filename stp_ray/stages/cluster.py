@@ -18,8 +18,7 @@ if TYPE_CHECKING:
     from ..config import ClusterOptions
 
 #: Seconds between two looks at what is left of the cluster.
-_LOOK_EVERY_S = 1.0
-
+LOOK_EVERY_S = 1.0
 
 #: What Ray Train reads, and the values of it that this process has set: any other is the user's.
 _LIMIT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
@@ -87,7 +86,7 @@ def require_resources(options: "ClusterOptions", workers: int) -> None:
     """
     if places(options) >= workers:
         return
-    joined = _address(options)
+    joined = bool(_address(options)) or not _started_here()
     if joined:
         bundles = [worker_resources(options)] * workers
         group = placement_group(bundles, strategy="PACK")
@@ -103,6 +102,13 @@ def require_resources(options: "ClusterOptions", workers: int) -> None:
         f"the cluster has {given}{waited}; {workers} workers need {asked}, {each} of one machine "
         "each; lower cluster.num_workers or threads_per_worker, or add nodes"
     )
+
+
+def _started_here() -> bool:
+    """Whether Ray's head is of this process, so that no machine will ever join it. There is no
+    public way to ask."""
+    node = ray._private.worker._global_node
+    return node is not None and node.is_head()
 
 
 def _address(options: "ClusterOptions") -> str | None:
@@ -140,15 +146,16 @@ def places(options: "ClusterOptions") -> int:
 
 
 class Patience:
-    """How long a stage waits for a cluster that has lost every machine with room for a worker. Ray
-    would wait for ever.
+    """How long a stage waits for a cluster that has lost the machines which it cannot go on
+    without. Ray would wait for ever.
 
     Args:
         options: of the cluster; `schedule_timeout_s` is how long.
+        workers: what there has to be room for.
     """
 
-    def __init__(self, options: "ClusterOptions") -> None:
-        self._options = options
+    def __init__(self, options: "ClusterOptions", workers: int = 1) -> None:
+        self._options, self._workers = options, workers
         self._over = False
         #: When there was room last, and when that was looked at.
         self._room = self._looked = time.monotonic()
@@ -156,17 +163,19 @@ class Patience:
     def over(self) -> bool:
         """Whether there has been no room for too long, now or at an earlier look."""
         now = time.monotonic()
-        if now - self._looked >= _LOOK_EVERY_S:
+        if now - self._looked >= LOOK_EVERY_S:
             self._looked = now
-            if places(self._options):
+            if places(self._options) >= self._workers:
                 self._room = now
             self._over |= now - self._room > self._options.schedule_timeout_s
         return self._over
 
     def error(self) -> RunError:
         """What the user is told then."""
+        few = "a worker" if self._workers == 1 else f"{self._workers} workers"
         return RunError(
-            f"no machine of the cluster has had room for a worker ({_needed(self._options)}) for "
+            f"no machine of the cluster has had room for {few} "
+            f"({_needed(self._options, self._workers)}) for "
             f"{self._options.schedule_timeout_s:g} s; expected lost ones to be replaced; add nodes "
             "or raise cluster.schedule_timeout_s; the same command goes on from what is kept"
         )
@@ -184,7 +193,7 @@ def first(references: Iterable[Any], options: "ClusterOptions") -> Any:
     """
     waiting, patience = list(references), Patience(options)
     while True:
-        done, _ = ray.wait(waiting, num_returns=1, timeout=_LOOK_EVERY_S)
+        done, _ = ray.wait(waiting, num_returns=1, timeout=LOOK_EVERY_S)
         if done:
             return done[0]
         if patience.over():

@@ -55,11 +55,13 @@ def claim(run: Store, label: str, target: str) -> None:
         target: the subnet (JSON).
     """
     home, content = run.child(folder(label)), _line(target)
-    if home.exists(SUBNET):
-        if home.read_bytes(SUBNET) == content:
-            return
+    if home.exists(SUBNET) and home.read_bytes(SUBNET) == content:
+        return
+    others = [name for name in home.names() if name != SUBNET]
+    if others:
         log.warning("budget %s has another shape than before, and is pruned anew", label)
-        run.delete(folder(label))
+    for name in others:  # before the shape, which says whose they are should this be cut off
+        home.delete(name)
     home.write_bytes(SUBNET, content)
 
 
@@ -125,7 +127,7 @@ def _side_by_side(
                 running[task.remote(jobs[label], images, relay)] = label
             if workers == 1:
                 done = cluster.first(running, options)
-            else:  # their trainings have a time limit of their own
+            else:  # their trainings wait for machines themselves
                 (done,), _ = ray.wait(list(running), num_returns=1)
             label = running.pop(done)
             try:

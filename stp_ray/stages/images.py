@@ -1,5 +1,6 @@
 """The images of a run as its workers see them: decoded once and shared, or streamed."""
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -27,7 +28,7 @@ Epochs = Callable[[int, int], Iterator[tuple[Tensor, Tensor]]]
 
 #: Images in a batch that is only looked at.
 EVALUATION_BATCH = 512
-#: Images in a batch that BatchNorm statistics are measured on.
+#: The most images in a batch that BatchNorm statistics are measured on.
 CALIBRATION_BATCH = 128
 #: CPUs that a task asks for, by who decodes. One that reads alone asks for none: workers may hold
 #: them all, and would wait for it for ever. One that decodes has a cluster start more machines.
@@ -112,10 +113,12 @@ class Images:
         return self.data.train.sample(count)
 
     def augmented(self, split: Split, seed: int, device: torch.device) -> Iterator[Tensor]:
-        """Batches [B, 3, H, W] of a split, augmented as in training, always in the same way."""
+        """Batches [B, 3, H, W] of a split, augmented as in training, always in the same way; equal
+        ones, so that fewer images are left out than there are batches."""
+        count = math.ceil(len(split) / CALIBRATION_BATCH)
         batches = train_batches(
             split, self.options, seed=seed, epoch=0, device=device,
-            batch_size=min(CALIBRATION_BATCH, len(split)), num_classes=self.summary.num_classes,
+            batch_size=len(split) // count, num_classes=self.summary.num_classes,
         )  # fmt: skip
         return (images for images, _ in batches)
 

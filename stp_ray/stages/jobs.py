@@ -192,7 +192,7 @@ def train(job: Job, images: Images | SharedImages, place: Place, report: Report)
         )
         for share in trainer.shares
     ]  # fmt: skip
-    started, last = time.monotonic() - spent_s, 0.0
+    started, last, leaving = time.monotonic() - spent_s, 0.0, False
     with Saver(checkpoints) as saver, Notices() as notices:
         for progress in trainer.run(batches, draw):
             if place.rank != 0:
@@ -207,13 +207,13 @@ def train(job: Job, images: Images | SharedImages, place: Place, report: Report)
                 history.append(row)
                 means = _Means()
             # A stream could not go on from the middle of an epoch.
-            leaving = local.data is not None and notices.taken()
-            if progress.checkpoint_due or leaving:
+            leaving |= local.data is not None and notices.taken()
+            if progress.checkpoint_due or (leaving and trainer.is_finite()):
                 tensors, meta = trainer.state()
                 meta |= {"history": list(history), "means": means.state()}
                 meta["images"] = local.summary.train_rows
                 meta["seconds"] = time.monotonic() - started
-                saver.save(progress.step, tensors, meta)
+                leaving &= not saver.save(progress.step, tensors, meta)
             now = time.monotonic()
             if row or now - last > _REPORT_EVERY_S:
                 last = now

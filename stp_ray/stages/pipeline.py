@@ -94,8 +94,8 @@ def _run(config: RunConfig, until: str | None) -> dict[str, Any]:
     require_same(store, made_from)
     done = Manifest(store)
     if finished(done):
-        return Summary(store.read_json(SUMMARY))
-    with _session(config, _workers(config, done.stages())), held(store) as lease:
+        return _figures(done) if until else Summary(store.read_json(SUMMARY))
+    with _session(config, _workers(config, done.stages(), until)), held(store) as lease:
         manifest = Manifest(store, guard=lease.require)
         store.write_json(INPUTS, made_from)
         tracking = Tracking(config.tracking, run_id(config), store)
@@ -145,6 +145,11 @@ def finished(manifest: Manifest) -> bool:
     return "report" in stages and all(manifest.done(stage) for stage in stages)
 
 
+def _figures(manifest: Manifest) -> dict[str, Any]:
+    """What each stage so far has measured."""
+    return {stage: record["metrics"] for stage, record in manifest.stages().items()}
+
+
 def _trainings(config: RunConfig) -> list[Optimisation]:
     dense = config.baseline_options()
     options = [config.supernet.optimisation, config.finalize.optimisation]
@@ -162,12 +167,13 @@ def _session(config: RunConfig, workers: int) -> Iterator[None]:
         yield
 
 
-def _workers(config: RunConfig, done: Collection[str]) -> int:
+def _workers(config: RunConfig, done: Collection[str], until: str | None) -> int:
     """Workers that the stages left to do cannot start without: a run that goes on with its search
-    starts no machines for the training that is behind it."""
+    starts no machines for the training that is behind it, nor one that ends there for the last."""
     options = config.cluster
     trained = "supernet" in done and ("baseline" in done or config.baseline is None)
-    most = max(1 if trained else options.num_workers, config.finalize.num_workers)
+    last = 1 if until else config.finalize.num_workers
+    most = max(1 if trained else options.num_workers, last)
     return options.fewest(most)
 
 
@@ -198,7 +204,7 @@ class _Pipeline:
         if until not in ("baseline", "supernet"):
             self._explore()
         if until is not None:
-            return {stage: record["metrics"] for stage, record in self.manifest.stages().items()}
+            return _figures(self.manifest)
         self._finalize()
         return self._report()
 

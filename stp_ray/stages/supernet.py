@@ -1,7 +1,10 @@
 """Data-parallel training with Ray Train: the supernet, and any other job of a run."""
 
+import contextlib
 import logging
+import threading
 import uuid
+from collections.abc import Iterator
 from typing import Any
 
 import ray
@@ -42,16 +45,21 @@ def fit_group(job: Job, images: Images | SharedImages, workers: int, relay: Any)
     Raises:
         StpError: what a worker raised for the user.
         ClusterError: the cluster cannot give the workers.
-        RunError: workers failed too often.
+        RunError: workers failed too often, or too few are left for too long.
     """
     store, options = job.store, job.config.cluster
     if store.exists(RESULT):
         return store.read_json(RESULT)
-    cluster.require_resources(options, options.fewest(workers))
+    fewest = options.fewest(workers)
+    cluster.require_resources(options, fewest)
     failure: ray.train.TrainingFailedError | None = None
     with cluster.scratch() as folder:
+        trainer = _trainer(job, images, workers, relay, folder)
+        # One that waits for all of its workers has a limit of Ray's.
+        patience = cluster.Patience(options, fewest) if fewest < workers else None
         try:
-            _trainer(job, images, workers, relay, folder).fit()
+            with _ended(trainer, patience):
+                trainer.fit()
         except ray.train.TrainingFailedError as error:
             failure = error
     told = ray.get(relay.error.remote(job.stage))
@@ -69,13 +77,56 @@ class _Trainer(TorchTrainer):
     """Leaves an interruption to the driver: Ray's own handler would hide it from what this program
     does with one, and outlives the training, after which it swallows all that come."""
 
+    #: The actor that starts and watches the workers, once there is one.
+    controller: Any = None
+
     def _register_sigint_handler(self, controller: Any) -> None:
-        pass
+        self.controller = controller
+
+    def end(self) -> None:
+        """Let controller and workers go."""
+        if self.controller is not None:
+            with contextlib.suppress(Exception):  # the cluster may be gone
+                ray.kill(self.controller)
+
+
+@contextlib.contextmanager
+def _ended(trainer: _Trainer, patience: cluster.Patience | None) -> Iterator[None]:
+    """Have a training not outlive the block: not where it is interrupted in a session that goes on,
+    nor where it would wait longer than `patience` for machines that were lost.
+
+    Raises:
+        RunError: it did.
+    """
+    over = threading.Event()
+
+    def watch(patience: cluster.Patience) -> None:
+        while not over.wait(cluster.LOOK_EVERY_S):
+            with contextlib.suppress(Exception):  # the cluster may be gone
+                if patience.over():
+                    trainer.end()
+
+    watcher = threading.Thread(target=watch, args=(patience,), daemon=True)
+    if patience is not None:
+        watcher.start()
+    try:
+        yield
+    except ray.exceptions.RayActorError as error:
+        if patience is None or not patience.over():
+            raise
+        raise patience.error() from error
+    except BaseException:
+        trainer.end()
+        raise
+    finally:
+        over.set()
+        if patience is not None:
+            watcher.join()
 
 
 def _trainer(
     job: Job, images: Images | SharedImages, workers: int, relay: Any, folder: str
-) -> TorchTrainer:
+) -> _Trainer:
     options = job.config.cluster
     fewest = options.fewest(workers)
     cluster.wait_for_workers(options)

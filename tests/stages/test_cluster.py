@@ -6,7 +6,7 @@ import pytest
 import ray
 
 from stp_ray.config import ClusterOptions
-from stp_ray.errors import DataError, RunError
+from stp_ray.errors import ClusterError, DataError, RunError
 from stp_ray.stages import cluster
 
 
@@ -54,6 +54,27 @@ def test_only_a_cluster_that_is_named_is_joined(monkeypatch, address):
     with cluster.connected(ClusterOptions(address=address)):
         assert given["address"] == (address or "local")
         assert ("num_cpus" in given) == (address is None)
+
+
+@pytest.mark.parametrize(
+    ("node", "waits"),
+    [
+        (None, True),  # a task: the driver may have joined by any address
+        (SimpleNamespace(is_head=lambda: False), True),
+        (SimpleNamespace(is_head=lambda: True), False),
+    ],
+)
+def test_a_cluster_that_the_caller_has_joined_may_grow(monkeypatch, node, waits):
+    asked = []
+    group = SimpleNamespace(wait=lambda timeout_seconds: asked.append(timeout_seconds))
+    monkeypatch.setattr(ray._private.worker, "_global_node", node)
+    monkeypatch.setattr(ray, "nodes", list)
+    monkeypatch.setattr(ray, "cluster_resources", dict)
+    monkeypatch.setattr(cluster, "placement_group", lambda bundles, strategy: group)
+    monkeypatch.setattr(cluster, "remove_placement_group", lambda group: None)
+    with pytest.raises(ClusterError, match="after 7 s" if waits else r"0 CPU; 2 workers"):
+        cluster.require_resources(ClusterOptions(schedule_timeout_s=7), 2)
+    assert asked == [7] * waits
 
 
 def test_workers_do_not_get_the_limit_of_an_earlier_run(monkeypatch):
@@ -109,6 +130,16 @@ def test_a_cluster_is_given_up_once_it_has_had_no_room_for_as_long_as_was_said(p
     assert patience.over()  # what was stopped stays so
     error = str(patience.error())
     assert "1 CPU" in error and "10 s" in error and "schedule_timeout_s" in error
+
+
+def test_a_cluster_with_room_for_too_few_is_given_up(passing):
+    clock = passing(lambda now: 2)
+    enough, more = (cluster.Patience(ClusterOptions(schedule_timeout_s=10), n) for n in (2, 3))
+    clock.now += 5
+    assert not enough.over() and not more.over()
+    clock.now += 6
+    assert not enough.over() and more.over()
+    assert "3 workers (3 CPU)" in str(more.error())
 
 
 def test_a_driver_that_stood_still_looks_before_it_gives_up(passing):

@@ -6,8 +6,9 @@ import pytest
 import ray
 import torch
 
-from stp_ray.artifacts import Checkpoints
+from stp_ray.artifacts import Checkpoints, Store
 from stp_ray.config import load_config
+from stp_ray.elastic import Subnet
 from stp_ray.stages import cluster, finalize
 from stp_ray.stages.jobs import Job
 
@@ -31,6 +32,29 @@ def test_a_task_that_is_tried_again_counts_the_attempt_that_was_lost(job, monkey
     pruned, seconds = finalize._finalize_task([job], images, None)
     assert pruned == {"top1": 50.0}
     assert 120.0 <= seconds < 130.0
+
+
+def test_a_deletion_that_is_cut_off_leaves_nothing_to_another_shape(job, monkeypatch):
+    first, second = (Subnet({"a": width}, []).to_json() for width in (4, 8))
+    finalize.claim(job.run, "0.5", first)
+    Checkpoints(job.store).save(30, {"weights": torch.ones(1)}, {})
+    job.store.write_json("pruned.json", {"subnet_id": "of the first"})
+    delete, left = Store.delete, iter([False, True, False])
+
+    def cut_off(self, name):
+        if not next(left):
+            raise KeyboardInterrupt
+        delete(self, name)
+
+    monkeypatch.setattr(Store, "delete", cut_off)
+    for _ in range(2):  # before anything is gone, and after the first file
+        with pytest.raises(KeyboardInterrupt):
+            finalize.claim(job.run, "0.5", second)
+        assert job.store.read_bytes(finalize.SUBNET).decode().strip() == first
+    monkeypatch.setattr(Store, "delete", delete)
+    finalize.claim(job.run, "0.5", second)
+    assert job.store.names() == [finalize.SUBNET]
+    assert job.store.read_bytes(finalize.SUBNET).decode().strip() == second
 
 
 def test_an_interruption_ends_the_tasks(job, monkeypatch):

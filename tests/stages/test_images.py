@@ -31,6 +31,14 @@ def test_statistics_of_streamed_data_are_measured_on_every_class(by_class):
     assert torch.equal(few, torch.cat(list(resident.calibration(0, 50, CPU))))
 
 
+@pytest.mark.parametrize(
+    ("asked", "sizes"), [(50, [50]), (128, [128]), (200, [100, 100]), (255, [127, 127])]
+)
+def test_few_images_are_left_out_of_statistics(by_class, asked, sizes):
+    resident = share(by_class, describe(by_class), in_process=True)
+    assert [len(batch) for batch in resident.calibration(0, asked, CPU)] == sizes
+
+
 def test_a_training_can_go_on_where_anothers_epochs_end(by_class):
     resident = share(by_class, describe(by_class), in_process=True)
     first, second = (resident.epochs(0, 40, 0, 1, CPU, after=after) for after in (0, 3))

@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -448,6 +449,18 @@ def test_a_run_can_stop_after_a_stage_and_go_on(tmp_path):
     assert times(run.folder / "supernet") == before
 
 
+def test_a_finished_run_has_the_figures_of_its_stages_too(finished):
+    figures = pipeline.run(finished.config, until="explore")
+    assert {"supernet", "explore"} <= set(figures) and "budgets" not in figures
+
+
+def test_a_run_that_ends_early_needs_no_workers_for_what_comes_after():
+    config = load_config(minimal(cluster={"num_workers": 2}, finalize={"num_workers": 4}))
+    assert pipeline._workers(config, [], "supernet") == 2
+    assert pipeline._workers(config, [], None) == 4
+    assert pipeline._workers(config, ["supernet"], "explore") == 1
+
+
 def test_the_control_is_the_same_shape_from_scratch_for_as_long(tmp_path):
     run = Run(tmp_path, minimal(finalize={"control": True}))
     budget = run()["budgets"]["0.5"]
@@ -833,6 +846,19 @@ def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(tmp_path, monkeypat
     assert run.folder.name == calm.folder.name
     weights = [(r.folder / "supernet/model.safetensors").read_bytes() for r in (run, calm)]
     assert weights[0] == weights[1]
+
+
+def test_a_notice_keeps_no_weights_that_are_not_finite(tmp_path, monkeypatch):
+    """A GPU is asked for its losses every 50 steps alone, and a machine may go in between."""
+    optimisation = {"lr": 1e30, "warmup_epochs": 0, "batch_size": 8, "checkpoint_every": 0}
+    run = Run(tmp_path, minimal(supernet={"optimisation": optimisation}))
+    notices = iter([False] * 3 + [True])
+    monkeypatch.setattr(jobs.Notices, "taken", lambda self: next(notices, False))
+    monkeypatch.setattr(jobs, "Trainer", partial(jobs.Trainer, check_every=50))
+    with pytest.raises(RunError, match="not finite"):
+        pipeline.run(run.config, until="supernet")
+    assert next(notices, None) is None, "the notice came"
+    assert Checkpoints(Store(run.folder / "supernet")).latest() is None
 
 
 # -- exploration --------------------------------------------------------------------------

@@ -52,6 +52,18 @@ def test_one_state_is_on_its_way_at_a_time(slow):
     assert slow.latest()[0] == 2
 
 
+def test_training_does_not_wait_long_for_slow_storage(slow, caplog):
+    """Other workers would give up a step that one does not come to."""
+    with Saver(slow, patience_s=0.1) as saver:
+        assert saver.save(*state(1))
+        assert not saver.save(*state(2))
+        assert "no checkpoint of step 2" in caplog.text
+        slow.go.set()
+        while not saver.save(*state(3)):
+            pass
+    assert slow.latest()[0] == 3
+
+
 def test_what_went_wrong_is_raised_by_the_next_call(slow):
     slow.go.set()
     slow.failing = True
