@@ -11,6 +11,9 @@ _SECRET_KEY = re.compile(
     r"^sig$|signature|token|secret|passw|credential|(access|api|account)[-_]?key", re.IGNORECASE
 )
 _BUCKETS = {"s3", "s3a", "gs", "gcs"}
+_LOCAL = {"", "file", "local"}
+#: An S3 access point stands where a bucket does.
+_ACCESS_POINT = re.compile(r"arn:aws[\w-]*:s3[\w-]*:[\w-]*:\d*:accesspoint")
 
 HOW_TO_MEND = (
     "expected a URI without credentials; give them through the environment "
@@ -32,6 +35,8 @@ def credentials_in(uri: str) -> str | None:
         # A secret may hold "/", which ends the host part for a standard parser.
         before_at = rest.rpartition("@")[0]
         host = rest.partition("/")[0]
+        if _ACCESS_POINT.fullmatch(host):
+            host = before_at = ""
         if ":" in before_at.partition("/")[0] or (scheme.lower() in _BUCKETS and ":" in host):
             return "a user name with a password, or an access key"
         for key, value in parse_qsl(rest.partition("?")[2]):
@@ -61,12 +66,16 @@ def absolute(filesystem: Any, path: str, uri: str) -> str:
         host, _, _ = rest.partition("/")
         container = host.partition("@")[0]
         return f"{scheme}://{host}/{path.strip('/').removeprefix(container).strip('/')}"
-    return str(filesystem.unstrip_protocol(path))
+    found, host = str(filesystem.unstrip_protocol(path)), rest.partition("/")[0]
+    below = found.partition("://")[2].strip("/")
+    if scheme.lower() in _LOCAL or not host or below.partition("/")[0] == host:
+        return found
+    return f"{scheme}://{host}/{below}"  # the paths of HDFS or SFTP say nothing of it
 
 
 def local_path(uri: str) -> str | None:
     """The path of a local file or folder, given as such or by `file://`; None for other storage."""
-    path = uri.removeprefix("file://").removeprefix("local://")
+    path = re.sub(r"^(file|local):(//|(?=/))", "", uri)
     return None if "://" in path or "::" in path else os.path.expanduser(path)
 
 

@@ -162,6 +162,8 @@ def test_other_processes_get_absolute_paths_and_uris_as_they_are(tmp_path, monke
     )
     assert placed(of_files).data.uri == f"{tmp_path}/set"
     assert placed(of_files).model.weights == f"{tmp_path}/w.pt"
+    absolute = load_config({"data": {"name": "parquet", "uri": "file:/data/set"}})
+    assert placed(absolute).data.uri == "/data/set"
     remote = load_config({"data": {"name": "parquet", "uri": "s3://bucket/set"}})
     assert placed(remote) == remote
     assert placed(load_config({})) == load_config({})
@@ -377,6 +379,13 @@ def test_a_control_is_not_held_back():
     assert (options.epochs, options.min_lr) == (7, load_config({}).finalize.optimisation.min_lr)
     begun = {**recipe, "supernet": {**halves, "from_baseline": True}, "baseline": {"epochs": 5}}
     assert load_config(begun).control_options().epochs == 12
+
+
+@pytest.mark.parametrize("key", ["storage", "data.uri", "model.weights"])
+def test_the_name_of_an_access_point_is_no_credential(key):
+    point = "s3://arn:aws:s3:us-west-2:123456789012:accesspoint/images/set"
+    load_config({}, [f"{key}={point}"])
+    assert "contains" in refusal(None, f"{key}={point.replace('/images', ':key@images')}")
 
 
 @pytest.mark.parametrize(

@@ -6,12 +6,15 @@ import time
 import uuid
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from stp_ray.artifacts import Checkpoints, Manifest, Store
 from stp_ray.artifacts import store as store_module
+from stp_ray.data.parquet import ParquetSource
 from stp_ray.errors import StorageError
+from tests.data.samples import write_parquet
 from tests.unreliable import Unreliable
 
 pytestmark = pytest.mark.timeout(240)
@@ -54,6 +57,24 @@ def test_storage_that_is_away_for_ten_seconds_is_waited_for(s3, server):
     store.write_bytes("a.bin", b"after")
     assert time.monotonic() - started > 9
     assert store.read_bytes("a.bin") == b"after"
+    timer.join()
+
+
+def test_data_that_is_away_for_ten_seconds_is_waited_for(s3, server, tmp_path):
+    write_parquet(tmp_path / "set")
+    s3fs = pytest.importorskip("s3fs")
+    s3fs.S3FileSystem.clear_instance_cache()  # which know the server itself
+    uri = f"{s3}/{uuid.uuid4().hex}"
+    s3fs.S3FileSystem().put(f"{tmp_path / 'set'}/", uri, recursive=True)
+    source = ParquetSource(uri)
+    (part, *_) = source.parts("train", np.arange(5))
+    server.away = True
+    timer = threading.Timer(10.0, setattr, (server, "away", False))
+    timer.start()
+    started = time.monotonic()
+    (chunk,) = source.read(part)
+    assert time.monotonic() - started > 9
+    assert len(chunk.labels) == 5
     timer.join()
 
 

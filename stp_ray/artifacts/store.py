@@ -167,7 +167,9 @@ class Store:
                 found = self._call("ls", self._path, detail=False)
             except (FileNotFoundError, NotADirectoryError):
                 return []
-        names = {str(path).rstrip("/").rpartition("/")[2] for path in found}
+        # S3's console makes a folder by an empty file of its name.
+        paths = {str(path).rstrip("/") for path in found} - {self._path.rstrip("/")}
+        names = {path.rpartition("/")[2] for path in paths}
         # A temporary file of a write that was killed begins with a dot.
         return sorted(n for n in names if n.startswith(prefix) and _SEGMENT.fullmatch(n))
 

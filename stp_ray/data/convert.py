@@ -4,7 +4,6 @@ storage."""
 import contextlib
 import json
 import logging
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any, Protocol
@@ -12,13 +11,12 @@ from typing import Any, Protocol
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from fsspec.implementations.local import LocalFileSystem
 
 from ..errors import DataError
 from .folders import IMAGE_SUFFIXES, TEST_FOLDERS
 from .parquet import ROWS, checked_names
 from .source import Stored, require_text
-from .storage import open_filesystem, reading, writing
+from .storage import files_below, open_filesystem, reading, writing
 
 log = logging.getLogger(__name__)
 
@@ -103,9 +101,10 @@ class _Folder:
                     "expected the folders train, and test or val, each with one folder for each "
                     "class"
                 )
+            inside = f"{root}/" if root else ""  # of an archive
             listed: dict[Stored, list[tuple[str, str]]] = {
-                "train": self._listed(f"{root}/train"),
-                "test": self._listed(f"{root}/{test}"),
+                "train": self._listed(f"{inside}train"),
+                "test": self._listed(f"{inside}{test}"),
             }
         classes = {split: sorted({name for name, _ in files}) for split, files in listed.items()}
         if not classes["train"] or classes["train"] != classes["test"]:
@@ -121,21 +120,12 @@ class _Folder:
 
     def _listed(self, folder: str) -> list[tuple[str, str]]:
         """(class, path) of every image below a split, sorted."""
-        if isinstance(self._filesystem, LocalFileSystem):
-            # its `find` passes over linked folders, which torchvision reads, and unreadable ones
-            found = [
-                os.path.join(place, file)
-                for place, _, files in os.walk(folder, onerror=_refuse, followlinks=True)
-                for file in files
-            ]
-        else:
-            found = self._filesystem.find(folder)
-        paths = map(PurePosixPath, found)
         depth = len(PurePosixPath(folder).parts)
         return sorted(
-            (path.parts[depth], str(path))
-            for path in paths
-            if len(path.parts) > depth + 1 and path.suffix.lower() in IMAGE_SUFFIXES
+            (path.parts[depth], name)  # the name as it is: a key may hold "//"
+            for name in files_below(self._filesystem, folder)
+            if len((path := PurePosixPath(name)).parts) > depth + 1
+            and path.suffix.lower() in IMAGE_SUFFIXES
         )
 
     def read(self, split: Stored) -> Iterator[tuple[bytes | None, int]]:
@@ -252,8 +242,9 @@ def _write(images: _Images, uri: str, on_progress: OnProgress) -> dict[str, int]
         },
     )
     done, total, begun = 0, sum(images.rows.values()), list[str]()
+    unread = 0
     with writing(uri), contextlib.ExitStack() as failed:
-        if filesystem.exists(root) and filesystem.find(root):
+        if filesystem.exists(root) and files_below(filesystem, root):
             raise DataError(
                 f"{uri} holds files already; expected an empty folder; choose another, or delete "
                 "what a conversion that was cut off has left"
@@ -278,8 +269,11 @@ def _write(images: _Images, uri: str, on_progress: OnProgress) -> dict[str, int]
                             schema=schema,
                         ))  # fmt: skip
                         done += len(group)
+                        unread += sum(data is None for data, _ in group)
                         on_progress(done, total)
         failed.pop_all()
+    if unread:
+        log.warning("%d of %d images could not be read; they will count as corrupt", unread, total)
     return {str(split): count for split, count in images.rows.items()}
 
 
@@ -291,10 +285,6 @@ def _delete(filesystem: Any, paths: Sequence[str]) -> None:
                 filesystem.rm_file(path)
         except Exception as error:  # the storage may be what failed
             log.warning("%s could not be deleted (%s); delete it by hand", path, error)
-
-
-def _refuse(error: OSError) -> None:
-    raise error
 
 
 def _has_labels(rows: Any, label: str) -> bool:

@@ -33,6 +33,10 @@ _AT_A_TIME = 32
 _BYTES_AT_A_TIME = 1 << 20
 #: Thinner images are cut to this before they are scaled, or a line of pixels would take gigabytes.
 _THINNEST = 8
+#: What no image has in truth: a damaged header would have a decoder take gigabytes, or hours for
+#: one line. Pillow has the first limit for the formats that it reads itself.
+_MOST_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+_LONGEST_SIDE = 65_535
 _PILLOW_ERRORS = (
     OSError,
     RuntimeError,  # of AVIF, and NotImplementedError of DDS
@@ -122,13 +126,31 @@ def image_shape(encoded: bytes | None) -> tuple[int, int] | None:
 def _raw(encoded: Sequence[bytes | None]) -> list[Tensor | None]:
     """uint8 RGB [3, H, W] of each image at its own size; None where it cannot be decoded."""
     images: list[Tensor | None] = [None] * len(encoded)
-    jpegs = [i for i, data in enumerate(encoded) if data is not None and data[:2] == _JPEG]
+    jpegs = [
+        i for i, data in enumerate(encoded)
+        if data is not None and data[:2] == _JPEG and _jpeg_pixels(data) <= _MOST_PIXELS
+    ]  # fmt: skip
     for index, image in zip(jpegs, _jpegs([encoded[i] or b"" for i in jpegs]), strict=True):
         images[index] = image
     for index, data in enumerate(encoded):
         if images[index] is None and data:
             images[index] = _pillow(data)
     return images
+
+
+def _jpeg_pixels(data: bytes) -> int:
+    """Pixels of a JPEG by its header; 0 where that is for the decoder to say."""
+    at = len(_JPEG)
+    while at + 9 <= len(data) and data[at] == 0xFF:
+        marker = data[at + 1]
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # start of a frame
+            height, width = struct.unpack_from(">HH", data, at + 5)
+            return int(height) * int(width)
+        if marker == 0xFF:  # padding
+            at += 1
+        else:
+            at += 2 + struct.unpack_from(">H", data, at + 2)[0]
+    return 0
 
 
 def _jpegs(encoded: list[bytes]) -> list[Tensor | None]:
@@ -146,6 +168,8 @@ def _jpegs(encoded: list[bytes]) -> list[Tensor | None]:
 def _pillow(data: bytes) -> Tensor | None:
     try:
         with Image.open(io.BytesIO(data)) as image:
+            if max(image.size) > _LONGEST_SIDE:
+                raise ValueError(f"{image.size} pixels")
             pixels = np.array(_eight_bits(image).convert("RGB"))
     except _PILLOW_ERRORS:
         return None

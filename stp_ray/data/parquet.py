@@ -6,6 +6,7 @@ under the schema's metadata key `class_names`, or come from the `huggingface` ke
 """
 
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,16 +16,18 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from fsspec.implementations.local import LocalFileSystem
 from numpy.typing import NDArray
 
 from ..errors import DataError
 from ..uris import absolute
 from .decode import image_shape
 from .source import Chunk, Layout, Stored, fingerprint
-from .storage import open_filesystem, reading
+from .storage import files_below, open_filesystem, reading
 
-#: Rows that are read and decoded at a time.
+#: Rows that are read and decoded at a time, and about how many bytes of them at most.
 CHUNK_ROWS = 256
+_CHUNK_BYTES = 1 << 28
 
 _IMAGE_COLUMNS = ("image", "img")
 _LABEL_COLUMNS = ("label", "fine_label")
@@ -109,6 +112,8 @@ class ParquetSource:
     @property
     def full_uri(self) -> str:
         """The URI with its protocol, absolute, so that other processes find the same folder."""
+        if "::" in self.uri:  # a file within another one
+            return self.uri
         return absolute(self._filesystem, self._root, self.uri)
 
     def layout(self) -> Layout:
@@ -162,13 +167,17 @@ class ParquetSource:
                 f"data.uri {self.uri} {found}; expected a folder with train.parquet and "
                 "test.parquet, or train/ and test/ folders of .parquet files; change data.uri"
             )
-        entries = {_name(entry["name"]): entry["type"] == "directory" for entry in listed}
+        entries = {_name(entry["name"]): self._is_folder(entry) for entry in listed}
         if entries.get("data") and not any(name.startswith("train") for name in entries):
             folder = f"{self._root.rstrip('/')}/data"
             listed = self._filesystem.ls(folder, detail=True)
-            inner = {_name(entry["name"]): entry["type"] == "directory" for entry in listed}
-            return folder, inner
+            return folder, {_name(entry["name"]): self._is_folder(entry) for entry in listed}
         return self._root.rstrip("/"), entries
+
+    def _is_folder(self, entry: Mapping[str, Any]) -> bool:
+        """Whether an entry of a listing is a folder, or a link to one."""
+        linked = isinstance(self._filesystem, LocalFileSystem) and os.path.isdir(entry["name"])
+        return bool(entry["type"] == "directory" or linked)
 
     def _split_paths(self, split: Stored, folder: str, entries: dict[str, bool]) -> list[str]:
         for prefix in _SPLIT_PREFIXES[split]:
@@ -186,7 +195,7 @@ class ParquetSource:
         for name in names:
             path = f"{folder}/{name}"
             if entries[name]:
-                inside = self._filesystem.find(path)
+                inside = files_below(self._filesystem, path)
                 paths += [
                     found
                     for found in sorted(inside)
@@ -361,8 +370,9 @@ def read_encoded(
     with _open(filesystem, part.path) as handle:
         parquet = pq.ParquetFile(handle, pre_buffer=True)
         first = part.first
+        count = parquet.metadata.row_group(part.group).num_rows
         for batch in parquet.iter_batches(
-            CHUNK_ROWS,
+            min(CHUNK_ROWS, max(1, count * _CHUNK_BYTES // max(1, part.size))),
             row_groups=[part.group],
             columns=[columns.encoded, columns.label],
             use_threads=False,

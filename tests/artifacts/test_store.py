@@ -5,6 +5,7 @@ import hashlib
 import os
 import pickle
 import sys
+import uuid
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -224,6 +225,33 @@ def test_a_uri_keeps_the_account_that_a_back_end_forgets():
     assert uris.absolute(filesystem, "runs/x", f"{host}/x/") == f"{host}/x"
     assert uris.absolute(filesystem, "runs", host).rstrip("/") == host
     assert uris.absolute(filesystem, "runs/x", "az://runs/x") == "abfs://runs/x"
+
+
+@pytest.mark.parametrize(
+    ("uri", "path", "found"),
+    [
+        ("webhdfs://namenode:9870/runs/x", "/runs/x", "webhdfs://namenode:9870/runs/x"),
+        ("hdfs://namenode/runs", "/runs", "hdfs://namenode/runs"),
+        ("s3://bucket/runs", "bucket/runs", "s3://bucket/runs"),
+        ("hdfs:///runs", "/runs", "hdfs:///runs"),
+        ("runs", "/here/runs", "file:///here/runs"),
+        ("file://runs", "/here/runs", "file:///here/runs"),
+    ],
+)
+def test_a_uri_keeps_the_host_that_paths_say_nothing_of(uri, path, found):
+    scheme = uri.partition("://")[0] if "://" in uri else "file"
+    filesystem = SimpleNamespace(unstrip_protocol=lambda path: f"{scheme}://{path}")
+    assert uris.absolute(filesystem, path, uri) == found
+
+
+def test_a_folder_that_a_console_has_made_is_not_in_itself(s3):
+    boto3 = pytest.importorskip("boto3")
+    bucket, name = s3.removeprefix("s3://"), uuid.uuid4().hex
+    for key in ("", "inner/"):
+        boto3.client("s3").put_object(Bucket=bucket, Key=f"{name}/{key}", Body=b"")
+    store = Store(f"{s3}/{name}")
+    store.write_bytes("a.json", b"x")
+    assert store.names() == ["a.json", "inner"]
 
 
 def test_local_stores_are_absolute_and_lazy(tmp_path, monkeypatch):

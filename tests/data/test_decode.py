@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image, PngImagePlugin, features
 
+from stp_ray.data import decode as decoding
 from stp_ray.data.decode import decode, fit, image_shape
 from stp_ray.errors import DataError
 from tests.data.samples import encode, pixels
@@ -27,6 +28,38 @@ def test_jpeg_decodes_as_pillow_does(with_torchvision, monkeypatch):
     expected = [np.asarray(Image.open(io.BytesIO(file)).convert("RGB")) for file in files]
     assert mask.all()
     np.testing.assert_array_equal(decoded, np.stack(expected).transpose(0, 3, 1, 2))
+
+
+def claims(height, width, **options):
+    """A JPEG whose header says another size than it has."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels(1, 64)[0].transpose(1, 2, 0)).save(buffer, "JPEG", **options)
+    file = bytearray(buffer.getvalue())
+    at = file.index(b"\xff\xc2" if options.get("progressive") else b"\xff\xc0")
+    file[at + 5 : at + 9] = height.to_bytes(2, "big") + width.to_bytes(2, "big")
+    return bytes(file)
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_a_header_that_claims_gigabytes_is_no_image(progressive, monkeypatch):
+    asked = []
+    real = decoding.decode_jpeg
+    monkeypatch.setattr(
+        decoding, "decode_jpeg", lambda data, mode: asked.append(data) or real(data, mode=mode)
+    )
+    exif = Image.Exif()
+    exif[0x010E] = "before the frame \xff\xc0"
+    huge = claims(65_500, 65_500, progressive=progressive, exif=exif)
+    whole = claims(64, 64, progressive=progressive, exif=exif)
+    decoded, mask = decode([whole, huge, whole], 64, resize=True)
+    assert mask.tolist() == [True, False, True] and len(decoded) == 2
+    assert [len(data) for data in asked] == [2], "the decoder does not see it"
+
+
+def test_a_line_that_is_longer_than_any_is_no_image():
+    buffer = io.BytesIO()
+    Image.new("L", (70_000, 1)).save(buffer, "PNG")
+    assert not decode([buffer.getvalue()], 8, resize=True)[1].any()
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1"])

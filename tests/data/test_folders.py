@@ -244,6 +244,38 @@ def test_a_folder_becomes_parquet(tmp_path, monkeypatch):
         folder_to_parquet(str(images), str(tmp_path / "file" / "set"))
 
 
+def test_keys_that_no_path_has_are_converted(s3, tmp_path, caplog):
+    """With an empty segment, and a folder that S3's console made."""
+    boto3 = pytest.importorskip("boto3")
+    folder_of_images(tmp_path, "train")
+    folder_of_images(tmp_path, "test", each=2)
+    bucket, image = boto3.client("s3"), (tmp_path / "train" / "cat" / "0.png").read_bytes()
+    bucket.create_bucket(Bucket="odd")
+    for file in tmp_path.rglob("*.png"):
+        key = f"images/{file.relative_to(tmp_path).as_posix()}"
+        bucket.put_object(Bucket="odd", Key=key, Body=file.read_bytes())
+    bucket.put_object(Bucket="odd", Key="images/train/cat//double.png", Body=image)
+    bucket.put_object(Bucket="odd", Key="set/", Body=b"")
+    counts = folder_to_parquet("s3://odd/images", "s3://odd/set")
+    assert counts == {"train": 13, "test": 4} and "could not be read" not in caplog.text
+    assert load(options("s3://odd/set", name="parquet")).corrupt == 0
+
+
+def test_images_that_could_not_be_read_are_told(tmp_path, monkeypatch, caplog):
+    folder_of_images(tmp_path / "images", "train")
+    folder_of_images(tmp_path / "images", "test", each=2)
+    read = LocalFileSystem.cat_file
+
+    def cat_file(self, path, *arguments, **options):
+        if path.endswith("train/cat/3.png"):
+            raise PermissionError(path)
+        return read(self, path, *arguments, **options)
+
+    monkeypatch.setattr(LocalFileSystem, "cat_file", cat_file)
+    folder_to_parquet(str(tmp_path / "images"), str(tmp_path / "set"))
+    assert "1 of 16 images could not be read" in caplog.text
+
+
 def test_what_links_lead_to_is_converted_and_an_unreadable_folder_ends_it(tmp_path, monkeypatch):
     folder_of_images(tmp_path / "elsewhere", "train")
     images = tmp_path / "images"

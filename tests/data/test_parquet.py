@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from stp_ray.data import DataOptions, describe, load, load_split
+from stp_ray.data import DataOptions, describe, load, load_split, parquet
 from stp_ray.data.load import selection
 from stp_ray.data.parquet import ROWS, ParquetSource
 from stp_ray.data.split import spread_rows
@@ -410,6 +410,43 @@ def test_a_hub_that_cannot_be_reached_is_named(tmp_path):
         timeout=120,
     )  # fmt: skip
     assert done.stdout.startswith("hf://datasets/nobody/nothing cannot be read ("), done.stderr
+
+
+@pytest.mark.parametrize("linked", ["train/more", "train", "data"])
+def test_linked_folders_are_read(tmp_path, linked):
+    home = tmp_path / "set" / ("data" if linked == "data" else "")
+    write_parquet(tmp_path / "flat", train=40)
+    (home / "train").mkdir(parents=True)
+    shutil.copy(tmp_path / "flat" / "test.parquet", home / "test.parquet")
+    shutil.copy(tmp_path / "flat" / "train.parquet", home / "train" / "a.parquet")
+    place = tmp_path / "set" / linked
+    if linked == "train/more":
+        place.mkdir()
+        shutil.copy(tmp_path / "flat" / "train.parquet", place / "b.parquet")
+    expected = describe(options(tmp_path / "set"))
+    shutil.move(place, tmp_path / "elsewhere")
+    place.symlink_to(tmp_path / "elsewhere")
+    assert describe(options(tmp_path / "set")) == expected
+    assert expected.train_rows == (75 if linked == "train/more" else 35)
+
+
+def test_a_set_within_an_archive_is_found_by_other_processes(tmp_path):
+    write_parquet(tmp_path / "set")
+    shutil.make_archive(str(tmp_path / "set"), "zip", tmp_path / "set")
+    uri = f"zip://::{tmp_path / 'set.zip'}"
+    source = ParquetSource(uri)
+    assert ParquetSource(source.full_uri).layout() == source.layout()
+
+
+def test_large_images_are_read_few_at_a_time(tmp_path, monkeypatch):
+    """Arrow cannot read two gigabytes of one column at once."""
+    monkeypatch.setattr(parquet, "_CHUNK_BYTES", 2_000)
+    write_parquet(tmp_path, train=40, group=40)
+    source = ParquetSource(str(tmp_path))
+    (part,) = source.parts("train", np.arange(40))
+    chunks = list(source.read(part))
+    assert np.concatenate([chunk.rows for chunk in chunks]).tolist() == list(range(40))
+    assert max(len(chunk.rows) for chunk in chunks) <= 40 * 2_000 // part.size + 1 < 40
 
 
 def test_s3_by_the_endpoint_of_the_environment(s3, tmp_path):
