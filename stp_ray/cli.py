@@ -197,7 +197,7 @@ def wandb_sync(
     uri: Annotated[str, typer.Argument(help="A run's folder or URI.")],
 ) -> None:
     """Say how to upload what a run kept for Weights & Biases and no server has yet."""
-    from .tracking import wandb_folder, wandb_id
+    from .tracking import sync_command, wandb_folder, wandb_id
 
     store = _run_store(uri, "config.json")
     run_id = store.uri.rstrip("/").rpartition("/")[2]
@@ -211,7 +211,7 @@ def wandb_sync(
         print(f"nothing to upload: no offline run of {run_id} in {folder}")
         return
     print(f"{len(kept)} stages of {run_id} were kept offline; after `wandb login` upload them:")
-    print(f"  wandb sync {folder}/offline-run-*-{place}-*")
+    print(f"  {sync_command(folder.parent, place)}")
 
 
 @app.command()
@@ -601,7 +601,8 @@ def _print_inspection(content: Mapping[str, Any]) -> None:
     console.print(f"{content['model']}, {size} x {size} px, {content['num_classes']} classes")
     console.print(
         f"cost of the full network: {full['macs']:,} MACs, {full['params']:,} params; of the "
-        f"smallest subnet: {least['macs']:,} MACs ({100 * least['macs'] / full['macs']:.2f} %), "
+        f"smallest subnet: {least['macs']:,} MACs "
+        f"({100 * least['macs'] / max(1, full['macs']):.2f} %), "
         f"{least['params']:,} params"
     )
     console.print(f"elastic: {100 * content['elastic_share']:.1f} % of the MACs")

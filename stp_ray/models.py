@@ -117,6 +117,19 @@ def build_for(name: str, data: Mapping[str, Any], kwargs: Mapping[str, Any]) -> 
     return build_with(find_factory(name), name, data, kwargs)
 
 
+def untrained(name: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments for the same network without the trained weights of torchvision, which it would
+    download. Two of its functions go by them in other arguments too. A function of the user's,
+    whose name has a ":", gets what it was given."""
+    if ":" in name or not kwargs.get("weights"):
+        return dict(kwargs)
+    implied: dict[str, Any] = {
+        "googlenet": {"transform_input": True, "aux_logits": False},
+        "inception_v3": {"transform_input": True},
+    }.get(name, {})
+    return {**implied, **kwargs, "weights": None}
+
+
 def build_with(
     factory: Callable[..., Any], name: str, data: Mapping[str, Any], kwargs: Mapping[str, Any]
 ) -> nn.Module:

@@ -79,7 +79,7 @@ def status(run: Store) -> Status:
         if kind == "control" and (log not in logs or f"finalize/{label}" in done):
             continue  # a training of that stage, shown beside it while it lasts
         if name not in done and log in logs:
-            step, total = _progress(run.child("logs").read_bytes(log).decode())
+            step, total = _progress(run.child("logs").read_bytes(log).decode(errors="replace"))
         stages.append(Stage(name, done.get(name), step, total))
     return Status(run.uri.rpartition("/")[2], stages, holder(run))
 

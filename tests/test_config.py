@@ -431,6 +431,41 @@ def test_an_override_below_a_value_is_refused():
     assert "seed is 3 (an integer), not a section" in refusal({"seed": 3}, "seed.x=1")
 
 
+def test_an_override_is_of_one_section_where_an_anchor_stands_in_several(tmp_path):
+    options = {"epochs": 3, "lr": 0.1}
+    shared = {"baseline": options, "supernet": {"optimisation": options}}
+    recipe = tmp_path / "anchors.yaml"
+    recipe.write_text(
+        "baseline: &all {epochs: 3, lr: 0.1}\nsupernet: &outer {optimisation: *all}\n"
+        "finalize: {optimisation: *all}\n"
+    )
+    for written in (shared, recipe):
+        config = load_config(written, ["baseline.lr=0.5", "supernet.optimisation.epochs=9"])
+        rates = config.baseline.lr, config.supernet.optimisation.lr
+        assert rates == (0.5, 0.1)
+        assert (config.baseline.epochs, config.supernet.optimisation.epochs) == (3, 9)
+    assert (config.finalize.optimisation.lr, config.finalize.optimisation.epochs) == (0.1, 3)
+    assert shared == {"baseline": options, "supernet": {"optimisation": options}}
+    assert options == {"epochs": 3, "lr": 0.1}
+
+
+def test_merged_keys_may_be_given_anew_and_merged_on(tmp_path):
+    recipe = tmp_path / "merged.yaml"
+    recipe.write_text(
+        "finalize: {optimisation: &base {epochs: 3, lr: 0.1}}\n"
+        "supernet:\n  optimisation: &opt\n    <<: *base\n    lr: 0.2\n"
+        "baseline:\n  <<: *opt\n"
+    )
+    config = load_config(recipe)
+    assert (config.baseline.lr, config.baseline.epochs) == (0.2, 3)
+    assert config.supernet.optimisation.lr == 0.2 and config.finalize.optimisation.lr == 0.1
+
+
+@pytest.mark.parametrize("name", ["team/project", "a:b", "", "x" * 129])
+def test_a_project_that_wandb_would_refuse_is_refused(name):
+    assert "tracking.project" in refusal({"tracking": {"project": name}})
+
+
 def test_bad_recipe_files(tmp_path):
     path = tmp_path / "bad.yaml"
     for text, told in (
@@ -440,6 +475,9 @@ def test_bad_recipe_files(tmp_path):
         ("1: 2\n", "expected names as keys"),
         ("seed: !!python/name:os.system\n", "not valid YAML"),
         ("model: {kwargs: {a: !!binary aGk=}}\n", "model.kwargs.a"),
+        ("cluster: {in_process: !!bool maybe}\n", "not valid YAML"),
+        (f"model: {{kwargs: {'{a: ' * 900}1{'}' * 900}}}\n", "nested too deeply"),
+        (f"model: {{kwargs: {'{a: ' * 300}1{'}' * 300}}}\n", ""),
     ):
         path.write_text(text)
         assert told in refusal(path)

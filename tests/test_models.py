@@ -17,6 +17,7 @@ from stp_ray.models import (
     build_model,
     find_factory,
     redraw,
+    untrained,
 )
 
 
@@ -145,6 +146,33 @@ def test_arguments_that_do_not_fit_are_named(factories, name):
     ) as caught:
         build_model(name, num_classes=3, odd=1)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "weights"),
+    [
+        ("resnet18", "IMAGENET1K_V1"),
+        ("googlenet", "IMAGENET1K_V1"),
+        ("inception_v3", "IMAGENET1K_V1"),
+    ],
+)
+def test_the_same_network_is_built_without_its_trained_weights(name, weights, monkeypatch):
+    """Offline, and for what is loaded over it anyway."""
+    loaded = []
+    monkeypatch.setattr(
+        torchvision.models.get_model_weights(name), "get_state_dict", lambda self, **_: {}
+    )
+    monkeypatch.setattr(
+        torch.nn.Module, "load_state_dict", lambda self, *_, **__: loaded.append(self)
+    )
+    given = {"weights": weights}
+    trained = build_for(name, {}, given)
+    fresh = build_for(name, {}, untrained(name, given))
+    assert len(loaded) == 1
+    shapes = [{key: t.shape for key, t in net.state_dict().items()} for net in (trained, fresh)]
+    assert shapes[0] == shapes[1]
+    assert getattr(trained, "transform_input", None) == getattr(fresh, "transform_input", None)
+    assert untrained("mine:build", given) == given
 
 
 def test_a_users_own_arguments_go_before_ours(factories):

@@ -66,6 +66,14 @@ def test_a_control_that_trains_is_shown_until_its_budget_is_done(run):
     assert "control/0.15" not in [stage.name for stage in status(run).stages]
 
 
+def test_a_log_that_was_cut_within_a_character_is_read(run):
+    lines = [{"event": "start", "config": {"total_steps": 80}}, {"event": "log", "step": 30}]
+    text = "".join(f"{json.dumps(line)}\n" for line in lines).encode()
+    run.write_bytes("logs/supernet.jsonl", text + '{"event": "ü'.encode()[:-1])
+    supernet = next(stage for stage in status(run).stages if stage.name == "supernet")
+    assert (supernet.step, supernet.total_steps) == (30, 80)
+
+
 def test_it_tells_who_drives(run):
     with held(run):
         assert status(run).state.startswith("driven by process ")

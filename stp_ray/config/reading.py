@@ -58,6 +58,8 @@ def load_config(
         raise ConfigError("the recipe holds itself; expected values without anchors") from None
     try:
         return RunConfig.model_validate_json(json.dumps(content), strict=True)
+    except RecursionError:
+        raise ConfigError("the recipe is nested too deeply; expected sections of values") from None
     except ValidationError as error:
         raise ConfigError(one_line(error, RunConfig)) from None
 
@@ -94,14 +96,13 @@ def _override(content: dict[str, Any], override: str) -> None:
         )
     section: Any = content
     for depth, key in enumerate(keys[:-1], start=1):
-        if section.get(key) is None:
-            section[key] = {}
-        section = section[key]
-        if not isinstance(section, dict):
+        child = {} if section.get(key) is None else section[key]
+        if not isinstance(child, dict):
             raise ConfigError(
-                f"{'.'.join(keys)} cannot be set: {'.'.join(keys[:depth])} is {shown(section)}, "
+                f"{'.'.join(keys)} cannot be set: {'.'.join(keys[:depth])} is {shown(child)}, "
                 "not a section"
             )
+        section[key] = section = dict(child)  # its own, for an anchor may stand in several places
     section[keys[-1]] = parse(text, f"override {path.strip()}")
 
 

@@ -107,7 +107,12 @@ class ModelOptions(_Section):
     def trained(self) -> bool:
         """Whether its weights may be trained ones: from a URI, from torchvision, or from a function
         of yours, of which only you know."""
-        return bool(self.weights or self.kwargs.get("weights") or ":" in self.name)
+        return self.given or ":" in self.name
+
+    @property
+    def given(self) -> bool:
+        """Whether trained weights come from a URI or from torchvision."""
+        return bool(self.weights or self.kwargs.get("weights"))
 
 
 #: What is trained: the dense network alone, the supernet, the ladder towards a target, or the
@@ -204,8 +209,8 @@ class TrackingOptions(_Section):
     """Progress on the terminal: a live line, or a plain line every ten seconds."""
     wandb: Literal["off", "offline", "online"] = "offline"
     """Weights & Biases; "offline" writes files that `wandb sync` uploads later."""
-    project: str = "stp_ray"
-    """Weights & Biases project."""
+    project: str = Field(default="stp_ray", pattern=r"^[^/\\#?%:]{1,128}$")
+    """Weights & Biases project; `WANDB_ENTITY` names the team."""
 
 
 class ExportOptions(_Section):

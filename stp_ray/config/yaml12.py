@@ -1,7 +1,6 @@
 """YAML 1.2, for which PyYAML, which reads 1.1, is told other scalars."""
 
 import re
-from collections.abc import Hashable
 from typing import Any
 
 import yaml
@@ -12,14 +11,16 @@ from ..errors import ConfigError
 class Loader(yaml.SafeLoader):
     """`off` is a string, `1e-3` a number; a repeated key is an error."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        # Here a node still holds what was written: construction adds what it merges.
+        node = super().compose_mapping_node(anchor)
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         for index, key in enumerate(keys):
             if key in keys[:index]:
-                raise yaml.constructor.ConstructorError(
+                raise yaml.composer.ComposerError(
                     None, None, f"the key {key!r} appears twice", node.start_mark
                 )
-        return super().construct_mapping(node, deep)
+        return node
 
 
 Loader.yaml_implicit_resolvers = {}  # none of YAML 1.1's
@@ -61,5 +62,7 @@ def parse(text: str, source: str) -> Any:
         mark = error.problem_mark
         where = f" line {mark.line + 1}" if mark else ""
         raise ConfigError(f"{source}{where} is not valid YAML: {error.problem}") from None
-    except (yaml.YAMLError, ValueError, AttributeError) as error:  # the last two: a tag's own
+    except RecursionError:
+        raise ConfigError(f"{source} is nested too deeply; expected sections of values") from None
+    except (yaml.YAMLError, ValueError, AttributeError, KeyError) as error:  # a tag's own, but one
         raise ConfigError(f"{source} is not valid YAML: {' '.join(str(error).split())}") from None

@@ -1,7 +1,7 @@
 """Supernet and subnet -> an ordinary module with weights of its own."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, cast
 
@@ -96,11 +96,16 @@ def _layer(
         tensors.update({key: value.clone() for key, value in found.items()})
     sizes = layout.sizes(subnet) if cut or not layout.tensors else {}
     small = narrowed(module, tensors, sizes, layout.narrow_class if cut else None)
-    memo: dict[int, Any] = {id(tensor): tensor for tensor in tensors.values()}
-    for inner in small.modules():  # such as the weights that spectral_norm's hook has computed
+    return deep_copy(small, (tensor for tensor in tensors.values() if tensor is not None))
+
+
+def deep_copy(module: nn.Module, kept: Iterable[Tensor] = ()) -> nn.Module:
+    """A copy of a module; `kept` are tensors that it shares with it."""
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in kept}
+    for inner in module.modules():  # such as the weights that spectral_norm's hook has computed
         computed = [v for v in vars(inner).values() if isinstance(v, Tensor) and not v.is_leaf]
         memo |= {id(value): value.detach().clone() for value in computed}
-    return copy.deepcopy(small, memo)
+    return copy.deepcopy(module, memo)
 
 
 class _Copies:

@@ -1,5 +1,6 @@
 """The model card of a pruned model."""
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -61,8 +62,8 @@ def model_card(
         "",
         f"# {name} pruned to {100 * entry['macs'] / summary['macs']:.1f} % of its MACs",
         "",
-        "Pruned by stimulative training with mutating expansion (STP); not fine-tuned after "
-        f"pruning. Run `{summary['run_id']}`, subnet `{entry['subnet_id']}`.",
+        "Pruned by stimulative training (STP): trained within the network that it was cut out of, "
+        f"and not fine-tuned after that. Run `{summary['run_id']}`, subnet `{entry['subnet_id']}`.",
         "",
         "| | pruned | dense |",
         "|---|---:|---:|",
@@ -99,12 +100,13 @@ def model_card(
 def _loading(name: str, uri: str) -> list[str]:
     """How to load a model of that name: with the function that builds it, if it is not ours."""
     module, _, function = name.partition(":")
+    place = json.dumps(uri, ensure_ascii=False)  # as text in Python, whatever is in it
     given = f", factory={function}" if function else ""
     return [
         "import stp_ray",
         *([f"from {module} import {function}"] if function else []),
         "",
-        f'model = stp_ray.load("{uri}"{given})  # an ordinary torch.nn.Module, in eval mode',
+        f"model = stp_ray.load({place}{given})  # an ordinary torch.nn.Module, in eval mode",
     ]
 
 

@@ -1,6 +1,5 @@
 """How long a network takes on this machine's CPU."""
 
-import copy
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..elastic.attention import unfused_attention
+from ..elastic.extract import deep_copy
 
 
 def latency(module: nn.Module, example: Tensor, repeats: int = 30, threads: int = 1) -> float:
@@ -62,6 +62,6 @@ def on_cpu(module: nn.Module, example: Tensor) -> Iterator[tuple[nn.Module, Tens
     Fused attention is off: no exporter can express it, and it would hide what a runtime
     really does.
     """
-    frozen = copy.deepcopy(module).cpu().eval()
+    frozen = deep_copy(module).cpu().eval()
     with unfused_attention(), torch.no_grad():
         yield frozen, example.detach().cpu()

@@ -159,4 +159,4 @@ def _dense(content: Mapping[str, Any], factory: Callable[..., nn.Module] | None)
             "an import path read from storage is never followed; pass it as factory=, or --factory "
             "on the command line"
         )
-    return models.build_for(name, sizes, kwargs)
+    return models.build_for(name, sizes, models.untrained(name, kwargs))

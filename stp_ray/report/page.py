@@ -79,7 +79,8 @@ def render(
         lstrip_blocks=True,
     )
     pruned, predictions = pruned or {}, predictions or {}
-    expansion = {"rungs": 1, "main": "train"} | (config.get("finalize") or {}).get("expansion", {})
+    usual = {"rungs": 1, "main": "train", "p_start": 0.5, "p_end": 0.0}
+    expansion = usual | (config.get("finalize") or {}).get("expansion", {})
     return jinja.get_template("page.html.j2").render(
         summary=summary,
         cards=[_card(budget, entry, summary) for budget, entry in summary["budgets"].items()],
@@ -234,8 +235,9 @@ def _figures(
         x_label, series = _series(table)
         top1 = {name: points for name, points in series.items() if "top1" in name}
         names = ladder if folder.startswith("budget-") else _NAMES
-        if not any(y for _, y in series.get("kd", ())):  # nobody learnt by it
-            series.pop("kd", None)
+        for part in ("kd", "kd_target"):
+            if not any(y for _, y in series.get(part, ())):  # nobody learnt by it
+                series.pop(part, None)
         losses = {
             names.get(name, name): points
             for name, points in series.items()

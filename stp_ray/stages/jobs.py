@@ -34,7 +34,7 @@ from ..method import (
 )
 from ..method.modes import inspecting
 from ..method.training import Draw
-from ..models import redraw
+from ..models import redraw, untrained
 from .images import Images, SharedImages
 from .network import build_supernet, price
 from .notices import Notices
@@ -277,8 +277,9 @@ def _initial(job: Job) -> RunConfig:
     for `redraw` leaves some as they are."""
     if job.kind != "control":
         return job.config
-    model = job.config.model.model_copy(update={"weights": None, "ranking": None})
-    return job.config.model_copy(update={"model": model})
+    model = job.config.model
+    drawn = {"weights": None, "ranking": None, "kwargs": untrained(model.name, model.kwargs)}
+    return job.config.model_copy(update={"model": model.model_copy(update=drawn)})
 
 
 def _start(job: Job, net: Supernet) -> None:

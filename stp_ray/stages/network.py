@@ -51,7 +51,7 @@ def build_supernet(config: RunConfig, summary: DataSummary) -> Supernet:
         )  # fmt: skip
     except OptionError as error:  # a pattern; the rest is checked with the configuration
         raise ConfigError(f"space.ignore and space.only: {error}") from error
-    if config.model.weights and config.model.ranking:
+    if config.model.given and config.model.ranking:
         net.rank(importance(net, config.model.ranking))
     if not any(parameter.requires_grad for parameter in net.parameters()):
         raise ConfigError(

@@ -2,8 +2,9 @@
 
 from .base import Artifact, MultiTracker, Tracker, file_name
 from .run import Tracking
-from .wandb_files import wandb_folder, wandb_id
+from .wandb_files import sync_command, wandb_folder, wandb_id
 
 __all__ = [
-    "Artifact", "MultiTracker", "Tracker", "Tracking", "file_name", "wandb_folder", "wandb_id",
+    "Artifact", "MultiTracker", "Tracker", "Tracking", "file_name", "sync_command", "wandb_folder",
+    "wandb_id",
 ]  # fmt: skip

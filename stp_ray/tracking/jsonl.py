@@ -51,7 +51,7 @@ class JsonlTracker:
             if torn:
                 self._file.write("\n")
         elif self._store.exists(self._name):
-            self._lines = self._store.read_bytes(self._name).decode()
+            self._lines = self._store.read_bytes(self._name).decode(errors="replace")
         self._write("start", config=config)
 
     def log(self, metrics: Metrics, step: int) -> None:

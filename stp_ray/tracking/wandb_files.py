@@ -7,6 +7,7 @@ server anything, so none can delay the run. `wandb_upload` sends the files while
 import io
 import os
 import re
+import shlex
 import sys
 import tempfile
 import time
@@ -22,8 +23,11 @@ if TYPE_CHECKING:
 
 def client() -> Any:
     """The wandb package, without the telemetry of its own that it sends even offline: where its
-    server hangs, that delays the end of the process by ten seconds."""
+    server hangs, that delays the end of the process by ten seconds. It takes no key with the newline
+    that a mounted secret may end in."""
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+    if "WANDB_API_KEY" in os.environ:
+        os.environ["WANDB_API_KEY"] = os.environ["WANDB_API_KEY"].strip()
     import wandb
 
     return wandb
@@ -44,6 +48,16 @@ def wandb_folder(store: Store, run_id: str) -> Path:
 def wandb_id(run_id: str) -> str:
     """What the ids of a run's stages begin with; wandb takes no long ones."""
     return file_name(run_id[-60:])
+
+
+def sync_command(folder: Path, place: str) -> str:
+    """What uploads a run's stages from where wandb keeps its files, for a shell.
+
+    Args:
+        folder: as of `wandb_folder`.
+        place: as of `wandb_id`.
+    """
+    return f"wandb sync {shlex.quote(str(folder / 'wandb'))}/offline-run-*-{place}-*"
 
 
 def _cache_folder() -> Path:

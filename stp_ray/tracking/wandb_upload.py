@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from .wandb_files import client, wandb_id
+from .wandb_files import client, sync_command, wandb_id
 
 log = logging.getLogger(__name__)
 
@@ -86,9 +86,9 @@ class Uploads:
 
     def _explain(self, what: str) -> None:
         log.warning(
-            "%s; going on offline, upload later with: wandb sync %s",
+            "%s; going on offline, upload later with: %s",
             what,
-            self._folder / "wandb" / f"offline-run-*-{wandb_id(self._run_id)}-*",
+            sync_command(self._folder, wandb_id(self._run_id)),
         )
 
     def _report(self, budgets: Sequence[str], end: float) -> str | None:
@@ -139,8 +139,12 @@ def _no_login() -> str | None:
     """Why there is nobody to send as. Silent, `login` reads environment and netrc alone; otherwise
     it would ask the server for a name to greet."""
     wandb = client()
-    wandb.setup(wandb.Settings(silent=True))
-    return None if wandb.login(prompt=False, verify=False) else "no wandb login; run `wandb login`"
+    try:
+        wandb.setup(wandb.Settings(silent=True))
+        known = wandb.login(prompt=False, verify=False)
+    except Exception as error:  # of a key that cannot be one; what it says does not repeat it
+        return " ".join(str(error).split()) or type(error).__name__
+    return None if known else "no wandb login; run `wandb login`"
 
 
 def _server() -> str:

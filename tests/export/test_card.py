@@ -1,5 +1,6 @@
 """The model card."""
 
+import ast
 import re
 
 import pytest
@@ -55,6 +56,15 @@ def test_model_card_fills_in_the_size_where_code_has_it_alone():
     )
     assert 'stp_ray.load("s3://bucket/RESIZED")' in card
     assert "numpy.zeros((1, 3, 12, 12), numpy.float32)" in card
+
+
+@pytest.mark.parametrize("uri", ["file:///runs 'o\"dd", "/runs/a\\nb", "s3://b/ü"])
+def test_model_card_has_code_that_compiles(uri):
+    entry = {**SUMMARY["budgets"]["0.15"], "uri": uri}
+    card = export.model_card({**SUMMARY, "budgets": {"0.15": entry}}, "0.15", DESCRIPTION)
+    (line,) = [line for line in card.splitlines() if line.startswith("model = stp_ray.load(")]
+    (call,) = [node for node in ast.walk(ast.parse(line)) if isinstance(node, ast.Call)]
+    assert ast.literal_eval(call.args[0]) == uri
 
 
 def test_model_card_loads_a_model_of_ones_own_by_its_factory():

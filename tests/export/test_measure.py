@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 from stp_ray import export
 
@@ -16,6 +17,12 @@ def test_latency_is_a_median_and_restores_the_thread_count(module, example, monk
     assert torch.get_num_threads() == before
     with pytest.raises(ValueError, match="repeats=0"):
         export.latency(module, example, repeats=0)
+
+
+def test_weights_that_a_hook_computes_are_measured_after_a_step(example):
+    module = nn.Sequential(nn.utils.spectral_norm(nn.Conv2d(3, 8, 3)), nn.Flatten())
+    module(example).sum().backward()
+    assert export.latency(module, example, repeats=3) > 0
 
 
 def test_latency_grows_with_the_work(module):

@@ -375,6 +375,16 @@ def test_a_ladder_says_who_teaches_whom(summary, config, candidates, expansion, 
     assert set(re.findall(r"\w[\w ]* → expanded", text)) == ({kd} if kd else set())
 
 
+def test_a_chosen_network_that_goes_on_alone_has_no_teacher(summary, config, candidates):
+    config = {**config, "finalize": {"expansion": {"main": "drop", "p_start": 0, "p_end": 0}}}
+    losses = {"ce": [2.0, 1.0], "kd": [0.0, 0.0], "ce_target": [2.0, 1.0], "kd_target": [0.0, 0.0]}
+    ladder = pa.table({"epoch": [0, 1], **losses})
+    text = render(summary, config, candidates, {"budget-0.15": ladder})
+    assert "On the ladder the chosen network goes on alone, on the labels." in text
+    assert "labels → chosen" in text
+    assert not re.search(r"(main network|expanded) → (chosen|expanded)", text)
+
+
 def test_missing_columns_are_named(summary, config):
     with pytest.raises(StorageError, match="score"):
         render(summary, config, pa.table({"macs": [1]}), {})

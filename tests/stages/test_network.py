@@ -1,7 +1,9 @@
 import math
 
 import pytest
+import safetensors.torch
 import torch
+import torchvision
 from torch import nn
 
 from stp_ray.config import load_config
@@ -29,6 +31,30 @@ def of_any_size(num_classes):
 @pytest.fixture
 def summary():
     return DataSummary([str(i) for i in range(10)], 90, 10, 20, 8, 8, 1000, False, "0")
+
+
+@pytest.fixture
+def pretrained(monkeypatch):
+    """ResNet-18's weights of torchvision, which nobody downloads here."""
+    weights = torchvision.models.resnet18(num_classes=1000).state_dict()
+    monkeypatch.setattr(
+        torchvision.models.ResNet18_Weights, "get_state_dict", lambda self, **_: weights
+    )
+    return weights
+
+
+def test_weights_of_torchvision_are_ranked(pretrained, tmp_path):
+    safetensors.torch.save_file(pretrained, tmp_path / "r18.safetensors")
+    whole = DataSummary([str(i) for i in range(1000)], 90, 10, 20, 32, 32, 1000, False, "0")
+    models = (
+        {"name": "resnet18", "weights": str(tmp_path / "r18.safetensors")},
+        {"name": "resnet18", "kwargs": {"weights": "IMAGENET1K_V1"}},
+    )
+    by_uri, by_name = (
+        build_supernet(load_config({"model": model}), whole).model.state_dict() for model in models
+    )
+    assert not torch.equal(by_uri["layer1.0.conv1.weight"], pretrained["layer1.0.conv1.weight"])
+    assert all(torch.equal(by_uri[name], by_name[name]) for name in pretrained)
 
 
 def test_a_pattern_that_matches_nothing_names_its_settings(summary):

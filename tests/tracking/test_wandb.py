@@ -79,14 +79,14 @@ print(f"spent {spent} at {time.time()}")
 class Tracked:
     """A run's tracking in a process of its own, whose home, cache and folder were empty."""
 
-    def __init__(self, folder: Path, mode: str, url: str = "", login: bool = True) -> None:
+    def __init__(self, folder: Path, mode: str, url: str = "", key: str = "0" * 40) -> None:
         work, home = folder / "work", folder / "home"
         work.mkdir()
         environment = {
             "HOME": str(home), "PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT),
             "OMP_NUM_THREADS": "1",
             **({"WANDB_BASE_URL": url} if url else {}),
-            **({"WANDB_API_KEY": "0" * 40} if login else {}),
+            **({"WANDB_API_KEY": key} if key else {}),
         }  # fmt: skip
         done = subprocess.run(
             [sys.executable, "-c", SCRIPT, mode],
@@ -201,11 +201,28 @@ def test_a_server_that_does_not_behave_delays_a_run_by_20_s_at_most(tmp_path, il
 
 def test_without_a_login_nobody_is_asked_and_the_way_to_sync_is_shown(tmp_path):
     with Server() as server:
-        tracked = Tracked(tmp_path, "online", server.url, login=False)
+        tracked = Tracked(tmp_path, "online", server.url, key="")
     assert server.requests == []
     assert list(tracked.kept) == STAGES
     assert "wandb login" in tracked.errors
     assert "wandb sync" in tracked.errors
+
+
+def test_a_key_may_end_in_a_newline_as_that_of_a_mounted_secret_does(tmp_path):
+    with Server() as server:
+        tracked = Tracked(tmp_path, "online", server.url, key=f"{'0' * 40}\n")
+    assert server.requests
+    assert list(tracked.kept) == STAGES
+    assert "offline" not in tracked.errors
+
+
+def test_a_key_that_cannot_be_one_is_told_and_everything_is_kept(tmp_path):
+    with Server() as server:
+        tracked = Tracked(tmp_path, "online", server.url, key="no key, but a remark")
+    assert server.requests == []
+    assert list(tracked.kept) == STAGES
+    assert all(kept.summary["top1"] == 97.5 for kept in tracked.kept.values())
+    assert tracked.errors.count("going on offline, upload later with: wandb sync") == 1
 
 
 @pytest.mark.timeout(60)
