@@ -13,6 +13,10 @@ EXTRAS = {
     "abfss": "azure",
     "adl": "azure",
 }
+#: Seconds between tries of remote storage that does not answer.
+PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 28.0)
+#: Seconds after which no further try begins.
+PATIENCE = 60.0
 # Exceptions that are not OSErrors; looked up only once their library is loaded.
 _FOREIGN = (
     ("botocore.exceptions", "BotoCoreError"),
@@ -33,3 +37,14 @@ def backend_errors() -> tuple[type[Exception], ...]:
         getattr(sys.modules[module], name) for module, name in _FOREIGN if module in sys.modules
     ]
     return (OSError, *loaded)
+
+
+def may_pass(error: Exception) -> bool:
+    """Whether the same request may succeed later: not what is missing, forbidden or misspelt."""
+    lasting = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError)
+    kind, code = type(error).__name__, getattr(error, "code", None)
+    if isinstance(code, int) and 400 <= code < 500:  # of HTTP, which gcsfs raises as it is
+        return code in (408, 429)
+    return not isinstance(error, (*lasting, NotADirectoryError)) and not any(
+        word in kind for word in ("Credential", "Auth", "Validation", "Invalid", "NoRegion")
+    )

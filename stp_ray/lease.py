@@ -87,7 +87,8 @@ def held(run: Store, duration: float = DURATION) -> Iterator["Lease"]:
         with _heard(lease):
             yield lease
     except KeyboardInterrupt:
-        lease.require()  # says so, if it was not the user who interrupted
+        with contextlib.suppress(StorageError):  # it was the user then, as far as anybody knows
+            lease.require()  # says so, if it was not
         raise
     finally:
         lease.release()
@@ -122,7 +123,6 @@ class Lease:
         self._number = 0
         #: Whether another driver is known to have taken the run over.
         self.lost = False
-        self._renewed = 0.0
         self._renewing = threading.Lock()
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
@@ -196,7 +196,6 @@ class Lease:
         }
         data = json.dumps(content).encode()
         with self._renewing:
-            started = time.monotonic()
             while not self._store.create_bytes(_name(self._number + 1), data):
                 found = holder(self._run)
                 if found is None or found.owner != self._owner or found.number <= self._number:
@@ -211,7 +210,6 @@ class Lease:
                     self._store.delete(_name(self._number + 1))
                 return False
             self._number += 1
-            self._renewed = started
             with contextlib.suppress(StorageError):
                 self._store.delete(_name(self._number - 1))
         return True

@@ -13,7 +13,7 @@ _SECRET_KEY = re.compile(
 _BUCKETS = {"s3", "s3a", "gs", "gcs"}
 _LOCAL = {"", "file", "local"}
 #: An S3 access point stands where a bucket does.
-_ACCESS_POINT = re.compile(r"arn:aws[\w-]*:s3[\w-]*:[\w-]*:\d*:accesspoint")
+_ACCESS_POINT = re.compile(r"arn:aws[\w-]*:s3[\w-]*:[\w-]*:\d*:(accesspoint|outpost)(:[\w-]+)*")
 
 HOW_TO_MEND = (
     "expected a URI without credentials; give them through the environment "
@@ -67,10 +67,9 @@ def absolute(filesystem: Any, path: str, uri: str) -> str:
         container = host.partition("@")[0]
         return f"{scheme}://{host}/{path.strip('/').removeprefix(container).strip('/')}"
     found, host = str(filesystem.unstrip_protocol(path)), rest.partition("/")[0]
-    below = found.partition("://")[2].strip("/")
-    if scheme.lower() in _LOCAL or not host or below.partition("/")[0] == host:
+    if scheme.lower() in {*_LOCAL, "memory"} or not host or f"://{host}" in found:
         return found
-    return f"{scheme}://{host}/{below}"  # the paths of HDFS or SFTP say nothing of it
+    return f"{scheme}://{host}/{path.strip('/')}"  # paths of HDFS or SFTP say nothing of it
 
 
 def local_path(uri: str) -> str | None:

@@ -384,7 +384,9 @@ def test_a_control_is_not_held_back():
 @pytest.mark.parametrize("key", ["storage", "data.uri", "model.weights"])
 def test_the_name_of_an_access_point_is_no_credential(key):
     point = "s3://arn:aws:s3:us-west-2:123456789012:accesspoint/images/set"
+    other = "s3://arn:aws:s3-outposts:us-west-2:123456789012:outpost:o-1:accesspoint:images/set"
     load_config({}, [f"{key}={point}"])
+    load_config({}, [f"{key}={other}"])
     assert "contains" in refusal(None, f"{key}={point.replace('/images', ':key@images')}")
 
 

@@ -147,6 +147,15 @@ def test_an_interruption_by_the_user_stays_what_it_was(tmp_path, at_interruption
     assert holder(Store(tmp_path)).released
 
 
+def test_an_interruption_stays_one_where_storage_is_away(tmp_path, monkeypatch):
+    def away(self, name, data):
+        raise StorageError("the storage is away")
+
+    with pytest.raises(KeyboardInterrupt), held(Store(tmp_path), duration=60):
+        monkeypatch.setattr(Store, "create_bytes", away)
+        raise KeyboardInterrupt
+
+
 @pytest.mark.parametrize("error", [StorageError, RuntimeError])
 def test_storage_that_is_away_for_a_moment_loses_no_lease(tmp_path, monkeypatch, error):
     store = Store(tmp_path)

@@ -4,16 +4,20 @@ import os
 import threading
 import time
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
+import fsspec
 import numpy as np
 import pytest
 import torch
 
+from stp_ray import backends
 from stp_ray.artifacts import Checkpoints, Manifest, Store
 from stp_ray.artifacts import store as store_module
+from stp_ray.data import parquet
 from stp_ray.data.parquet import ParquetSource
-from stp_ray.errors import StorageError
+from stp_ray.errors import DataError, StorageError
 from tests.data.samples import write_parquet
 from tests.unreliable import Unreliable
 
@@ -61,21 +65,65 @@ def test_storage_that_is_away_for_ten_seconds_is_waited_for(s3, server):
 
 
 def test_data_that_is_away_for_ten_seconds_is_waited_for(s3, server, tmp_path):
-    write_parquet(tmp_path / "set")
+    """By every one of many readers, and from the row on that it had come to."""
+    write_parquet(tmp_path / "set", train=64 * 7)
     s3fs = pytest.importorskip("s3fs")
     s3fs.S3FileSystem.clear_instance_cache()  # which know the server itself
     uri = f"{s3}/{uuid.uuid4().hex}"
     s3fs.S3FileSystem().put(f"{tmp_path / 'set'}/", uri, recursive=True)
     source = ParquetSource(uri)
-    (part, *_) = source.parts("train", np.arange(5))
+    parts = source.parts("train", np.arange(64 * 7))
     server.away = True
     timer = threading.Timer(10.0, setattr, (server, "away", False))
     timer.start()
     started = time.monotonic()
-    (chunk,) = source.read(part)
+    with ThreadPoolExecutor(len(parts)) as pool:
+        found = list(pool.map(lambda part: list(source.read(part)), parts))
     assert time.monotonic() - started > 9
-    assert len(chunk.labels) == 5
+    rows = np.concatenate([chunk.rows for chunks in found for chunk in chunks])
+    assert rows.tolist() == list(range(64 * 7))
     timer.join()
+
+
+def test_a_part_whose_middle_cannot_be_read_goes_on_there(tmp_path, monkeypatch):
+    write_parquet(tmp_path / "set", train=40, group=40)
+    filesystem = fsspec.filesystem("memory")
+    place = f"/{uuid.uuid4().hex}"
+    filesystem.put(f"{tmp_path / 'set'}/", place, recursive=True)
+    source = ParquetSource(f"memory:/{place}")
+    (part,) = source.parts("train", np.arange(3, 39))
+    read, failed = parquet._encoded_rows, []
+
+    def breaks(*arguments):
+        for place, found in enumerate(read(*arguments)):
+            if place == 2 and len(failed) < 2:
+                failed.append(found)
+                raise ConnectionResetError("away")
+            yield found
+
+    monkeypatch.setattr(parquet, "CHUNK_ROWS", 5)
+    monkeypatch.setattr(parquet, "_encoded_rows", breaks)
+    monkeypatch.setattr(backends, "PAUSES", (0.0, 0.0))
+    rows = np.concatenate([chunk.rows for chunk in source.read(part)])
+    assert rows.tolist() == list(range(3, 39)) and len(failed) == 2
+
+
+def test_data_that_stays_away_is_told(tmp_path, monkeypatch):
+    write_parquet(tmp_path / "set")
+    filesystem = fsspec.filesystem("memory")
+    place = f"/{uuid.uuid4().hex}"
+    filesystem.put(f"{tmp_path / 'set'}/", place, recursive=True)
+    source, tries = ParquetSource(f"memory:/{place}"), []
+
+    def away(*arguments, **options):
+        tries.append(1)
+        raise ConnectionResetError("away")
+
+    monkeypatch.setattr(source._filesystem, "open", away)
+    monkeypatch.setattr(backends, "PAUSES", (0.0, 0.0))
+    with pytest.raises(DataError, match=r"cannot be read \(away\)"):
+        list(source.read(source.parts("train", np.arange(5))[0]))
+    assert len(tries) == 3
 
 
 def test_storage_that_stays_away_ends_in_one_line(s3, server, monkeypatch):

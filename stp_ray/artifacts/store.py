@@ -24,18 +24,12 @@ from fsspec.exceptions import FSTimeoutError
 from fsspec.implementations.local import LocalFileSystem
 from torch import Tensor
 
-from ..backends import EXTRAS, backend_errors
+from ..backends import EXTRAS, PATIENCE, PAUSES, backend_errors, may_pass
 from ..errors import StorageError
 from ..uris import absolute, refuse_credentials, refuse_detours
 from . import local
 
 log = logging.getLogger(__name__)
-
-#: Seconds between tries of remote storage that does not answer.
-PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 28.0)
-
-#: Seconds after which no further try begins.
-PATIENCE = 60.0
 
 #: Seconds for which a file that is written may stay without an answer, and one more for each so
 #: many bytes. Back-ends have time-outs of their own for what they read, which do not count before
@@ -285,7 +279,7 @@ class Store:
             try:
                 return self._ask(method, *arguments, **options)
             except backend_errors() as error:
-                if not _may_pass(error) or time.monotonic() > until:
+                if not may_pass(error) or time.monotonic() > until:
                     raise
                 log.warning("%s: %s; trying again in %g s", self.uri, _reason(error), pause)
                 time.sleep(pause)
@@ -375,17 +369,6 @@ def jsonable(content: Any) -> Any:
     if hasattr(content, "item"):
         return jsonable(content.item())
     return content
-
-
-def _may_pass(error: Exception) -> bool:
-    """Whether the same request may succeed later: not what is missing, forbidden or misspelt."""
-    lasting = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError)
-    kind, code = type(error).__name__, getattr(error, "code", None)
-    if isinstance(code, int) and 400 <= code < 500:  # of HTTP, which gcsfs raises as it is
-        return code in (408, 429)
-    return not isinstance(error, (*lasting, NotADirectoryError)) and not any(
-        word in kind for word in ("Credential", "Auth", "Validation", "Invalid", "NoRegion")
-    )
 
 
 def _reason(error: Exception) -> str:

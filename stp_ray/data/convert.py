@@ -244,7 +244,9 @@ def _write(images: _Images, uri: str, on_progress: OnProgress) -> dict[str, int]
     done, total, begun = 0, sum(images.rows.values()), list[str]()
     unread = 0
     with writing(uri), contextlib.ExitStack() as failed:
-        if filesystem.exists(root) and files_below(filesystem, root):
+        if filesystem.exists(root) and any(
+            not path.endswith("/") for path in filesystem.find(root)
+        ):
             raise DataError(
                 f"{uri} holds files already; expected an empty folder; choose another, or delete "
                 "what a conversion that was cut off has left"

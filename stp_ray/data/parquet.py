@@ -6,11 +6,14 @@ under the schema's metadata key `class_names`, or come from the `huggingface` ke
 """
 
 import json
+import logging
+import math
 import os
 import re
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,11 +22,14 @@ import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 from numpy.typing import NDArray
 
+from .. import backends
 from ..errors import DataError
-from ..uris import absolute
+from ..uris import absolute, local_path
 from .decode import image_shape
 from .source import Chunk, Layout, Stored, fingerprint
 from .storage import files_below, open_filesystem, reading
+
+log = logging.getLogger(__name__)
 
 #: Rows that are read and decoded at a time, and about how many bytes of them at most.
 CHUNK_ROWS = 256
@@ -112,8 +118,10 @@ class ParquetSource:
     @property
     def full_uri(self) -> str:
         """The URI with its protocol, absolute, so that other processes find the same folder."""
-        if "::" in self.uri:  # a file within another one
-            return self.uri
+        *within, outermost = self.uri.split("::")
+        if within:  # an archive, which lies in a file of its own
+            path = local_path(outermost)
+            return "::".join([*within, os.path.abspath(path) if path else outermost])
         return absolute(self._filesystem, self._root, self.uri)
 
     def layout(self) -> Layout:
@@ -366,7 +374,27 @@ def read_encoded(
     filesystem: Any, part: ParquetPart, columns: Columns
 ) -> Iterator[tuple[NDArray[np.int64], pa.Array, NDArray[np.int64]]]:
     """The wanted rows of one row group, some hundred at a time: row numbers, contents of image
-    files as an Arrow array of binary, and labels."""
+    files as an Arrow array of binary, and labels. Storage that does not answer is asked again, for
+    a run may be days old by then."""
+    until, left = time.monotonic() + backends.PATIENCE, part
+    for pause in (*backends.PAUSES, math.inf):
+        try:
+            for found in _encoded_rows(filesystem, left, columns):
+                yield found
+                left = replace(left, rows=left.rows[len(found[0]) :])
+                until = time.monotonic() + backends.PATIENCE
+            return
+        except backends.backend_errors() as error:
+            patient = not isinstance(filesystem, LocalFileSystem) and time.monotonic() <= until
+            if pause == math.inf or not patient or not backends.may_pass(error):
+                raise
+            log.warning("%s: %s; trying again in %g s", part.path, error, pause)
+            time.sleep(pause)
+
+
+def _encoded_rows(
+    filesystem: Any, part: ParquetPart, columns: Columns
+) -> Iterator[tuple[NDArray[np.int64], pa.Array, NDArray[np.int64]]]:
     with _open(filesystem, part.path) as handle:
         parquet = pq.ParquetFile(handle, pre_buffer=True)
         first = part.first

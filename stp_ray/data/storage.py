@@ -13,28 +13,27 @@ from ..backends import EXTRAS, backend_errors
 from ..errors import DataError, StorageError
 from ..uris import refuse_credentials
 
-#: S3 is asked again for half a minute or so where it is away, instead of some seconds: a run may be
-#: days old by then. Other back-ends ask again of their own accord.
-_PATIENT = {
-    "config_kwargs": {
-        "connect_timeout": 5,
-        "read_timeout": 30,
-        "retries": {"mode": "standard", "total_max_attempts": 8},
-    }
-}
-
 
 def files_below(filesystem: Any, folder: str) -> list[str]:
-    """Paths of all files below a folder. Linked local folders count: fsspec passes over them,
-    and over those that cannot be read.
+    """Paths of all files below a folder. Linked local folders count, each folder once: fsspec
+    passes over them, and over those that cannot be read.
 
     Raises:
         OSError: a local folder cannot be read.
     """
     if not isinstance(filesystem, LocalFileSystem):
         return [str(path) for path in filesystem.find(folder) if not path.endswith("/")]
-    walked = os.walk(folder, onerror=_refuse, followlinks=True)
-    return [os.path.join(place, file) for place, _, files in walked for file in files]
+    found: list[str] = []
+    seen = {os.path.realpath(folder)}
+    for place, folders, files in os.walk(folder, onerror=_refuse, followlinks=True):
+        found += [os.path.join(place, file) for file in files]
+        real = {name: os.path.realpath(os.path.join(place, name)) for name in sorted(folders)}
+        folders.clear()
+        for name, path in real.items():  # a link may lead to a sibling, or back
+            if path not in seen:
+                seen.add(path)
+                folders.append(name)
+    return found
 
 
 def _refuse(error: OSError) -> None:
@@ -53,9 +52,8 @@ def open_filesystem(uri: str) -> tuple[Any, str]:
         StorageError: the URI carries credentials.
     """
     refuse_credentials(uri)
-    options = _PATIENT if uri.partition("://")[0] in ("s3", "s3a") else {}
     try:
-        return fsspec.core.url_to_fs(uri, **options)
+        return fsspec.core.url_to_fs(uri)
     except ImportError as error:
         protocol = uri.partition("://")[0]
         extra = EXTRAS.get(protocol)

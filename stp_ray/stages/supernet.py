@@ -75,7 +75,8 @@ def fit_group(job: Job, images: Images | SharedImages, workers: int, relay: Any)
 
 class _Trainer(TorchTrainer):
     """Leaves an interruption to the driver: Ray's own handler would hide it from what this program
-    does with one, and outlives the training, after which it swallows all that come."""
+    does with one, and outlives the training, after which it swallows all that come. Ray asks for it
+    in the main thread alone: in another one nobody ends a training but itself."""
 
     #: The actor that starts and watches the workers, once there is one.
     controller: Any = None

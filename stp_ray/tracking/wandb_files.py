@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 def client() -> Any:
     """The wandb package, without the telemetry of its own that it sends even offline: where its
-    server hangs, that delays the end of the process by ten seconds. It takes no key with the newline
-    that a mounted secret may end in."""
+    server hangs, that delays the end of the process by ten seconds. It takes no key with the
+    newline that a mounted secret may end in."""
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     if "WANDB_API_KEY" in os.environ:
         os.environ["WANDB_API_KEY"] = os.environ["WANDB_API_KEY"].strip()

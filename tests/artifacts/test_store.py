@@ -232,6 +232,8 @@ def test_a_uri_keeps_the_account_that_a_back_end_forgets():
     [
         ("webhdfs://namenode:9870/runs/x", "/runs/x", "webhdfs://namenode:9870/runs/x"),
         ("hdfs://namenode/runs", "/runs", "hdfs://namenode/runs"),
+        ("hdfs://data/data/x", "/data/x", "hdfs://data/data/x"),
+        ("memory://runs/x", "/runs/x", "memory:///runs/x"),
         ("s3://bucket/runs", "bucket/runs", "s3://bucket/runs"),
         ("hdfs:///runs", "/runs", "hdfs:///runs"),
         ("runs", "/here/runs", "file:///here/runs"),

@@ -1,4 +1,6 @@
 import io
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -54,6 +56,14 @@ def test_a_header_that_claims_gigabytes_is_no_image(progressive, monkeypatch):
     decoded, mask = decode([whole, huge, whole], 64, resize=True)
     assert mask.tolist() == [True, False, True] and len(decoded) == 2
     assert [len(data) for data in asked] == [2], "the decoder does not see it"
+
+
+def test_no_limit_of_pillow_is_none_of_ours():
+    code = (
+        "from PIL import Image\nImage.MAX_IMAGE_PIXELS = None\n"
+        "from stp_ray.data import decode\nassert decode._MOST_PIXELS > 1e12"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
 def test_a_line_that_is_longer_than_any_is_no_image():

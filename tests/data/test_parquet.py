@@ -430,12 +430,25 @@ def test_linked_folders_are_read(tmp_path, linked):
     assert expected.train_rows == (75 if linked == "train/more" else 35)
 
 
-def test_a_set_within_an_archive_is_found_by_other_processes(tmp_path):
+def test_a_folder_that_links_lead_to_again_is_read_once(tmp_path):
+    write_parquet(tmp_path, train=40)
+    (tmp_path / "train" / "v1").mkdir(parents=True)
+    (tmp_path / "train.parquet").rename(tmp_path / "train" / "v1" / "a.parquet")
+    (tmp_path / "train" / "latest").symlink_to("v1")
+    for name in ("self", "again"):
+        (tmp_path / "train" / name).symlink_to(tmp_path / "train")
+    assert describe(options(tmp_path)).train_rows == 35
+
+
+@pytest.mark.parametrize("relative", [False, True])
+def test_a_set_within_an_archive_is_found_by_other_processes(tmp_path, monkeypatch, relative):
     write_parquet(tmp_path / "set")
     shutil.make_archive(str(tmp_path / "set"), "zip", tmp_path / "set")
-    uri = f"zip://::{tmp_path / 'set.zip'}"
-    source = ParquetSource(uri)
-    assert ParquetSource(source.full_uri).layout() == source.layout()
+    monkeypatch.chdir(tmp_path)
+    source = ParquetSource(f"zip://::{'set.zip' if relative else tmp_path / 'set.zip'}")
+    uri, layout = source.full_uri, source.layout()
+    monkeypatch.chdir("/")
+    assert ParquetSource(uri).layout() == layout
 
 
 def test_large_images_are_read_few_at_a_time(tmp_path, monkeypatch):
