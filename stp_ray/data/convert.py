@@ -25,6 +25,8 @@ OnProgress = Callable[[int, int], None]
 
 _ROWS_PER_GROUP = 256
 _GROUPS_PER_FILE = 16
+#: Image files that are asked for together, where each costs the way to an object store and back.
+_AT_ONCE = 64
 _SPLITS: tuple[Stored, ...] = ("train", "test")
 _TEST = (*TEST_FOLDERS, "validation")
 
@@ -131,14 +133,18 @@ class _Folder:
     def read(self, split: Stored) -> Iterator[tuple[bytes | None, int]]:
         """In a random order, so that the first rows hold images of every class."""
         files, labels = self._files[split], {n: i for i, n in enumerate(self.class_names)}
-        for row in np.random.default_rng(0).permutation(len(files)):
-            name, path = files[row]
-            with reading(path):
-                try:
-                    data: bytes | None = self._filesystem.cat_file(path)
-                except (FileNotFoundError, PermissionError):
+        order = np.random.default_rng(0).permutation(len(files))
+        for start in range(0, len(order), _AT_ONCE):
+            some = [files[row] for row in order[start : start + _AT_ONCE]]
+            # the one call of fsspec for several files that takes no name for a pattern
+            found = self._filesystem.cat_ranges([path for _, path in some], None, None)
+            for (name, path), data in zip(some, found, strict=True):
+                if isinstance(data, FileNotFoundError | PermissionError):
                     data = None  # counts as corrupt where the set is read
-            yield data, labels[name]
+                elif isinstance(data, BaseException):
+                    with reading(path):
+                        raise data
+                yield data, labels[name]
 
 
 class _Dataset:

@@ -1,3 +1,4 @@
+import asyncio
 import os
 import pickle
 from hashlib import md5
@@ -261,6 +262,29 @@ def test_keys_that_no_path_has_are_converted(s3, tmp_path, caplog):
     assert load(options("s3://odd/set", name="parquet")).corrupt == 0
 
 
+def test_many_images_are_asked_for_at_once(s3, tmp_path, monkeypatch):
+    """One after the other, each would cost the way to the store and back."""
+    s3fs = pytest.importorskip("s3fs")
+    folder_of_images(tmp_path, "train", each=20)
+    folder_of_images(tmp_path, "test", each=2)
+    fsspec.filesystem("s3").put(f"{tmp_path}/", f"{s3}/many/", recursive=True)
+    read, waiting, most = s3fs.S3FileSystem._cat_file, set(), []
+
+    async def cat_file(self, path, *arguments, **options):
+        waiting.add(path)
+        most.append(len(waiting))
+        await asyncio.sleep(0.02)
+        waiting.remove(path)
+        return await read(self, path, *arguments, **options)
+
+    monkeypatch.setattr(s3fs.S3FileSystem, "_cat_file", cat_file)
+    assert folder_to_parquet(f"{s3}/many", f"{s3}/set") == {"train": 40, "test": 4}
+    assert max(most) == 40
+    monkeypatch.undo()
+    converted = load(options(f"{s3}/set", name="parquet"))
+    np.testing.assert_array_equal(converted.train.images, load(options(tmp_path)).train.images)
+
+
 def test_images_that_could_not_be_read_are_told(tmp_path, monkeypatch, caplog):
     folder_of_images(tmp_path / "images", "train")
     folder_of_images(tmp_path / "images", "test", each=2)
@@ -330,10 +354,10 @@ def test_an_image_that_is_gone_is_corrupt_and_an_outage_ends_the_conversion(tmp_
     read = LocalFileSystem.cat_file
 
     def fails(error):
-        def cat_file(self, path, **more):
+        def cat_file(self, path, *more):
             if path.endswith("train/cat/3.png"):
                 raise error
-            return read(self, path, **more)
+            return read(self, path, *more)
 
         return cat_file
 
