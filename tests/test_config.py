@@ -187,6 +187,11 @@ def test_a_value_that_nothing_could_compute_with_is_refused(path, value):
     assert "\n" not in str(caught.value)
 
 
+def test_every_recipe_waits_half_an_hour_for_machines_of_a_cloud():
+    for recipe in ({}, "demo", "imagenet_resnet50"):
+        assert load_config(recipe).cluster.schedule_timeout_s == 1800
+
+
 def test_other_processes_are_told_the_cluster_that_the_driver_joined(monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     config = load_config({})

@@ -184,7 +184,7 @@ class ClusterOptions(_Section):
     max_failures: int = Field(default=3, ge=0)
     """How often a stage is restarted from its last checkpoint after a worker was lost. A machine
     that was drained, as a spot machine is on the cloud's notice, does not count."""
-    schedule_timeout_s: float = Field(default=300.0, gt=0)
+    schedule_timeout_s: float = Field(default=1800.0, gt=0)
     """Seconds to wait for the cluster to offer the requested workers, or one of them again where a
     search or the budgets of one worker each have lost all machines. A training of several workers
     that lost some of them waits so long `max_failures` + 1 times, with `min_workers` once."""
