@@ -62,11 +62,9 @@ def absolute(filesystem: Any, path: str, uri: str) -> str:
         uri: what the path was taken from.
     """
     scheme, _, rest = uri.partition("://")
-    if "@" in rest.partition("/")[0]:  # container@account: back-ends forget the account
-        host, _, _ = rest.partition("/")
-        container = host.partition("@")[0]
-        return f"{scheme}://{host}/{path.strip('/').removeprefix(container).strip('/')}"
-    found, host = str(filesystem.unstrip_protocol(path)), rest.partition("/")[0]
+    host, found = rest.partition("/")[0], str(filesystem.unstrip_protocol(path))
+    if "@" in host and scheme.lower() not in _LOCAL:  # account or user, which back-ends forget
+        return uri.rstrip("/")
     if scheme.lower() in {*_LOCAL, "memory"} or not host or f"://{host}" in found:
         return found
     return f"{scheme}://{host}/{path.strip('/')}"  # paths of HDFS or SFTP say nothing of it

@@ -238,6 +238,9 @@ def test_a_uri_keeps_the_account_that_a_back_end_forgets():
         ("hdfs:///runs", "/runs", "hdfs:///runs"),
         ("runs", "/here/runs", "file:///here/runs"),
         ("file://runs", "/here/runs", "file:///here/runs"),
+        ("file://me@home/x", "/here/me@home/x", "file:///here/me@home/x"),
+        ("sftp://data@nas/data/set", "/data/set", "sftp://data@nas/data/set"),
+        ("hdfs://me@namenode/runs/", "/runs", "hdfs://me@namenode/runs"),
     ],
 )
 def test_a_uri_keeps_the_host_that_paths_say_nothing_of(uri, path, found):
