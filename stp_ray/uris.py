@@ -71,9 +71,17 @@ def absolute(filesystem: Any, path: str, uri: str) -> str:
 
 
 def local_path(uri: str) -> str | None:
-    """The path of a local file or folder, given as such or by `file://`; None for other storage."""
-    path = re.sub(r"^(file|local):(//|(?=/))", "", uri)
+    """The path of a local file or folder, given as such or by `file:`; None for other storage."""
+    path = re.sub(r"^(file|local):(//)?", "", uri)
     return None if "://" in path or "::" in path else os.path.expanduser(path)
+
+
+def from_root(uri: str) -> str:
+    """The same with a local path, or that of the archive that it looks into, from the root of the
+    file system on, for processes in other folders."""
+    *within, outermost = uri.split("::")
+    path = local_path(outermost)
+    return uri if path is None else "::".join([*within, os.path.abspath(path)])
 
 
 def refuse_detours(uri: str) -> None:

@@ -164,8 +164,14 @@ def test_other_processes_get_absolute_paths_and_uris_as_they_are(tmp_path, monke
     assert placed(of_files).model.weights == f"{tmp_path}/w.pt"
     absolute = load_config({"data": {"name": "parquet", "uri": "file:/data/set"}})
     assert placed(absolute).data.uri == "/data/set"
-    remote = load_config({"data": {"name": "parquet", "uri": "s3://bucket/set"}})
-    assert placed(remote) == remote
+    for archive in ("zip://::z.zip", "zip://::file:z.zip", "zip://::file://z.zip"):
+        packed = load_config({"data": {"name": "parquet", "uri": archive}})
+        assert placed(packed).data.uri == f"zip://::{tmp_path}/z.zip"
+    of_files = load_config({"data": {"name": "parquet", "uri": "file:set"}})
+    assert placed(of_files).data.uri == f"{tmp_path}/set"
+    for uri in ("zip://a::s3://bucket/z.zip", "s3://bucket/set"):
+        remote = load_config({"data": {"name": "parquet", "uri": uri}})
+        assert placed(remote) == remote
     assert placed(load_config({})) == load_config({})
 
 

@@ -21,7 +21,7 @@ from ..elastic.cost import Budget
 from ..method.explore import Exploration
 from ..method.objective import Expansion, Stimulation
 from ..method.training import Optimisation
-from ..uris import local_path
+from ..uris import from_root
 from .messages import shown
 
 #: What does not change a run's result, and so is left out of its id: dotted paths.
@@ -382,19 +382,15 @@ def placed(config: RunConfig) -> RunConfig:
     data, model, address = config.data, config.model, config.cluster.address
     return config.model_copy(
         update={
-            "data": dataclasses.replace(data, uri=_absolute(data.uri)),
-            "model": model.model_copy(update={"weights": _absolute(model.weights)}),
+            "data": dataclasses.replace(data, uri=data.uri and from_root(data.uri)),
+            "model": model.model_copy(
+                update={"weights": model.weights and from_root(model.weights)}
+            ),
             "cluster": config.cluster.model_copy(
                 update={"address": address or os.environ.get("RAY_ADDRESS")}
             ),
         }
     )
-
-
-def _absolute(uri: str | None) -> str | None:
-    """A path from the root of the file system; a URI of other storage stays as it is."""
-    path = None if uri is None else local_path(uri)
-    return uri if path is None else os.path.abspath(path)
 
 
 def dump_config(config: RunConfig) -> dict[str, Any]:

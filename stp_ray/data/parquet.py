@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from .. import backends
 from ..errors import DataError
-from ..uris import absolute, local_path
+from ..uris import absolute, from_root
 from .decode import image_shape
 from .source import Chunk, Layout, Stored, fingerprint
 from .storage import files_below, open_filesystem, reading
@@ -118,10 +118,8 @@ class ParquetSource:
     @property
     def full_uri(self) -> str:
         """The URI with its protocol, absolute, so that other processes find the same folder."""
-        *within, outermost = self.uri.split("::")
-        if within:  # an archive, which lies in a file of its own
-            path = local_path(outermost)
-            return "::".join([*within, os.path.abspath(path) if path else outermost])
+        if "::" in self.uri:  # an archive, which lies in a file of its own
+            return from_root(self.uri)
         return absolute(self._filesystem, self._root, self.uri)
 
     def layout(self) -> Layout:

@@ -440,12 +440,12 @@ def test_a_folder_that_links_lead_to_again_is_read_once(tmp_path):
     assert describe(options(tmp_path)).train_rows == 35
 
 
-@pytest.mark.parametrize("relative", [False, True])
-def test_a_set_within_an_archive_is_found_by_other_processes(tmp_path, monkeypatch, relative):
+@pytest.mark.parametrize("file", ["{}/set.zip", "set.zip", "file:set.zip"])
+def test_a_set_within_an_archive_is_found_by_other_processes(tmp_path, monkeypatch, file):
     write_parquet(tmp_path / "set")
     shutil.make_archive(str(tmp_path / "set"), "zip", tmp_path / "set")
     monkeypatch.chdir(tmp_path)
-    source = ParquetSource(f"zip://::{'set.zip' if relative else tmp_path / 'set.zip'}")
+    source = ParquetSource(f"zip://::{file.format(tmp_path)}")
     uri, layout = source.full_uri, source.layout()
     monkeypatch.chdir("/")
     assert ParquetSource(uri).layout() == layout
