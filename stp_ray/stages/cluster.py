@@ -25,14 +25,15 @@ _LIMIT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
 _set_here: set[str] = set()
 
 
-def wait_for_workers(options: "ClusterOptions") -> None:
-    """Have the next training that this process starts, driver or task, wait for lost machines as
-    long as `schedule_timeout_s` says, in each of its attempts. Ray's default is a minute. An
-    elastic training does not wait for one, and a short limit ends what Ray promised it wrongly."""
+def wait_for_workers(options: "ClusterOptions", workers: int) -> None:
+    """Have the next training of so many workers that this process starts, driver or task, wait for
+    lost machines as long as `schedule_timeout_s` says, in each of its attempts. Ray's default is a
+    minute. One that goes on with fewer does not wait, and a short limit ends what Ray promised it
+    wrongly."""
     if os.environ.get(_LIMIT) not in {None, *_set_here}:
         return
     os.environ.pop(_LIMIT, None)
-    if options.min_workers is None:
+    if options.fewest(workers) == workers:
         os.environ[_LIMIT] = limit = str(options.schedule_timeout_s)
         _set_here.add(limit)
 

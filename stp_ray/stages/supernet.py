@@ -130,7 +130,7 @@ def _trainer(
 ) -> _Trainer:
     options = job.config.cluster
     fewest = options.fewest(workers)
-    cluster.wait_for_workers(options)
+    cluster.wait_for_workers(options, workers)
     return _Trainer(
         _worker,
         train_loop_config={"job": job, "images": images, "relay": relay, "shares": workers},

@@ -83,7 +83,7 @@ def test_workers_do_not_get_the_limit_of_an_earlier_run(monkeypatch):
     monkeypatch.setattr(cluster.os, "environ", environment := {})
     limit, seen = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", []
     monkeypatch.setattr(ray, "init", lambda **_: seen.append(environment.get(limit)))
-    cluster.wait_for_workers(ClusterOptions(schedule_timeout_s=60))
+    cluster.wait_for_workers(ClusterOptions(schedule_timeout_s=60), 2)
     assert environment[limit] == "60.0"
     with cluster.connected(ClusterOptions()):
         environment[limit] = "7"  # the user's

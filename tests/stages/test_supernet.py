@@ -115,6 +115,10 @@ def test_the_process_that_trains_waits_as_long_as_the_recipe_says(tmp_path, monk
         patch.setattr(cluster.os, "environ", environment := {})
         trainer(tmp_path, schedule_timeout_s=1234, min_workers=1)
         assert LIMIT not in environment
+    with monkeypatch.context() as patch:
+        patch.setattr(cluster.os, "environ", environment := {})
+        trainer(tmp_path, schedule_timeout_s=1234, min_workers=2)  # as many as there are to be
+        assert environment[LIMIT] == "1234.0"
 
 
 def test_every_run_of_a_process_has_its_own_limit_but_where_the_user_set_one(tmp_path, monkeypatch):
