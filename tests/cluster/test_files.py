@@ -146,7 +146,11 @@ def test_launcher_stops_paying(cloud):
 def test_machines_of_ones_own_are_all_started(tmp_path):
     # The autoscaler starts from zero only what it knows to have the resources asked for.
     config = read("onprem.yaml")
-    assert config["min_workers"] == config["max_workers"] == len(config["provider"]["worker_ips"])
+    config["provider"]["worker_ips"] = [f"192.0.2.{place}" for place in range(11, 16)]
+    util = pytest.importorskip("ray.autoscaler._private.util")
+    prepared = util.prepare_config(copy.deepcopy(config))
+    (machine,) = prepared["available_node_types"].values()
+    assert machine["min_workers"] == machine["max_workers"] == prepared["max_workers"] == 5
     # Its second version, which `ray up` turns on, takes the head for one of them.
     assert "RAY_enable_autoscaler_v2=0" in start_head(
         config, tmp_path, RAY_enable_autoscaler_v2="1", RAY_NODE_TYPE_NAME="local.cluster.node"
