@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 
 #: Seconds without a renewal after which a lease has lapsed.
 DURATION = 10.0
+#: Seconds for which a driver that ends waits for storage to hear of it; else its lease lapses.
+LEAVING = 5.0
 
 _PREFIX = "lease-"
 
@@ -87,8 +89,9 @@ def held(run: Store, duration: float = DURATION) -> Iterator["Lease"]:
         with _heard(lease):
             yield lease
     except KeyboardInterrupt:
-        with contextlib.suppress(StorageError):  # it was the user then, as far as anybody knows
-            lease.require()  # says so, if it was not
+        if lease.lost:  # else it was the user, as far as anybody knows
+            with contextlib.suppress(StorageError):
+                lease.require()  # says so
         raise
     finally:
         lease.release()
@@ -162,13 +165,11 @@ class Lease:
             )
 
     def release(self) -> None:
-        """Leave the run to whoever comes next; nothing happens if the lease was lost."""
+        """Leave the run to whoever comes next; nothing happens if the lease was lost. Storage that
+        does not answer is not waited for: the lease lapses."""
         self._ended.set()
         if self._thread is not None:
-            self._thread.join()
-        if not self.lost:
-            with contextlib.suppress(StorageError):
-                self._renew(released=True)
+            self._thread.join(LEAVING)
 
     def _wait_for_lapse(self, found: Holder) -> None:
         log.warning("waiting up to %g s for the lease of %s to lapse", self._duration, found.name)
@@ -227,6 +228,9 @@ class Lease:
                 # a real signal, to wake it from whatever it waits for
                 signal.pthread_kill(driver.ident or 0, signal.SIGINT)
             return
+        if not self.lost:  # here, where storage that is away keeps nobody waiting
+            with contextlib.suppress(Exception):
+                self._renew(released=True)
 
 
 def _name(number: int) -> str:

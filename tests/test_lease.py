@@ -156,6 +156,27 @@ def test_an_interruption_stays_one_where_storage_is_away(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
 
+@pytest.mark.parametrize("renewing", [False, True])
+def test_an_interruption_does_not_wait_for_storage_that_stays_away(tmp_path, monkeypatch, renewing):
+    """Whether or not a renewal is under way."""
+    asked, over = threading.Event(), threading.Event()
+
+    def away(self, name, data):
+        asked.set()
+        over.wait(20)
+        raise StorageError("the storage is away")
+
+    monkeypatch.setattr("stp_ray.lease.LEAVING", 0.3, raising=False)
+    with pytest.raises(KeyboardInterrupt), held(Store(tmp_path), SHORT if renewing else 60):
+        monkeypatch.setattr(Store, "create_bytes", away)
+        assert not renewing or asked.wait(60)
+        started = time.monotonic()
+        raise KeyboardInterrupt
+    took = time.monotonic() - started
+    over.set()
+    assert took < 10
+
+
 @pytest.mark.parametrize("error", [StorageError, RuntimeError])
 def test_storage_that_is_away_for_a_moment_loses_no_lease(tmp_path, monkeypatch, error):
     store = Store(tmp_path)
