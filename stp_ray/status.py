@@ -129,13 +129,13 @@ def resumable(run: Store, factory: str | None = None, overrides: Sequence[str] =
             "cluster.address=auto".
 
     Raises:
-        StorageError: as `configuration`.
-        ConfigError: the model is somebody's own, and is not the one that was named, or local data
-            or weights are not there.
+        StorageError: as `configuration`, or the storage of an override cannot be used.
+        ConfigError: the overrides make another run, the model is somebody's own, and is not the
+            one that was named, or local data or weights are not there.
     """
     begun = configuration(run)
     config = load_config(begun, overrides) if overrides else begun
-    if (run_id(config), config.storage) != (run_id(begun), begun.storage):
+    if run_id(config) != run_id(begun) or Store(config.storage) != Store(begun.storage):
         raise ConfigError(
             f"{' '.join(overrides)} would make another run of {run.uri}; expected what leaves its "
             "results as they are, such as cluster.address or tracking.wandb; start another one "

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from stp_ray.artifacts import Manifest
+from stp_ray.artifacts import Manifest, Store
 from stp_ray.config import dump_config, load_config, run_id
 from stp_ray.errors import ConfigError, StorageError
 from stp_ray.lease import Lease, held
@@ -104,6 +104,17 @@ def test_what_leaves_the_results_alone_can_be_set_anew(run):
     for override in ("seed=7", "storage=elsewhere", "cluster.num_workers=4"):
         with pytest.raises(ConfigError, match=f"{override} would make another run of"):
             resumable(run, overrides=[override])
+
+
+@pytest.mark.parametrize("storage", ["runs", "./runs/", "file:runs", "../{name}/runs"])
+def test_the_same_storage_in_other_words_may_be_said(tmp_path, monkeypatch, storage):
+    monkeypatch.chdir(tmp_path)
+    folder = Store("runs").child(run_id(CONFIG))
+    folder.write_json("config.json", dump_config(CONFIG))
+    found = resumable(folder, overrides=[f"storage={storage.format(name=tmp_path.name)}"])
+    assert Store(found.storage).child(run_id(found)) == folder
+    with pytest.raises(ConfigError, match="would make another run"):
+        resumable(folder, overrides=["storage=runs/deeper"])
 
 
 def test_a_folder_that_is_no_run_is_told(store, run):
