@@ -203,7 +203,9 @@ def load_weights(model: nn.Module, uri: str) -> None:
 
     try:
         with fsspec.open(uri, "rb") as file:
-            if uri.endswith(".safetensors"):
+            begins = file.read(9)  # of safetensors the length of a JSON object, and it
+            file.seek(0)
+            if begins.endswith(b"{"):
                 state = safetensors.torch.load(file.read())
             else:
                 state = torch.load(file, map_location="cpu", weights_only=True)

@@ -57,6 +57,16 @@ def test_weights_of_torchvision_are_ranked(pretrained, tmp_path):
     assert all(torch.equal(by_uri[name], by_name[name]) for name in pretrained)
 
 
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_weights_are_told_by_their_content(tmp_path, suffix):
+    wanted, path = torch.nn.Linear(3, 2), tmp_path / f"weights.{suffix}"
+    for save in (safetensors.torch.save_file, torch.save):
+        save(wanted.state_dict(), path)
+        found = torch.nn.Linear(3, 2)
+        load_weights(found, str(path))
+        assert torch.equal(found.weight, wanted.weight)
+
+
 def test_a_pattern_that_matches_nothing_names_its_settings(summary):
     config = load_config({"space": {"only": ["layer9"]}})
     with pytest.raises(ConfigError, match=r"space\.ignore and space\.only: .*'layer9' matches no"):
