@@ -29,7 +29,8 @@ def unfused_attention() -> Iterator[None]:
 class MultiheadSelfAttention(nn.Module):
     """`torch.nn.MultiheadAttention` for query = key = value, with any number of heads.
 
-    Input [B, L, E] where `batch_first`, else [L, B, E]; output (same shape, None).
+    Input [B, L, E] where `batch_first`, else [L, B, E]; output (same shape, None). Raises
+    ValueError for another key or value than the query, and for a mask.
     """
 
     embed_dim: int
@@ -52,6 +53,16 @@ class MultiheadSelfAttention(nn.Module):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, None]:
+        if key is not query or value is not query:
+            raise ValueError(
+                "attention that lost heads got another key or value than the query; expected "
+                "the query itself as all three; keep the layer whole with ignore="
+            )
+        if key_padding_mask is not None or attn_mask is not None or is_causal:
+            raise ValueError(
+                "attention that lost heads got a mask; expected none; keep the layer whole with "
+                "ignore="
+            )
         x_ble = query if self.batch_first else query.transpose(0, 1)
         batch, tokens, _ = x_ble.shape
         qkv = F.linear(x_ble, self.in_proj_weight, self.in_proj_bias)

@@ -218,6 +218,50 @@ def test_attention_whose_weights_nobody_reads_is_elastic(call, elastic):
     assert_exact(net, model=model)
 
 
+def _masked(m, x):
+    return m.attention(x, x, x, attn_mask=torch.ones(64, 64).triu(1).bool(), need_weights=False)[0]
+
+
+def _crossed(m, x):
+    return m.attention(x, y := x.flip(1), y, need_weights=False)[0]
+
+
+@pytest.mark.parametrize("other", [_masked, _crossed])
+@pytest.mark.parametrize("plain_first", [True, False])
+def test_attention_that_is_plain_in_one_call_alone_stays_whole(other, plain_first):
+    def plain(m, x):
+        return m.attention(x, x, x, need_weights=False)[0]
+
+    def between(m, x):
+        tokens = m.tokens(x.flatten(2).transpose(1, 2))
+        for call in (plain, other) if plain_first else (other, plain):
+            tokens = call(m, tokens)
+        return m.after(tokens.transpose(1, 2).reshape(-1, 8, 8, 8))
+
+    layers = {"tokens": nn.Linear(8, 8), "after": nn.Conv2d(8, 8, 1)}
+    model = Written(between, attention=nn.MultiheadAttention(8, 4, batch_first=True), **layers)
+    net = supernet(model)
+    assert {axis.name for axis in net.space.axes} == {"stem", "after"}
+    assert "attention" in {frozen.name for frozen in net.frozen}
+    assert_exact(net, model=model)
+
+
+def test_attention_that_lost_heads_refuses_what_it_cannot_compute():
+    def between(m, x):
+        tokens = x.flatten(2).transpose(1, 2)
+        return m.attention(tokens, tokens, tokens)[0].transpose(1, 2).reshape(x.shape)
+
+    net = supernet(Written(between, attention=nn.MultiheadAttention(8, 4, batch_first=True)))
+    small = net.extract(net.space.smallest).attention
+    x = torch.randn(2, 5, small.embed_dim, dtype=torch.float64)
+    for key, value in ((x + 1, x), (x, x + 1)):
+        with pytest.raises(ValueError, match="another key or value than the query; expected"):
+            small(x, key, value)
+    for mask in ({"key_padding_mask": x[..., 0] > 0}, {"attn_mask": x[0] > 0}, {"is_causal": True}):
+        with pytest.raises(ValueError, match="got a mask; expected none"):
+            small(x, x, x, **mask)
+
+
 def test_attention_over_the_batch_is_refused():
     def between(m, x):
         tokens = x.flatten(2).transpose(1, 2)

@@ -35,11 +35,10 @@ def multihead_attention(visit: Visit) -> Value:
         and len(x) == 3
     )
     if not plain:
+        tensors = [visit.tensor(name) for name, _ in module.named_parameters()]
         visit.freeze(
-            x, *map(visit.value, inputs[1:]), reason="attention other than plain self-attention"
+            *map(visit.value, inputs), *tensors, reason="attention other than plain self-attention"
         )
-        for name, _ in module.named_parameters():
-            visit.tensor(name)
         visit.step.opaque = True
         return visit.constants()
     heads = visit.dims.fresh(module.num_heads, factor=module.head_dim, unit="heads")
