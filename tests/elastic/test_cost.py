@@ -11,6 +11,7 @@ from stp_ray.elastic import Budget, Cost, SearchSpace, Subnet
 from stp_ray.elastic.cost import CostTable, Extent, Term
 
 from .networks import Written, supernet
+from .same import assert_exact
 from .spaces import spaces, tables
 
 
@@ -178,3 +179,31 @@ def test_attention_is_priced_where_shapes_need_arithmetic():
     plain = supernet(Written(tokens, encoder=encoder))
     mixed = supernet(Written(lambda m, x: by_value(tokens(m, x)), encoder=encoder))
     assert mixed.cost().macs == plain.cost().macs > 30_000
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_attention_over_tokens_that_shrink_is_priced_at_those_left(batch_first):
+    def between(m, x):
+        tokens = m.mix(x.flatten(2)).transpose(1, 2)  # [B, 10, 8]
+        tokens = tokens if batch_first else tokens.transpose(0, 1)
+        tokens = m.attention(tokens, tokens, tokens, need_weights=False)[0]
+        return (tokens.transpose(1, 2) if batch_first else tokens.permute(1, 2, 0))[..., None]
+
+    attention = nn.MultiheadAttention(8, 4, batch_first=batch_first)
+    net = supernet(Written(between, mix=nn.Linear(64, 10), attention=attention))
+    assert {"mix", "attention"} <= {axis.name for axis in net.space.axes}
+    assert_exact(net)
+
+
+def test_windows_over_an_elastic_height_keep_it_whole():
+    from torchvision.models.swin_transformer import ShiftedWindowAttention
+
+    def between(m, x):
+        rows = m.rows(x.transpose(2, 3)).transpose(2, 3)  # another height
+        return m.windows(rows.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+    windows = ShiftedWindowAttention(8, [4, 4], [0, 0], 4)
+    net = supernet(Written(between, rows=nn.Linear(8, 8), windows=windows))
+    assert {axis.name for axis in net.space.axes} == {"stem", "windows", "windows.proj"}
+    assert "attends over an elastic dimension" in net.frozen[0].reason
+    assert_exact(net)

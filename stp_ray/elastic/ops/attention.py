@@ -16,7 +16,7 @@ def multihead_attention(visit: Visit) -> Value:
         [visit.argument(i, n) for i, n in enumerate(("query", "key", "value"))],
     )
     x = visit.value(inputs[0])
-    batch, tokens = (0, 1) if module.batch_first else (1, 0)
+    tokens = 1 if module.batch_first else 0
     if x is not None and len(x) == 3 and visit.shape_of(inputs[0])[tokens] % visit.batch == 0:
         raise TraceError(
             f"{visit.source} attends over the images of a batch; expected an operation that treats "
@@ -57,10 +57,10 @@ def multihead_attention(visit: Visit) -> Value:
             "out_proj.out_features": Size(out),
         }
     )
-    rows, count = visit.shape_of(inputs[0])[batch], visit.shape_of(inputs[0])[tokens]
-    visit.macs(3 * rows * count, x[-1], heads)
-    visit.macs(2 * rows * count * count, heads)
-    visit.macs(rows * count, heads, out)
+    factor, elastic = spread(visit.resolved(x[:-1]))
+    visit.macs(3 * factor, *elastic, x[-1], heads)
+    visit.macs(2 * factor, *elastic, x[tokens], heads)
+    visit.macs(factor, *elastic, heads, out)
     return [(*x[:-1], out), *visit.constants()[1:]]
 
 
@@ -96,6 +96,7 @@ def window_attention_v2(visit: Visit) -> Value:
 def _window_attention(visit: Visit) -> tuple[Atom, Value]:
     """The heads, and the output, of attention inside windows."""
     x, module = visit.x, visit.module
+    visit.freeze(x[:-1], reason="attends over an elastic dimension")
     count = module.num_heads
     head_dim = module.qkv.out_features // 3 // count
     (head,) = visit.dims.fresh(count, unit="heads")
