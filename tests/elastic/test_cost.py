@@ -195,6 +195,16 @@ def test_attention_over_tokens_that_shrink_is_priced_at_those_left(batch_first):
     assert_exact(net)
 
 
+@pytest.mark.parametrize("width", [1, 2])
+def test_a_sum_over_one_element_is_no_product_of_matrices(width):
+    def between(m, x):
+        return x * torch.einsum("bchw,oc->bohw", m.few(x), m.weight)
+
+    layers = {"few": nn.Conv2d(8, width, 1), "weight": nn.Parameter(torch.randn(8, width))}
+    net = supernet(Written(between, **layers))
+    assert_exact(net)
+
+
 def test_windows_over_an_elastic_height_keep_it_whole():
     from torchvision.models.swin_transformer import ShiftedWindowAttention
 

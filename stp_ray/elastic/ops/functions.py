@@ -189,6 +189,7 @@ def einsum(visit: Visit) -> Value:
     visit.freeze(tuple(dims[letter] for letter in summed), reason="sums over an elastic dimension")
     if not set(dims) <= set(result) | summed:  # summed before it is multiplied
         return unknown(visit)
-    factor, elastic = spread(visit.resolved(dims.values()))
-    visit.macs(factor, *elastic)
+    if any(length(dims[letter]) > 1 for letter in summed):  # else torch multiplies by elements
+        factor, elastic = spread(visit.resolved(dims.values()))
+        visit.macs(factor, *elastic)
     return tuple(dims[letter] for letter in result)
