@@ -35,6 +35,10 @@ Draw = Callable[[random.Random, float], Sequence[Subnet]]
 Label = Callable[[Tensor, Tensor], Tensor]
 """(images, labels), on the device -> the labels to learn, class indices [B] or soft [B, C]."""
 
+#: Layers whose weight decays whatever its shape, such as [C, 1, 1, 1], and those that do not decay.
+_WEIGHTED = (nn.Linear, nn.modules.conv._ConvNd)
+_NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _MENDING = "lower lr, set grad_clip or use precision fp32, and look for bad values in the images"
 
@@ -58,7 +62,9 @@ class Optimisation:
     nesterov: bool = True
     """Nesterov's form of SGD's momentum."""
     weight_decay: float = 5e-4
-    """Weight decay; norms and biases are spared."""
+    """Weight decay. Spared are biases, parameters of norms, and those that are one row of numbers
+    whatever their shape, such as scales [C, 1, 1] and class tokens [1, 1, C], but for weights of
+    linear layers and convolutions."""
     warmup_epochs: float = 1.0
     """Epochs in which the learning rate rises linearly; at most `epochs`."""
     min_lr: float = 0.0
@@ -367,7 +373,11 @@ class Trainer:
         decayed: list[nn.Parameter] = []
         spared: list[nn.Parameter] = []
         for name, parameter in self._parameters.items():
-            bare = parameter.ndim < 2 or "bias" in name.rpartition(".")[2]
+            home, _, leaf = name.rpartition(".")
+            owner = self.objective.get_submodule(home)
+            weight = leaf == "weight" and isinstance(owner, _WEIGHTED)
+            line = parameter.ndim < 2 or (parameter.numel() == max(parameter.shape) and not weight)
+            bare = line or "bias" in leaf or isinstance(owner, _NORMS)
             (spared if bare else decayed).append(parameter)
         groups: list[dict[str, Any]] = [
             {"params": decayed, "weight_decay": options.weight_decay},

@@ -24,6 +24,7 @@ from stp_ray.method import (
     learning_rate,
     sampler,
 )
+from stp_ray.models import build_model
 
 from .networks import Residual, batches, images_and_labels, supernet
 
@@ -175,6 +176,42 @@ def test_norms_and_biases_do_not_decay():
         }
         for name, parameter in model.named_parameters():
             assert decays[id(parameter)] == (0.5 if name in ("0.weight", "3.weight") else 0), name
+
+
+def groups_of(model):
+    """The names of the parameters that decay, and of those that do not."""
+    options = Optimisation(epochs=1, weight_decay=0.5)
+    trainer = Trainer(DenseObjective(model), options, steps_per_epoch=1, seed=0)
+    names = {id(p): name for name, p in model.named_parameters()}
+    groups = {g["weight_decay"]: g["params"] for g in trainer._optimizer.param_groups}
+    return [[names[id(p)] for p in groups[decay]] for decay in (0.5, 0.0)]
+
+
+class Shaped(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.rms = nn.LayerNorm([3, 8, 8]), nn.RMSNorm([3, 8, 8])
+        self.scale = nn.Parameter(torch.ones(3, 1, 1))
+        self.token = nn.Parameter(torch.zeros(1, 1, 192))
+        self.places = nn.Parameter(torch.zeros(1, 2, 192))
+        self.each = nn.Conv2d(3, 3, 1, groups=3, bias=False)
+        self.head = nn.Linear(192, 1)
+
+
+def test_norms_of_images_scales_and_class_tokens_do_not_decay():
+    decayed, spared = groups_of(Shaped())
+    assert decayed == ["places", "each.weight", "head.weight"]
+    assert spared == ["scale", "token", "norm.weight", "norm.bias", "rms.weight", "head.bias"]
+
+
+@pytest.mark.parametrize("name", ["resnet20", "mobilenet_v2"])
+def test_in_convolutional_networks_all_but_vectors_decay(name):
+    model = build_model(name, num_classes=1)
+    shapes = {name: p.ndim for name, p in model.named_parameters()}
+    assert groups_of(model) == [
+        [name for name, rank in shapes.items() if rank > 1],
+        [name for name, rank in shapes.items() if rank == 1],
+    ]
 
 
 @pytest.mark.parametrize("nesterov", [True, False])
