@@ -114,6 +114,11 @@ def shapes_of(graph: fx.GraphModule, example: Tensor) -> Shapes:
     )
 
 
+def macs_of(graph: fx.GraphModule, example: Tensor, batch: int) -> dict[str, int]:
+    """MACs of each node, by name, of so many samples together."""
+    return _shape_pass(graph, example, batch).counted
+
+
 def _flat(shape: ops.Shape) -> Iterator[torch.Size]:
     """The shapes of all tensors among what a node yields."""
     if isinstance(shape, torch.Size):

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cached_property
 from math import ceil, gcd
 from typing import Any
 
@@ -18,7 +19,7 @@ from .dims import Dim, Dims, Frozen, Variable, length
 from .graph import TRAINING_ONLY, symbolic_graph
 from .in_place import write_again, write_nothing
 from .ops import Size, Step, Value, Visit
-from .shapes import Shapes, shapes_of
+from .shapes import Shapes, macs_of, shapes_of
 from .slicing import Layout, Merge
 from .space import ResidualBlock, SearchSpace, WidthAxis
 from .tracer import DECIDES, line_of
@@ -92,7 +93,7 @@ def trace(
     graph = symbolic_graph(model, example_input)
     shapes = shapes_of(graph, example_input)
     write_nothing(graph, shapes)
-    analysis = _Analysis(graph, shapes)
+    analysis = _Analysis(graph, shapes, example_input)
     analysis.walk()
     analysis.keep_whole(ignore, only)
     return analysis.conclude(divisor, min_ratio)
@@ -101,8 +102,8 @@ def trace(
 class _Analysis:
     """Visits every node once, then turns what the rules found into a search space."""
 
-    def __init__(self, graph: fx.GraphModule, found: Shapes) -> None:
-        self.graph, self.batch = graph, found.batch
+    def __init__(self, graph: fx.GraphModule, found: Shapes, example: Tensor) -> None:
+        self.graph, self.batch, self._example = graph, found.batch, example
         self.shapes, self.counted = found.shapes, found.macs
         self.dims = Dims()
         self.steps: dict[fx.Node, Step] = {}
@@ -157,8 +158,23 @@ class _Analysis:
             visit.step = self.steps[node] = step = Step()
             value = ops.unknown(visit)
         if step.opaque:
-            step.macs = [(self.counted[node], ())]
+            step.macs = [(self._counted(node), ())]
         return value
+
+    def _counted(self, node: fx.Node) -> int:
+        """What torch counts for a batch; a layer that computes its weights of others, which it
+        does once a batch, does so for each image here, as for one that comes alone."""
+        counted = self.counted[node]
+        if node.op == "call_module" and counted:
+            two = self._counted_for_two[node.name]
+            each, rest = divmod(counted - two, self.batch - 2)
+            if each > 0 and rest == 0 and (shared := two - 2 * each) > 0:
+                return self.batch * (each + shared)
+        return counted
+
+    @cached_property
+    def _counted_for_two(self) -> dict[str, int]:
+        return macs_of(self.graph, self._example, 2)
 
     def _freeze_sizes(self, visit: Visit) -> None:
         """What an operation on tensors takes as a number, and no rule rewrites, stays as it is."""
@@ -342,8 +358,9 @@ class _Analysis:
                     per_sample = coefficient
                 elif rest:
                     raise TraceError(
-                        f"the cost of {line_of(node)} does not grow with the batch; expected an "
-                        "operation that treats every sample alike"
+                        f"the cost of {line_of(node)} does not grow as the batch does; expected an "
+                        "operation that treats every sample alike; take out of it what it computes "
+                        "once for all of them"
                     )
                 extents = tuple(_extent(self.dims.resolve(dim), axes) for dim in dims)
                 macs.append(Term(per_sample, extents, gates[node]))

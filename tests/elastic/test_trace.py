@@ -5,14 +5,15 @@ import re
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations, parametrize
 from torchvision.models import mobilenet_v2, swin_t
 
 from stp_ray.elastic import Supernet
 from stp_ray.errors import TraceError
 from stp_ray.models import build_model
 
-from .networks import Own, pixels, randomised, supernet
-from .same import assert_exact
+from .networks import Own, Written, pixels, randomised, supernet
+from .same import assert_exact, counted_macs, subnets_of
 
 
 def test_a_compiled_model_is_taken_as_what_it_is():
@@ -209,3 +210,49 @@ def test_what_a_second_output_keeps_whole_is_listed():
     assert {f.name: f.reason for f in net.frozen} == {
         "stem": "the model returns more than its logits"
     }
+
+
+class LowRank(nn.Module):
+    """A weight plus a product of two thin matrices."""
+
+    def __init__(self, rows, columns):
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(rows, 2))
+        self.down = nn.Parameter(torch.randn(2, columns))
+
+    def forward(self, weight):
+        return weight + (self.up @ self.down).view(weight.shape)
+
+
+def low_rank(layer):
+    own = LowRank(len(layer.weight), layer.weight[0].numel())
+    return parametrize.register_parametrization(layer, "weight", own)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        low_rank(nn.Conv2d(8, 8, 3, padding=1)),
+        low_rank(nn.Linear(8, 8)),
+        parametrizations.orthogonal(nn.Linear(8, 8)),
+    ],
+    ids=["convolution", "linear", "orthogonal"],
+)
+@torch.no_grad()
+def test_weights_that_a_layer_multiplies_count_once_for_an_image_that_comes_alone(layer):
+    model = Written(lambda m, x: m.after(m.layer(x)), 12, layer=layer, after=nn.Conv2d(8, 12, 1))
+    net = supernet(model)
+    assert [axis.name for axis in net.space.axes] == ["after"]
+    assert [frozen.name for frozen in net.frozen] == ["stem"]
+    for subnet in subnets_of(net, 3):
+        small = net.extract(subnet)
+        out, macs = counted_macs(small, pixels(1))
+        cost = net.cost(subnet)
+        assert (macs, sum(p.numel() for p in small.parameters())) == (cost.macs, cost.params)
+        torch.testing.assert_close(net(pixels(1), subnet), out)
+
+
+def test_an_operation_on_the_mean_of_a_batch_is_refused():
+    model = Written(lambda m, x: x + m.mix(x.mean((0, 2, 3)))[:, None, None], mix=nn.Linear(8, 8))
+    with pytest.raises(TraceError, match=r"mix at test_trace.* not grow as the batch does"):
+        supernet(model)
