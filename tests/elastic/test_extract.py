@@ -246,6 +246,20 @@ def test_attention_that_is_plain_in_one_call_alone_stays_whole(other, plain_firs
     assert_exact(net, model=model)
 
 
+def test_a_mask_that_shrinks_elsewhere_stays_whole_with_its_attention():
+    def between(m, x):
+        one, other = (mix(x.flatten(2)).transpose(1, 2) for mix in (m.one, m.other))  # [B, 10, 8]
+        masked = m.attention(one, one, one, attn_mask=m.mask, need_weights=False)[0]
+        shifted = other + m.mask.mean(1)[:, None]
+        return x + (masked.mean(1) + shifted.mean(1))[:, :, None, None]
+
+    layers = {"one": nn.Linear(64, 10), "other": nn.Linear(64, 10)}
+    attention = nn.MultiheadAttention(8, 2, batch_first=True)
+    mask = nn.Parameter(torch.randn(10, 10))
+    model = Written(between, attention=attention, mask=mask, **layers)
+    assert_exact(supernet(model), model=model)
+
+
 def test_attention_that_lost_heads_refuses_what_it_cannot_compute():
     def between(m, x):
         tokens = x.flatten(2).transpose(1, 2)

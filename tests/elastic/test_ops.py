@@ -7,8 +7,8 @@ from torch import nn
 
 from stp_ray.elastic import Supernet
 
-from .networks import Written, line_of, supernet
-from .same import assert_exact
+from .networks import Written, line_of, pixels, supernet
+from .same import assert_exact, counted_macs, subnets_of
 
 
 def test_an_operation_without_a_rule_freezes_what_reaches_it_and_says_where():
@@ -105,6 +105,46 @@ def test_channels_that_a_convolution_slides_over_stay_whole(shape, layer):
     assert (frozen.name, frozen.size) == ("stem", 8)
     assert "convolves over an elastic dimension: filter at test_ops.py" in frozen.reason
     assert_exact(net, model=model)
+
+
+@pytest.mark.parametrize("batched_first", [True, False])
+@torch.no_grad()
+def test_a_convolution_of_an_image_of_the_models_own_stays_whole(batched_first):
+    def between(m, x):
+        if batched_first:
+            return m.layer(x) * m.layer(m.image).mean()
+        return m.layer(m.image).mean() * m.layer(x)
+
+    image = nn.Parameter(torch.randn(8, 4, 4))
+    net = supernet(Written(between, layer=nn.Conv2d(8, 8, 1), image=image))
+    assert not any({"stem", "layer"} & set(axis.layers) for axis in net.space.axes)
+    params = sum(p.numel() for p in net.parameters())
+    assert (counted_macs(net.model, pixels(1))[1], params) == (net.cost().macs, net.cost().params)
+
+
+@torch.no_grad()
+def test_a_convolution_of_a_bank_of_kernels_keeps_their_number():
+    def between(m, x):
+        return x * m.layer(m.bank).mean((1, 2, 3))[:, None, None]
+
+    bank = nn.Parameter(torch.randn(8, 3, 4, 4))
+    net = supernet(Written(between, layer=nn.Conv2d(3, 6, 1), bank=bank))
+    assert [axis.name for axis in net.space.axes] == ["layer"]
+    for subnet in subnets_of(net, 3):
+        assert counted_macs(net.extract(subnet), pixels(1))[1] == net.cost(subnet).macs
+
+
+def test_patches_of_an_elastic_height_keep_it_whole():
+    from torchvision.models.swin_transformer import PatchMerging
+
+    def between(m, x):
+        rows = m.rows(x.transpose(2, 3)).transpose(2, 3)  # another height
+        return m.merge(rows.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+    net = supernet(Written(between, 16, rows=nn.Linear(8, 8), merge=PatchMerging(8)))
+    assert {axis.name for axis in net.space.axes} == {"stem", "merge.reduction"}
+    assert "merges patches of an elastic dimension" in net.frozen[0].reason
+    assert_exact(net)
 
 
 def test_a_constant_of_the_models_own_is_cut_with_the_channels():

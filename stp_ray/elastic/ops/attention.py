@@ -36,9 +36,8 @@ def multihead_attention(visit: Visit) -> Value:
     )
     if not plain:
         tensors = [visit.tensor(name) for name, _ in module.named_parameters()]
-        visit.freeze(
-            *map(visit.value, inputs), *tensors, reason="attention other than plain self-attention"
-        )
+        given = map(visit.value, visit.node.all_input_nodes)  # a mask among them
+        visit.freeze(*given, *tensors, reason="attention other than plain self-attention")
         visit.step.opaque = True
         return visit.constants()
     heads = visit.dims.fresh(module.num_heads, factor=module.head_dim, unit="heads")

@@ -20,10 +20,11 @@ def linear(visit: Visit) -> Value:
 def convolution(visit: Visit) -> Value:
     x, module = visit.x, visit.module
     if len(x) != module.weight.dim():
-        visit.freeze(x, reason="convolution of an input without a batch dimension")
+        tensors = [visit.tensor(name) for name, _ in module.named_parameters()]
+        visit.freeze(x, *tensors, reason="convolution of an input without a batch dimension")
         visit.step.opaque = True
         return visit.constants()
-    visit.freeze(x[2:], reason="convolves over an elastic dimension")
+    visit.freeze((x[0], *x[2:]), reason="convolves over an elastic dimension")
     channels, groups = x[1], module.groups
     area = prod(visit.shape[2:]) * prod(module.kernel_size) * visit.shape[0]
     if groups == 1:

@@ -134,6 +134,7 @@ def roll(visit: Visit) -> Value:
 def merge_patches(visit: Visit) -> Value:
     """Swin's patch merging: the four pixels of a 2 x 2 square side by side."""
     x = visit.x
+    visit.freeze(x[:-1], reason="merges patches of an elastic dimension")
     return (*(constant(n) for n in visit.shape[:-1]), x[-1] * 4)
 
 
