@@ -215,7 +215,12 @@ class ParquetSource:
                 f"the {_SPLIT_WORDS[split]} split {names[0]} of {self.uri} is empty; expected "
                 ".parquet files in it; change data.uri"
             )
-        return paths
+        if not isinstance(self._filesystem, LocalFileSystem):
+            return paths
+        once: dict[str, str] = {}
+        for path in paths:  # links may lead to a file again
+            once.setdefault(os.path.realpath(path), path)
+        return list(once.values())
 
     def _footers(self, paths: list[str]) -> list[_File]:
         def footer(path: str) -> pq.FileMetaData:

@@ -15,8 +15,8 @@ from ..uris import refuse_credentials
 
 
 def files_below(filesystem: Any, folder: str) -> list[str]:
-    """Paths of all files below a folder. Linked local folders count, each folder once: fsspec
-    passes over them, and over those that cannot be read.
+    """Paths of all files below a folder. Linked local folders count, except for links that lead
+    back to where they are: fsspec passes over them, and over those that cannot be read.
 
     Raises:
         OSError: a local folder cannot be read.
@@ -24,15 +24,13 @@ def files_below(filesystem: Any, folder: str) -> list[str]:
     if not isinstance(filesystem, LocalFileSystem):
         return [str(path) for path in filesystem.find(folder) if not path.endswith("/")]
     found: list[str] = []
-    seen = {os.path.realpath(folder)}
+    above = {folder: frozenset[str]()}  # of each folder to come, those that it lies in
     for place, folders, files in os.walk(folder, onerror=_refuse, followlinks=True):
         found += [os.path.join(place, file) for file in files]
-        real = {name: os.path.realpath(os.path.join(place, name)) for name in sorted(folders)}
-        folders.clear()
-        for name, path in real.items():  # a link may lead to a sibling, or back
-            if path not in seen:
-                seen.add(path)
-                folders.append(name)
+        way = above.pop(place) | {os.path.realpath(place)}
+        inside = {name: os.path.join(place, name) for name in folders}
+        folders[:] = [name for name, path in inside.items() if os.path.realpath(path) not in way]
+        above.update((inside[name], way) for name in folders)
     return found
 
 

@@ -323,6 +323,19 @@ def test_what_links_lead_to_is_converted_and_an_unreadable_folder_ends_it(tmp_pa
     assert not (tmp_path / "other").exists()
 
 
+def test_classes_that_are_links_to_one_folder_are_converted(tmp_path):
+    images = tmp_path / "images"
+    folder_of_images(images, "test", each=2)
+    folder_of_images(tmp_path, "pets", each=3)
+    (images / "train").mkdir()
+    for name in ("cat", "dog"):
+        (images / "train" / name).symlink_to(tmp_path / "pets")
+    (tmp_path / "pets" / "round").symlink_to(tmp_path / "pets")
+    assert folder_to_parquet(str(images), str(tmp_path / "set")) == {"train": 12, "test": 4}
+    labels = load(options(tmp_path / "set", name="parquet")).train.labels
+    assert abs(sum(labels) - len(labels) / 2) <= 2
+
+
 def test_a_folder_is_listed_anew_for_each_conversion(tmp_path, monkeypatch):
     bucket = fsspec.filesystem("memory")
     folder_of_images(tmp_path, "train")

@@ -440,6 +440,16 @@ def test_a_folder_that_links_lead_to_again_is_read_once(tmp_path):
     assert describe(options(tmp_path)).train_rows == 35
 
 
+def test_a_hidden_link_leaves_the_folder_that_it_leads_to(tmp_path):
+    write_parquet(tmp_path, train=40)
+    for day in ("day-1", "day-2"):
+        (tmp_path / "train" / day).mkdir(parents=True)
+        shutil.copy(tmp_path / "train.parquet", tmp_path / "train" / day / "a.parquet")
+    (tmp_path / "train.parquet").unlink()
+    (tmp_path / "train" / "_latest").symlink_to("day-2")
+    assert describe(options(tmp_path)).train_rows == 75
+
+
 @pytest.mark.parametrize("file", ["{}/set.zip", "set.zip", "file:set.zip"])
 def test_a_set_within_an_archive_is_found_by_other_processes(tmp_path, monkeypatch, file):
     write_parquet(tmp_path / "set")
