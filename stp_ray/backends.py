@@ -29,6 +29,14 @@ _FOREIGN = (
     ("httpx", "HTTPError"),
     ("httpx2", "HTTPError"),
 )
+# Mistakes of who asks, which s3fs raises like errors that pass.
+_REFUSED = (
+    "InvalidToken",
+    "AuthorizationHeaderMalformed",
+    "InvalidBucketName",
+    "PermanentRedirect",
+)
+_MISTAKES = ("Credential", "Auth", "Profile", "Validation", "Invalid", "NoRegion")
 
 
 def backend_errors() -> tuple[type[Exception], ...]:
@@ -45,6 +53,9 @@ def may_pass(error: Exception) -> bool:
     kind, code = type(error).__name__, getattr(error, "code", None)
     if isinstance(code, int) and 400 <= code < 500:  # of HTTP, which gcsfs raises as it is
         return code in (408, 429)
+    answer = getattr(error.__cause__, "response", None)  # of S3, which s3fs translates
+    if isinstance(answer, dict) and answer.get("Error", {}).get("Code") in _REFUSED:
+        return False
     return not isinstance(error, (*lasting, NotADirectoryError)) and not any(
-        word in kind for word in ("Credential", "Auth", "Validation", "Invalid", "NoRegion")
+        word in kind for word in _MISTAKES
     )

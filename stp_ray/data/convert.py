@@ -5,6 +5,7 @@ import contextlib
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import PurePosixPath
 from typing import Any, Protocol
 
@@ -16,7 +17,7 @@ from ..errors import DataError
 from .folders import IMAGE_SUFFIXES, TEST_FOLDERS
 from .parquet import ROWS, checked_names
 from .source import Stored, require_text
-from .storage import files_below, open_filesystem, reading, writing
+from .storage import files_below, open_filesystem, patiently, reading, writing
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +86,8 @@ def is_saved_dataset(uri: str) -> bool:
     """Whether a folder is what `DatasetDict.save_to_disk` wrote."""
     filesystem, root = open_filesystem(uri)
     with reading(uri):
-        return bool(filesystem.exists(f"{root}/dataset_dict.json"))
+        ask = partial(filesystem.exists, f"{root}/dataset_dict.json")
+        return bool(patiently(filesystem, root, ask))
 
 
 class _Folder:
@@ -93,9 +95,10 @@ class _Folder:
         self._filesystem, root = open_filesystem(uri)
         self._filesystem.invalidate_cache()  # what was written since the last listing counts
         with reading(uri):
-            if not self._filesystem.isdir(root):
+            if not patiently(self._filesystem, root, partial(self._filesystem.isdir, root)):
                 raise DataError(f"{uri} is not a folder; expected train and test or val in it")
-            found = {PurePosixPath(path).name for path in self._filesystem.ls(root, detail=False)}
+            ask = partial(self._filesystem.ls, root, detail=False)
+            found = {PurePosixPath(path).name for path in patiently(self._filesystem, root, ask)}
             test = next((name for name in TEST_FOLDERS if name in found), None)
             if test is None or "train" not in found:
                 raise DataError(
@@ -123,9 +126,10 @@ class _Folder:
     def _listed(self, folder: str) -> list[tuple[str, str]]:
         """(class, path) of every image below a split, sorted."""
         depth = len(PurePosixPath(folder).parts)
+        ask = partial(files_below, self._filesystem, folder)
         return sorted(
             (path.parts[depth], name)  # the name as it is: a key may hold "//"
-            for name in files_below(self._filesystem, folder)
+            for name in patiently(self._filesystem, folder, ask)
             if len((path := PurePosixPath(name)).parts) > depth + 1
             and path.suffix.lower() in IMAGE_SUFFIXES
         )
@@ -139,11 +143,8 @@ class _Folder:
             # the one call of fsspec for several files that takes no name for a pattern
             found = self._filesystem.cat_ranges([path for _, path in some], None, None)
             for (name, path), data in zip(some, found, strict=True):
-                if isinstance(data, FileNotFoundError | PermissionError):
-                    data = None  # counts as corrupt where the set is read
-                elif isinstance(data, BaseException):
-                    with reading(path):
-                        raise data
+                if isinstance(data, BaseException):
+                    data = _contents(self._filesystem, path)
                 yield data, labels[name]
 
 
@@ -232,10 +233,17 @@ class _Dataset:
             found = row[image] or {"bytes": None, "path": None}
             data = found["bytes"]
             if data is None and found["path"]:
-                filesystem, path = open_filesystem(found["path"])
-                with reading(path), contextlib.suppress(FileNotFoundError, PermissionError):
-                    data = filesystem.cat_file(path)
-            yield data, row[label]  # no data counts as corrupt where the set is read
+                data = _contents(*open_filesystem(found["path"]))
+            yield data, row[label]
+
+
+def _contents(filesystem: Any, path: str) -> bytes | None:
+    """None for a file that is not there for us, which counts as corrupt where the set is read."""
+    with reading(path):
+        try:
+            return bytes(patiently(filesystem, path, partial(filesystem.cat_file, path)))
+        except (FileNotFoundError, PermissionError):
+            return None
 
 
 def _write(images: _Images, uri: str, on_progress: OnProgress) -> dict[str, int]:

@@ -6,14 +6,12 @@ under the schema's metadata key `class_names`, or come from the `huggingface` ke
 """
 
 import json
-import logging
-import math
 import os
 import re
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,14 +20,11 @@ import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 from numpy.typing import NDArray
 
-from .. import backends
 from ..errors import DataError
 from ..uris import absolute, from_root
 from .decode import image_shape
 from .source import Chunk, Layout, Stored, fingerprint
-from .storage import files_below, open_filesystem, reading
-
-log = logging.getLogger(__name__)
+from .storage import files_below, open_filesystem, patiently, reading
 
 #: Rows that are read and decoded at a time, and about how many bytes of them at most.
 CHUNK_ROWS = 256
@@ -43,6 +38,8 @@ ROWS = "stp_ray.rows"
 _SPLIT_PREFIXES: dict[Stored, tuple[str, ...]] = {"train": ("train",), "test": ("test", "val")}
 _SPLIT_WORDS: dict[Stored, str] = {"train": "training", "test": "test"}
 _FIRST_IMAGES = 16
+#: Row numbers, contents of image files, and labels.
+_Piece = tuple[NDArray[np.int64], pa.Array, NDArray[np.int64]]
 
 
 @dataclass(frozen=True)
@@ -164,7 +161,7 @@ class ParquetSource:
     def _entries(self) -> tuple[str, dict[str, bool]]:
         """The folder that holds the splits, and its entries: name -> is a folder."""
         try:
-            listed = self._filesystem.ls(self._root, detail=True)
+            listed = self._listed(self._root)
         except (FileNotFoundError, NotADirectoryError):
             listed = None
         if listed is None or (len(listed) == 1 and _same(listed[0]["name"], self._root)):
@@ -176,9 +173,13 @@ class ParquetSource:
         entries = {_name(entry["name"]): self._is_folder(entry) for entry in listed}
         if entries.get("data") and not any(name.startswith("train") for name in entries):
             folder = f"{self._root.rstrip('/')}/data"
-            listed = self._filesystem.ls(folder, detail=True)
+            listed = self._listed(folder)
             return folder, {_name(entry["name"]): self._is_folder(entry) for entry in listed}
         return self._root.rstrip("/"), entries
+
+    def _listed(self, folder: str) -> list[Any]:
+        ask = partial(self._filesystem.ls, folder, detail=True)
+        return list(patiently(self._filesystem, folder, ask))
 
     def _is_folder(self, entry: Mapping[str, Any]) -> bool:
         """Whether an entry of a listing is a folder, or a link to one."""
@@ -201,7 +202,8 @@ class ParquetSource:
         for name in names:
             path = f"{folder}/{name}"
             if entries[name]:
-                inside = files_below(self._filesystem, path)
+                ask = partial(files_below, self._filesystem, path)
+                inside = patiently(self._filesystem, path, ask)
                 paths += [
                     found
                     for found in sorted(inside)
@@ -223,9 +225,13 @@ class ParquetSource:
         return list(once.values())
 
     def _footers(self, paths: list[str]) -> list[_File]:
-        def footer(path: str) -> pq.FileMetaData:
-            with reading(path), _open(self._filesystem, path) as handle:
+        def ask(path: str) -> pq.FileMetaData:
+            with _open(self._filesystem, path) as handle:
                 return pq.read_metadata(handle)
+
+        def footer(path: str) -> pq.FileMetaData:
+            with reading(path):
+                return patiently(self._filesystem, path, partial(ask, path))
 
         with ThreadPoolExecutor(16) as pool:
             footers = list(pool.map(footer, paths))
@@ -305,9 +311,8 @@ class ParquetSource:
         for file in self._files[split]:
             statistics = _label_statistics(file.footer, self.columns.label)
             if statistics is None:
-                with _open(self._filesystem, file.path) as handle:
-                    table = pq.ParquetFile(handle).read(columns=[self.columns.label])
-                labels = _labels(table.column(0).combine_chunks())
+                ask = partial(self._labels_in, file.path)
+                labels = patiently(self._filesystem, file.path, ask)
                 if len(labels):
                     statistics = [(int(labels.min()), int(labels.max()))]
             for low, high in statistics or []:
@@ -315,19 +320,31 @@ class ParquetSource:
                 highs.append(high)
         return (min(lows), max(highs))
 
+    def _labels_in(self, path: str) -> NDArray[np.int64]:
+        with _open(self._filesystem, path) as handle:
+            table = pq.ParquetFile(handle).read(columns=[self.columns.label])
+        return _labels(table.column(0).combine_chunks())
+
     def _first_shape(self) -> tuple[int, int]:
         for file in self._files["train"]:
-            with _open(self._filesystem, file.path) as handle:
-                parquet = pq.ParquetFile(handle, buffer_size=1 << 20, pre_buffer=False)
-                batches = parquet.iter_batches(batch_size=1, columns=[self.columns.encoded])
-                for _, batch in zip(range(_FIRST_IMAGES), batches, strict=False):
-                    shape = image_shape(_encoded(batch.column(0))[0].as_py())
-                    if shape is not None:
-                        return shape
+            ask = partial(self._shape_in, file.path)
+            shape = patiently(self._filesystem, file.path, ask)
+            if shape is not None:
+                return shape
         raise DataError(
             f"none of the first {_FIRST_IMAGES} images of the training split of {self.uri} can "
             "be decoded; expected encoded images such as JPEG or PNG; change data.uri"
         )
+
+    def _shape_in(self, path: str) -> tuple[int, int] | None:
+        with _open(self._filesystem, path) as handle:
+            parquet = pq.ParquetFile(handle, buffer_size=1 << 20, pre_buffer=False)
+            batches = parquet.iter_batches(batch_size=1, columns=[self.columns.encoded])
+            for _, batch in zip(range(_FIRST_IMAGES), batches, strict=False):
+                shape = image_shape(_encoded(batch.column(0))[0].as_py())
+                if shape is not None:
+                    return shape
+        return None
 
 
 def checked_names(
@@ -373,31 +390,27 @@ def read_part(filesystem: Any, part: ParquetPart, columns: Columns) -> Iterator[
         yield Chunk(rows, files.to_pylist(), labels)
 
 
-def read_encoded(
-    filesystem: Any, part: ParquetPart, columns: Columns
-) -> Iterator[tuple[NDArray[np.int64], pa.Array, NDArray[np.int64]]]:
+def read_encoded(filesystem: Any, part: ParquetPart, columns: Columns) -> Iterator[_Piece]:
     """The wanted rows of one row group, some hundred at a time: row numbers, contents of image
-    files as an Arrow array of binary, and labels. Storage that does not answer is asked again, for
-    a run may be days old by then."""
-    until, left = time.monotonic() + backends.PATIENCE, part
-    for pause in (*backends.PAUSES, math.inf):
+    files as an Arrow array of binary, and labels. Storage that does not answer is waited for, anew
+    after each piece."""
+    left, pieces = part, None
+
+    def following() -> _Piece | None:
+        nonlocal pieces
+        pieces = pieces or _encoded_rows(filesystem, left, columns)
         try:
-            for found in _encoded_rows(filesystem, left, columns):
-                yield found
-                left = replace(left, rows=left.rows[len(found[0]) :])
-                until = time.monotonic() + backends.PATIENCE
-            return
-        except backends.backend_errors() as error:
-            patient = not isinstance(filesystem, LocalFileSystem) and time.monotonic() <= until
-            if pause == math.inf or not patient or not backends.may_pass(error):
-                raise
-            log.warning("%s: %s; trying again in %g s", part.path, error, pause)
-            time.sleep(pause)
+            return next(pieces, None)
+        except Exception:
+            pieces = None  # the next try opens the file again
+            raise
+
+    while (piece := patiently(filesystem, part.path, following)) is not None:
+        yield piece
+        left = replace(left, rows=left.rows[len(piece[0]) :])
 
 
-def _encoded_rows(
-    filesystem: Any, part: ParquetPart, columns: Columns
-) -> Iterator[tuple[NDArray[np.int64], pa.Array, NDArray[np.int64]]]:
+def _encoded_rows(filesystem: Any, part: ParquetPart, columns: Columns) -> Iterator[_Piece]:
     with _open(filesystem, part.path) as handle:
         parquet = pq.ParquetFile(handle, pre_buffer=True)
         first = part.first

@@ -1,17 +1,24 @@
 """Folders of data by fsspec URI, with storage errors in one line."""
 
+import logging
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import fsspec
 import pyarrow as pa
 from fsspec.implementations.local import LocalFileSystem
 
+from .. import backends
 from ..backends import EXTRAS, backend_errors
 from ..errors import DataError, StorageError
 from ..uris import refuse_credentials
+
+log = logging.getLogger(__name__)
+
+_Answer = TypeVar("_Answer")
 
 
 def files_below(filesystem: Any, folder: str) -> list[str]:
@@ -65,6 +72,32 @@ def open_filesystem(uri: str) -> tuple[Any, str]:
             f"data.uri {uri} cannot be opened ({_reason(error)}); expected a folder or an fsspec "
             "URI such as s3://bucket/folder; change data.uri"
         ) from error
+
+
+def patiently(filesystem: Any, path: str, ask: Callable[[], _Answer]) -> _Answer:
+    """What `ask` returns, which reads a path of a filesystem. Remote storage that does not answer
+    is asked again with growing pauses until a minute is over, for a run may be days old by then.
+
+    Raises:
+        Exception: what storage raises, once it is no use to wait; at once from a local disk, and
+            for what is missing or forbidden.
+    """
+    until = time.monotonic() + backends.PATIENCE
+    for pause in () if _is_local(filesystem) else backends.PAUSES:
+        try:
+            return ask()
+        except backend_errors() as error:
+            if not backends.may_pass(error) or time.monotonic() > until:
+                raise
+            log.warning("%s: %s; trying again in %g s", path, _reason(error), pause)
+            time.sleep(pause)
+    return ask()
+
+
+def _is_local(filesystem: Any) -> bool:
+    """Whether it is that of the machine, or of an archive on it."""
+    holder = getattr(getattr(filesystem, "fo", None), "fs", filesystem)
+    return isinstance(holder, LocalFileSystem)
 
 
 @contextmanager

@@ -399,8 +399,10 @@ def test_a_hub_that_cannot_be_reached_is_named(tmp_path):
     """Its client raises errors that are no OSErrors."""
     pytest.importorskip("huggingface_hub")
     program = (
+        "from stp_ray import backends\n"
         "from stp_ray.data import DataOptions, describe\n"
         "from stp_ray.errors import DataError\n"
+        "backends.PAUSES = ()\n"
         "try:\n    describe(DataOptions(name='parquet', uri='hf://datasets/nobody/nothing'))\n"
         "except DataError as error:\n    print(error)\n"
     )

@@ -1,0 +1,149 @@
+import errno
+import itertools
+import shutil
+import uuid
+
+import fsspec
+import numpy as np
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+
+from stp_ray import backends
+from stp_ray.data import folder_to_parquet, load, parquet, storage
+from stp_ray.data.parquet import ParquetSource
+from stp_ray.data.storage import open_filesystem, patiently
+from stp_ray.errors import DataError
+from tests.data.samples import write_parquet
+from tests.data.test_folders import folder_of_images
+from tests.data.test_parquet import options
+
+
+@pytest.fixture
+def pauses(monkeypatch):
+    """The seconds that were waited, without waiting."""
+    waited, now = [], [0.0]
+
+    class Clock:
+        @staticmethod
+        def monotonic():
+            return now[0]
+
+        @staticmethod
+        def sleep(seconds):
+            waited.append(seconds)
+            now[0] += seconds
+
+    monkeypatch.setattr(storage, "time", Clock)
+    return waited
+
+
+def stored(folder):
+    """The same in a remote storage."""
+    place = f"/{uuid.uuid4().hex}"
+    fsspec.filesystem("memory").put(f"{folder}/", place, recursive=True)
+    return f"memory:/{place}"
+
+
+@pytest.fixture
+def every_second_request_fails(monkeypatch):
+    def failing(ask):
+        turn = itertools.count()
+
+        def asked(self, path, *more, **options):
+            if next(turn) % 2 == 0:
+                raise ConnectionResetError(f"away with {path}")
+            return ask(self, path, *more, **options)
+
+        return asked
+
+    for name in ("ls", "find", "open", "cat_file"):
+        monkeypatch.setattr(MemoryFileSystem, name, failing(getattr(MemoryFileSystem, name)))
+
+
+@pytest.mark.parametrize("statistics", [True, False])
+def test_nothing_that_is_looked_at_before_images_are_read_need_answer_at_once(
+    tmp_path, pauses, request, statistics
+):
+    write_parquet(tmp_path, write_statistics=statistics)
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train.parquet").rename(tmp_path / "train" / "a.parquet")
+    uri = stored(tmp_path)
+    request.getfixturevalue("every_second_request_fails")
+    assert len(load(options(uri)).train) == 35
+    assert len(pauses) > 5
+
+
+def test_pauses_begin_anew_with_every_piece(tmp_path, pauses, monkeypatch):
+    write_parquet(tmp_path, train=40, group=40)
+    source = ParquetSource(stored(tmp_path))
+    (part,) = source.parts("train", np.arange(40))
+    read, told = parquet._encoded_rows, set()
+
+    def breaks(filesystem, part, columns):
+        for piece in read(filesystem, part, columns):
+            if piece[0][0] not in told:
+                told.add(piece[0][0])
+                raise ConnectionResetError("away")
+            yield piece
+
+    monkeypatch.setattr(parquet, "CHUNK_ROWS", 4)
+    monkeypatch.setattr(parquet, "_encoded_rows", breaks)
+    assert np.concatenate([chunk.rows for chunk in source.read(part)]).tolist() == list(range(40))
+    assert pauses == [backends.PAUSES[0]] * 10
+
+
+def test_a_conversion_waits_for_what_it_reads(tmp_path, pauses, request):
+    folder_of_images(tmp_path / "images", "train")
+    folder_of_images(tmp_path / "images", "test", each=2)
+    uri = stored(tmp_path / "images")
+    request.getfixturevalue("every_second_request_fails")
+    assert folder_to_parquet(uri, str(tmp_path / "set")) == {"train": 12, "test": 4}
+    assert len(pauses) > 2
+    assert load(options(tmp_path / "set")).corrupt == 0
+
+
+def s3_error(code):
+    translate = pytest.importorskip("s3fs.errors").translate_boto_error
+    refused = pytest.importorskip("botocore.exceptions").ClientError
+    return translate(refused({"Error": {"Code": code, "Message": code}}, "ListObjectsV2"))
+
+
+@pytest.mark.parametrize(
+    "code", ["NoSuchBucket", "InvalidAccessKeyId", "ExpiredToken", "InvalidToken", "AccessDenied"]
+)
+def test_what_is_missing_or_forbidden_is_not_waited_for(monkeypatch, pauses, code):
+    def refuses(*_, **__):
+        raise s3_error(code)
+
+    monkeypatch.setattr(MemoryFileSystem, "ls", refuses)
+    with pytest.raises(DataError, match=r"does not exist|cannot be read"):
+        load(options("memory://nothing"))
+    assert not pauses
+
+
+def test_a_profile_that_is_not_there_is_not_waited_for():
+    absent = pytest.importorskip("botocore.exceptions").ProfileNotFound
+    assert not backends.may_pass(absent(profile="typo"))
+
+
+def test_storage_that_stays_away_is_asked_for_a_minute(pauses):
+    def away():
+        raise OSError(errno.EIO, "away")
+
+    filesystem, _ = open_filesystem("memory://")
+    with pytest.raises(OSError, match="away"):
+        patiently(filesystem, "x", away)
+    assert pauses == list(backends.PAUSES)
+
+
+def test_a_local_disk_is_not_waited_for(tmp_path, pauses, monkeypatch):
+    write_parquet(tmp_path / "set")
+    shutil.make_archive(str(tmp_path / "set"), "zip", tmp_path / "set")
+
+    def away():
+        raise OSError(errno.EIO, "away")
+
+    for uri in (str(tmp_path), f"file://{tmp_path}", f"zip://::{tmp_path / 'set.zip'}"):
+        with pytest.raises(OSError, match="away"):
+            patiently(open_filesystem(uri)[0], "x", away)
+    assert not pauses
