@@ -13,6 +13,9 @@ EXTRAS = {
     "abfss": "azure",
     "adl": "azure",
 }
+#: Settings of S3's client, whose own tries would lie within those of its callers;
+#: to be copied, for it writes into them.
+S3_CLIENT = {"connect_timeout": 5, "read_timeout": 30, "retries": {"total_max_attempts": 1}}
 #: Seconds between tries of remote storage that does not answer.
 PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 28.0)
 #: Seconds after which no further try begins.

@@ -247,7 +247,7 @@ def _contents(filesystem: Any, path: str) -> bytes | None:
 
 
 def _write(images: _Images, uri: str, on_progress: OnProgress) -> dict[str, int]:
-    filesystem, root = open_filesystem(uri)
+    filesystem, root = open_filesystem(uri, written=True)
     schema = pa.schema(
         [("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])), ("label", "int64")],
         metadata={

@@ -1,5 +1,6 @@
 """Folders of data by fsspec URI, with storage errors in one line."""
 
+import copy
 import logging
 import os
 import time
@@ -45,11 +46,16 @@ def _refuse(error: OSError) -> None:
     raise error
 
 
-def open_filesystem(uri: str) -> tuple[Any, str]:
+def open_filesystem(uri: str, *, written: bool = False) -> tuple[Any, str]:
     """The fsspec filesystem of a URI and the path in it (absolute where it is local).
 
     Back-ends take their settings from the environment; for S3 that is `AWS_ENDPOINT_URL`
     and the usual `AWS_*` variables.
+
+    Args:
+        uri: of a folder or file.
+        written: whether it is written to. What is read from S3 is asked for once: `patiently` tries
+            again, and tries within tries would take a quarter of an hour.
 
     Raises:
         DataError: the protocol is unknown, its package is not installed, or its back-end cannot be
@@ -57,8 +63,17 @@ def open_filesystem(uri: str) -> tuple[Any, str]:
         StorageError: the URI carries credentials.
     """
     refuse_credentials(uri)
+    schemes = {link.partition("://")[0] for link in uri.split("::")}
+    options = {
+        scheme: {"config_kwargs": copy.deepcopy(backends.S3_CLIENT)}
+        for scheme in schemes & {"s3", "s3a"}
+    }
     try:
-        return fsspec.core.url_to_fs(uri)
+        if written or not options:
+            return fsspec.core.url_to_fs(uri)
+        filesystem, path = fsspec.core.url_to_fs(uri, **options)
+        _holder(filesystem).retries = 1
+        return filesystem, path
     except ImportError as error:
         protocol = uri.partition("://")[0]
         extra = EXTRAS.get(protocol)
@@ -83,7 +98,8 @@ def patiently(filesystem: Any, path: str, ask: Callable[[], _Answer]) -> _Answer
             for what is missing or forbidden.
     """
     until = time.monotonic() + backends.PATIENCE
-    for pause in () if _is_local(filesystem) else backends.PAUSES:
+    local = isinstance(_holder(filesystem), LocalFileSystem)
+    for pause in () if local else backends.PAUSES:
         try:
             return ask()
         except backend_errors() as error:
@@ -94,10 +110,9 @@ def patiently(filesystem: Any, path: str, ask: Callable[[], _Answer]) -> _Answer
     return ask()
 
 
-def _is_local(filesystem: Any) -> bool:
-    """Whether it is that of the machine, or of an archive on it."""
-    holder = getattr(getattr(filesystem, "fo", None), "fs", filesystem)
-    return isinstance(holder, LocalFileSystem)
+def _holder(filesystem: Any) -> Any:
+    """Itself, or what an archive lies in."""
+    return getattr(getattr(filesystem, "fo", None), "fs", filesystem)
 
 
 @contextmanager

@@ -1,6 +1,9 @@
+import contextlib
 import errno
 import itertools
 import shutil
+import socket
+import threading
 import uuid
 
 import fsspec
@@ -9,7 +12,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from stp_ray import backends
-from stp_ray.data import folder_to_parquet, load, parquet, storage
+from stp_ray.data import describe, folder_to_parquet, load, parquet, storage
 from stp_ray.data.parquet import ParquetSource
 from stp_ray.data.storage import open_filesystem, patiently
 from stp_ray.errors import DataError
@@ -147,3 +150,46 @@ def test_a_local_disk_is_not_waited_for(tmp_path, pauses, monkeypatch):
         with pytest.raises(OSError, match="away"):
             patiently(open_filesystem(uri)[0], "x", away)
     assert not pauses
+
+
+@pytest.fixture
+def silent(s3, monkeypatch):
+    """Connections that an S3 server accepted and does not answer."""
+    s3fs = pytest.importorskip("s3fs")
+    s3fs.S3FileSystem.clear_instance_cache()  # those of another test know its server
+    taken = []
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def accept():
+            with contextlib.suppress(OSError):  # the server is closed
+                while True:
+                    taken.append(server.accept()[0])
+
+        thread = threading.Thread(target=accept, daemon=True)
+        thread.start()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", "http://{}:{}".format(*server.getsockname()))
+        yield taken
+        server.shutdown(socket.SHUT_RDWR)
+        thread.join(5)
+    for connection in taken:
+        connection.close()
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("uri", ["s3://silent/set", "s3a://silent/set"])
+def test_s3_that_says_nothing_is_asked_as_often_as_it_is_waited_for(monkeypatch, silent, uri):
+    """Tries within tries took a quarter of an hour."""
+    monkeypatch.setattr(backends, "PAUSES", (0.1, 0.1))
+    monkeypatch.setitem(backends.S3_CLIENT, "read_timeout", 0.5)
+    with pytest.raises(DataError, match="Read timeout"):
+        describe(options(uri))
+    assert len(silent) == 3
+
+
+def test_what_is_written_keeps_the_tries_of_its_back_end(s3):
+    for _ in range(2):
+        written, read = (open_filesystem(f"{s3}/set", written=w)[0] for w in (True, False))
+        assert (written.retries, read.retries) == (5, 1)
+        assert written.exists(s3) and read.exists(s3)
+    assert open_filesystem(f"{s3}/set")[0] is read
