@@ -92,22 +92,33 @@ def open_filesystem(uri: str, *, written: bool = False) -> tuple[Any, str]:
 def patiently(filesystem: Any, path: str, ask: Callable[[], _Answer]) -> _Answer:
     """What `ask` returns, which reads a path of a filesystem. Remote storage that does not answer
     is asked again with growing pauses until a minute is over, for a run may be days old by then.
+    What looks damaged is looked at twice: a connection that was cut may be the reason.
 
     Raises:
         Exception: what storage raises, once it is no use to wait; at once from a local disk, and
             for what is missing or forbidden.
     """
-    until = time.monotonic() + backends.PATIENCE
+    until, looked = time.monotonic() + backends.PATIENCE, False
     local = isinstance(_holder(filesystem), LocalFileSystem)
     for pause in () if local else backends.PAUSES:
         try:
             return ask()
-        except backend_errors() as error:
-            if not backends.may_pass(error) or time.monotonic() > until:
+        except (*backend_errors(), pa.ArrowException) as error:
+            damaged = _looks_damaged(error)
+            told = looked if damaged else not backends.may_pass(error)
+            if told or time.monotonic() > until:
                 raise
+            looked = looked or damaged
             log.warning("%s: %s; trying again in %g s", path, _reason(error), pause)
             time.sleep(pause)
     return ask()
+
+
+def _looks_damaged(error: Exception) -> bool:
+    """Whether it is Arrow's, of what was read: an OSError that tells neither kind nor cause, as
+    storage does."""
+    unnamed = type(error) is OSError and error.errno is None and error.__context__ is None
+    return unnamed or isinstance(error, pa.ArrowException)
 
 
 def _holder(filesystem: Any) -> Any:

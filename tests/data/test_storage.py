@@ -1,5 +1,6 @@
 import contextlib
 import errno
+import io
 import itertools
 import shutil
 import socket
@@ -93,6 +94,42 @@ def test_pauses_begin_anew_with_every_piece(tmp_path, pauses, monkeypatch):
     monkeypatch.setattr(parquet, "_encoded_rows", breaks)
     assert np.concatenate([chunk.rows for chunk in source.read(part)]).tolist() == list(range(40))
     assert pauses == [backends.PAUSES[0]] * 10
+
+
+def test_damage_is_looked_at_twice_and_not_waited_for(tmp_path, pauses):
+    write_parquet(tmp_path)
+    uri = stored(tmp_path)
+    source = ParquetSource(uri)
+    parts = source.parts("train", np.arange(40))
+    filesystem, path = open_filesystem(f"{uri}/train.parquet")
+    whole = filesystem.cat_file(path)
+    filesystem.pipe_file(path, whole[:4] + bytes(200) + whole[204:])  # where images begin
+    with pytest.raises(DataError, match="cannot be read"):
+        list(source.read(parts[0]))
+    assert len(pauses) == 1
+    with pytest.raises(DataError, match="cannot be read"):
+        source.layout()
+    assert len(pauses) == 2
+
+
+@pytest.mark.parametrize("lasts", [0, 70])
+def test_what_a_cut_connection_made_look_damaged_is_read_again(
+    tmp_path, pauses, monkeypatch, lasts
+):
+    write_parquet(tmp_path)
+    uri, broken = stored(tmp_path), []
+    read = MemoryFileSystem.open
+
+    def cuts(self, path, *more, **options):
+        handle = read(self, path, *more, **options)
+        if path in broken:
+            return handle
+        broken.append(path)
+        return io.BytesIO(handle.read()[:-lasts] if lasts else b"")
+
+    monkeypatch.setattr(MemoryFileSystem, "open", cuts)
+    assert describe(options(uri)).train_rows == 35
+    assert len(pauses) == len(broken) == 2
 
 
 def test_a_conversion_waits_for_what_it_reads(tmp_path, pauses, request):
