@@ -90,10 +90,16 @@ class ParquetSource:
         """Find the files and read their footers.
 
         Raises:
-            DataError: the folder, a split or a column is missing, or a file is damaged.
+            DataError: the folder, a split or a column is missing, a file is damaged, or the folder
+                lies in a tar archive.
         """
         self.uri = uri
         self._filesystem, self._root = open_filesystem(uri)
+        if self._filesystem.protocol == "tar":  # all its files are read through one handle
+            raise DataError(
+                f"data.uri {uri} is a tar archive, which threads cannot read side by side; "
+                "expected a folder or a zip archive; unpack it, or pack the files as zip"
+            )
         self._filesystem.invalidate_cache()  # what was written since the last listing counts
         with reading(uri):
             folder, entries = self._entries()
@@ -164,7 +170,15 @@ class ParquetSource:
             listed = self._listed(self._root)
         except (FileNotFoundError, NotADirectoryError):
             listed = None
-        if listed is None or (len(listed) == 1 and _same(listed[0]["name"], self._root)):
+        only = listed[0] if listed is not None and len(listed) == 1 else None
+        itself = only is not None and _same(only["name"], self._root)
+        if only is not None and itself and only["type"] == "directory":
+            raise DataError(
+                f"data.uri {self.uri} holds objects whose keys begin with {self._root}//; expected "
+                "one slash, for a folder without a name cannot be opened; copy the objects to keys "
+                "without //"
+            )
+        if listed is None or itself:
             found = "does not exist" if listed is None else "is a file"
             raise DataError(
                 f"data.uri {self.uri} {found}; expected a folder with train.parquet and "

@@ -463,6 +463,14 @@ def test_a_set_within_an_archive_is_found_by_other_processes(tmp_path, monkeypat
     assert ParquetSource(uri).layout() == layout
 
 
+def test_a_tar_archive_is_refused(tmp_path):
+    """Its one handle is moved by every thread that reads."""
+    write_parquet(tmp_path / "set")
+    archive = shutil.make_archive(str(tmp_path / "set"), "tar", tmp_path / "set")
+    with pytest.raises(DataError, match=r"is a tar archive, .*; expected .*; unpack it"):
+        describe(options(f"tar://::{archive}"))
+
+
 def test_large_images_are_read_few_at_a_time(tmp_path, monkeypatch):
     """Arrow cannot read two gigabytes of one column at once."""
     monkeypatch.setattr(parquet, "_CHUNK_BYTES", 2_000)
@@ -487,6 +495,18 @@ def test_s3_by_the_endpoint_of_the_environment(s3, tmp_path):
         describe(options("s3://images/b"))
     with pytest.raises(DataError, match="s3://nobucket/b does not exist"):
         describe(options("s3://nobucket/b"))
+
+
+def test_keys_below_a_folder_without_a_name_are_told(s3, tmp_path):
+    boto3 = pytest.importorskip("boto3")
+    write_parquet(tmp_path)
+    bucket = boto3.client("s3")
+    bucket.create_bucket(Bucket="slashes")
+    for split in ("train", "test"):
+        bucket.upload_file(str(tmp_path / f"{split}.parquet"), "slashes", f"k//{split}.parquet")
+    for uri in ("s3://slashes/k", "s3://slashes/k/", "s3://slashes/k//"):
+        with pytest.raises(DataError, match=r"keys begin with slashes/k//; .*; copy the objects"):
+            describe(options(uri))
 
 
 def test_a_split_that_was_added_since_is_found(s3, tmp_path):
