@@ -243,9 +243,17 @@ class ParquetSource:
             with _open(self._filesystem, path) as handle:
                 return pq.read_metadata(handle)
 
+        failed: list[DataError] = []
+
         def footer(path: str) -> pq.FileMetaData:
-            with reading(path):
-                return patiently(self._filesystem, path, partial(ask, path))
+            if failed:  # or the next files would be waited for after the first
+                raise failed[0]
+            try:
+                with reading(path):
+                    return patiently(self._filesystem, path, partial(ask, path))
+            except DataError as error:
+                failed.append(error)
+                raise
 
         with ThreadPoolExecutor(16) as pool:
             footers = list(pool.map(footer, paths))

@@ -176,6 +176,25 @@ def test_storage_that_stays_away_is_asked_for_a_minute(pauses):
     assert pauses == list(backends.PAUSES)
 
 
+def test_many_files_that_stay_away_are_waited_for_once(tmp_path, monkeypatch):
+    write_parquet(tmp_path)
+    (tmp_path / "train").mkdir()
+    for number in range(64):
+        shutil.copy(tmp_path / "train.parquet", tmp_path / "train" / f"{number}.parquet")
+    (tmp_path / "train.parquet").unlink()
+    uri, tried = stored(tmp_path), set()
+
+    def away(self, path, *more, **options):
+        tried.add(path)
+        raise ConnectionResetError("away")
+
+    monkeypatch.setattr(MemoryFileSystem, "open", away)
+    monkeypatch.setattr(backends, "PAUSES", (0.3,))
+    with pytest.raises(DataError, match="away"):
+        describe(options(uri))
+    assert len(tried) <= 16
+
+
 def test_a_local_disk_is_not_waited_for(tmp_path, pauses, monkeypatch):
     write_parquet(tmp_path / "set")
     shutil.make_archive(str(tmp_path / "set"), "zip", tmp_path / "set")
