@@ -224,7 +224,8 @@ class Lease:
                 log.warning("the lease was not renewed, trying again: %s", error)
                 continue
             self.lost = True
-            if driver is threading.main_thread():
+            # What comes after the block is none of the lease's.
+            if driver is threading.main_thread() and not self._ended.is_set():
                 # a real signal, to wake it from whatever it waits for
                 signal.pthread_kill(driver.ident or 0, signal.SIGINT)
             return

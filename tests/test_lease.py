@@ -166,7 +166,7 @@ def test_an_interruption_does_not_wait_for_storage_that_stays_away(tmp_path, mon
         over.wait(20)
         raise StorageError("the storage is away")
 
-    monkeypatch.setattr("stp_ray.lease.LEAVING", 0.3, raising=False)
+    monkeypatch.setattr("stp_ray.lease.LEAVING", 0.3)
     with pytest.raises(KeyboardInterrupt), held(Store(tmp_path), SHORT if renewing else 60):
         monkeypatch.setattr(Store, "create_bytes", away)
         assert not renewing or asked.wait(60)
@@ -175,6 +175,29 @@ def test_an_interruption_does_not_wait_for_storage_that_stays_away(tmp_path, mon
     took = time.monotonic() - started
     over.set()
     assert took < 10
+
+
+def test_what_comes_after_a_run_is_not_interrupted(tmp_path, monkeypatch):
+    """By the end of a renewal that storage kept waiting, while another driver took over."""
+    create, asked, over = Store.create_bytes, threading.Event(), threading.Event()
+
+    def away(self, name, data):
+        asked.set()
+        over.wait(20)
+        return create(self, name, data)
+
+    monkeypatch.setattr("stp_ray.lease.LEAVING", 0.1)
+    with held(Store(tmp_path), SHORT) as lease:
+        monkeypatch.setattr(Store, "create_bytes", away)
+        assert asked.wait(60)
+    monkeypatch.setattr(Store, "create_bytes", create)
+    try:
+        with held(Store(tmp_path), SHORT):
+            over.set()
+            lease._thread.join(20)
+    except KeyboardInterrupt:
+        pytest.fail("interrupted")
+    assert lease.lost
 
 
 @pytest.mark.parametrize("error", [StorageError, RuntimeError])
