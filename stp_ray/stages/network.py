@@ -1,6 +1,7 @@
 """The supernet that a configuration describes, the same on driver and workers."""
 
 import copy
+import io
 import pickle
 from collections.abc import Mapping
 from typing import Any
@@ -203,12 +204,11 @@ def load_weights(model: nn.Module, uri: str) -> None:
 
     try:
         with fsspec.open(uri, "rb") as file:
-            begins = file.read(9)  # of safetensors the length of a JSON object, and it
-            file.seek(0)
-            if begins.endswith(b"{"):
-                state = safetensors.torch.load(file.read())
-            else:
-                state = torch.load(file, map_location="cpu", weights_only=True)
+            content = file.read()  # whole, for some web servers let nobody go back
+        if content[8:9] == b"{":  # safetensors: the length of a JSON object, and it
+            state = safetensors.torch.load(content)
+        else:
+            state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         _require_names(model, state)
         model.load_state_dict(state)
         _require_finite(model)

@@ -1,5 +1,7 @@
+import io
 import math
 
+import fsspec
 import pytest
 import safetensors.torch
 import torch
@@ -65,6 +67,20 @@ def test_weights_are_told_by_their_content(tmp_path, suffix):
         found = torch.nn.Linear(3, 2)
         load_weights(found, str(path))
         assert torch.equal(found.weight, wanted.weight)
+
+
+@pytest.mark.parametrize("save", [safetensors.torch.save, None], ids=["safetensors", "torch"])
+def test_weights_may_come_from_a_server_that_sends_them_in_one_go(monkeypatch, save):
+    class Stream(io.BytesIO):
+        def seek(self, *_):
+            raise ValueError("Cannot seek streaming HTTP file")
+
+    wanted, found, buffer = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2), io.BytesIO()
+    torch.save(wanted.state_dict(), buffer)
+    content = save(wanted.state_dict()) if save else buffer.getvalue()
+    monkeypatch.setattr(fsspec, "open", lambda *_: Stream(content))
+    load_weights(found, "http://server/weights")
+    assert torch.equal(found.weight, wanted.weight)
 
 
 def test_a_pattern_that_matches_nothing_names_its_settings(summary):
