@@ -234,8 +234,9 @@ class ParquetSource:
         if not isinstance(self._filesystem, LocalFileSystem):
             return paths
         once: dict[str, str] = {}
-        for path in paths:  # links may lead to a file again
-            once.setdefault(os.path.realpath(path), path)
+        for path in paths:  # links may lead to a folder again
+            folder, name = os.path.split(path)
+            once.setdefault(os.path.join(os.path.realpath(folder), name), path)
         return list(once.values())
 
     def _footers(self, paths: list[str]) -> list[_File]:

@@ -452,6 +452,15 @@ def test_a_hidden_link_leaves_the_folder_that_it_leads_to(tmp_path):
     assert describe(options(tmp_path)).train_rows == 75
 
 
+def test_a_file_that_a_set_names_twice_counts_twice(tmp_path):
+    """As a copy would; a folder that several links lead to counts once."""
+    write_parquet(tmp_path, train=40)
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train.parquet").rename(tmp_path / "train" / "a.parquet")
+    (tmp_path / "train" / "b.parquet").symlink_to("a.parquet")
+    assert describe(options(tmp_path)).train_rows == 75
+
+
 @pytest.mark.parametrize("file", ["{}/set.zip", "set.zip", "file:set.zip"])
 def test_a_set_within_an_archive_is_found_by_other_processes(tmp_path, monkeypatch, file):
     write_parquet(tmp_path / "set")
