@@ -86,8 +86,11 @@ def is_saved_dataset(uri: str) -> bool:
     """Whether a folder is what `DatasetDict.save_to_disk` wrote."""
     filesystem, root = open_filesystem(uri)
     with reading(uri):
-        ask = partial(filesystem.exists, f"{root}/dataset_dict.json")
-        return bool(patiently(filesystem, root, ask))
+        try:  # not `exists`, to which storage that is away has no such file
+            patiently(filesystem, root, partial(filesystem.info, f"{root}/dataset_dict.json"))
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        return True
 
 
 class _Folder:
@@ -95,10 +98,14 @@ class _Folder:
         self._filesystem, root = open_filesystem(uri)
         self._filesystem.invalidate_cache()  # what was written since the last listing counts
         with reading(uri):
-            if not patiently(self._filesystem, root, partial(self._filesystem.isdir, root)):
-                raise DataError(f"{uri} is not a folder; expected train and test or val in it")
             ask = partial(self._filesystem.ls, root, detail=False)
-            found = {PurePosixPath(path).name for path in patiently(self._filesystem, root, ask)}
+            try:  # not `isdir`, to which storage that is away is no folder
+                entries = patiently(self._filesystem, root, ask)
+            except (FileNotFoundError, NotADirectoryError):
+                entries = [root]
+            if [path.strip("/") for path in entries] == [root.strip("/")]:  # itself: a file
+                raise DataError(f"{uri} is not a folder; expected train and test or val in it")
+            found = {PurePosixPath(path).name for path in entries}
             test = next((name for name in TEST_FOLDERS if name in found), None)
             if test is None or "train" not in found:
                 raise DataError(

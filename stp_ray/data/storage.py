@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 import fsspec
@@ -69,11 +70,15 @@ def open_filesystem(uri: str, *, written: bool = False) -> tuple[Any, str]:
         for scheme in schemes & {"s3", "s3a"}
     }
     try:
-        if written or not options:
+        if written:
             return fsspec.core.url_to_fs(uri)
-        filesystem, path = fsspec.core.url_to_fs(uri, **options)
-        _holder(filesystem).retries = 1
-        return filesystem, path
+        holder, path = fsspec.core.url_to_fs(uri.rpartition("::")[2], **options)
+        if options:
+            holder.retries = 1
+        if "::" not in uri:
+            return holder, path
+        # An archive is looked into when it is opened.
+        return patiently(holder, uri, partial(fsspec.core.url_to_fs, uri, **options))
     except ImportError as error:
         protocol = uri.partition("://")[0]
         extra = EXTRAS.get(protocol)

@@ -6,14 +6,17 @@ import shutil
 import socket
 import threading
 import uuid
+import zipfile
 
 import fsspec
 import numpy as np
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
+from fsspec.spec import AbstractFileSystem
 
 from stp_ray import backends
 from stp_ray.data import describe, folder_to_parquet, load, parquet, storage
+from stp_ray.data.convert import is_saved_dataset
 from stp_ray.data.parquet import ParquetSource
 from stp_ray.data.storage import open_filesystem, patiently
 from stp_ray.errors import DataError
@@ -142,6 +145,52 @@ def test_a_conversion_waits_for_what_it_reads(tmp_path, pauses, request):
     assert load(options(tmp_path / "set")).corrupt == 0
 
 
+@pytest.mark.parametrize("saved", [True, False])
+def test_a_conversion_takes_nothing_for_missing_while_storage_is_away(
+    tmp_path, pauses, monkeypatch, saved
+):
+    """As most back-ends do when they are asked whether something exists, or is a folder."""
+    folder_of_images(tmp_path / "images", "train")
+    folder_of_images(tmp_path / "images", "test", each=2)
+    if saved:
+        (tmp_path / "images" / "dataset_dict.json").touch()
+    uri = stored(tmp_path / "images")
+    turn, found = itertools.count(), MemoryFileSystem.info
+
+    def info(self, path, **options):
+        if next(turn) == 0:
+            raise ConnectionResetError("away")
+        return found(self, path, **options)
+
+    monkeypatch.setattr(MemoryFileSystem, "info", info)
+    for name in ("exists", "isdir"):
+        monkeypatch.setattr(MemoryFileSystem, name, getattr(AbstractFileSystem, name))
+    assert is_saved_dataset(uri) == saved
+    assert len(pauses) == 1
+    if not saved:
+        turn = itertools.count()
+        assert folder_to_parquet(uri, str(tmp_path / "set")) == {"train": 12, "test": 4}
+
+
+@pytest.mark.parametrize("place", ["nothing", "images/train/cat/0.png", "images/train/cat/0.png/x"])
+def test_what_is_no_folder_is_not_converted(tmp_path, pauses, place):
+    folder_of_images(tmp_path / "images", "train")
+    for uri in (stored(tmp_path), str(tmp_path)):
+        assert not is_saved_dataset(f"{uri}/{place}")
+        with pytest.raises(DataError, match="is not a folder; expected train and test"):
+            folder_to_parquet(f"{uri}/{place}", str(tmp_path / "set"))
+    assert not pauses
+
+
+def test_an_archive_is_waited_for_where_it_is_opened(tmp_path, pauses, request):
+    write_parquet(tmp_path / "set")
+    shutil.make_archive(str(tmp_path / "packed" / "set"), "zip", tmp_path / "set")
+    uri = stored(tmp_path / "packed")
+    request.getfixturevalue("every_second_request_fails")
+    assert describe(options(f"zip://::{uri}/set.zip")).train_rows == 35
+    assert pauses
+
+
 def s3_error(code):
     translate = pytest.importorskip("s3fs.errors").translate_boto_error
     refused = pytest.importorskip("botocore.exceptions").ClientError
@@ -249,3 +298,6 @@ def test_what_is_written_keeps_the_tries_of_its_back_end(s3):
         assert (written.retries, read.retries) == (5, 1)
         assert written.exists(s3) and read.exists(s3)
     assert open_filesystem(f"{s3}/set")[0] is read
+    with fsspec.open(f"{s3}/set.zip", "wb") as file, zipfile.ZipFile(file, "w") as packed:
+        packed.writestr("name", bytes(100))
+    assert open_filesystem(f"zip://::{s3}/set.zip")[0].fo.fs is read
