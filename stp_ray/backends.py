@@ -1,6 +1,7 @@
 """What storage back-ends are called and what they raise. Standard library only."""
 
 import sys
+from typing import Any
 
 #: The extra of this package that brings the back-end of a URI's scheme.
 EXTRAS = {
@@ -13,9 +14,6 @@ EXTRAS = {
     "abfss": "azure",
     "adl": "azure",
 }
-#: Settings of S3's client, whose own tries would lie within those of its callers;
-#: to be copied, for it writes into them.
-S3_CLIENT = {"connect_timeout": 5, "read_timeout": 30, "retries": {"total_max_attempts": 1}}
 #: Seconds between tries of remote storage that does not answer.
 PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 28.0)
 #: Seconds after which no further try begins.
@@ -40,6 +38,12 @@ _REFUSED = (
     "PermanentRedirect",
 )
 _MISTAKES = ("Credential", "Auth", "Profile", "Validation", "Invalid", "NoRegion")
+
+
+def s3_client() -> dict[str, Any]:
+    """Settings of S3's client, without tries of its own, which would lie within those of its
+    callers; new ones each time, for it writes into them."""
+    return {"connect_timeout": 5, "read_timeout": 30, "retries": {"total_max_attempts": 1}}
 
 
 def backend_errors() -> tuple[type[Exception], ...]:

@@ -1,7 +1,6 @@
 """One folder on any fsspec storage: atomic, never pickled."""
 
 import contextlib
-import copy
 import hashlib
 import io
 import json
@@ -25,7 +24,7 @@ from fsspec.exceptions import FSTimeoutError
 from fsspec.implementations.local import LocalFileSystem
 from torch import Tensor
 
-from ..backends import EXTRAS, PATIENCE, PAUSES, S3_CLIENT, backend_errors, may_pass
+from ..backends import EXTRAS, PATIENCE, PAUSES, backend_errors, may_pass, s3_client
 from ..errors import StorageError
 from ..uris import absolute, refuse_credentials, refuse_detours
 from . import local
@@ -315,7 +314,7 @@ def _open_filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
         # Other processes write too: a remembered listing would be out of date.
         options["use_listings_cache"] = False
     if scheme in ("s3", "s3a"):
-        options["config_kwargs"] = copy.deepcopy(S3_CLIENT)  # s3fs and `Store` try again
+        options["config_kwargs"] = s3_client()  # s3fs and `Store` try again
         endpoint = os.environ.get("AWS_ENDPOINT_URL")
         if endpoint:
             options["endpoint_url"] = endpoint

@@ -1,6 +1,5 @@
 """Folders of data by fsspec URI, with storage errors in one line."""
 
-import copy
 import logging
 import os
 import time
@@ -65,10 +64,7 @@ def open_filesystem(uri: str, *, written: bool = False) -> tuple[Any, str]:
     """
     refuse_credentials(uri)
     schemes = {link.partition("://")[0] for link in uri.split("::")}
-    options = {
-        scheme: {"config_kwargs": copy.deepcopy(backends.S3_CLIENT)}
-        for scheme in schemes & {"s3", "s3a"}
-    }
+    options = {s: {"config_kwargs": backends.s3_client()} for s in schemes & {"s3", "s3a"}}
     try:
         if written:
             return fsspec.core.url_to_fs(uri)

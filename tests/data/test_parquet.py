@@ -491,13 +491,17 @@ def test_large_images_are_read_few_at_a_time(tmp_path, monkeypatch):
     assert max(len(chunk.rows) for chunk in chunks) <= 40 * 2_000 // part.size + 1 < 40
 
 
+def upload(folder, bucket, place, splits=("train", "test")):
+    """A set's files, into a bucket that may have to be made."""
+    client = pytest.importorskip("boto3").client("s3")
+    client.create_bucket(Bucket=bucket)
+    for split in splits:
+        client.upload_file(str(folder / f"{split}.parquet"), bucket, f"{place}/{split}.parquet")
+
+
 def test_s3_by_the_endpoint_of_the_environment(s3, tmp_path):
-    boto3 = pytest.importorskip("boto3")
     write_parquet(tmp_path)
-    bucket = boto3.client("s3")
-    bucket.create_bucket(Bucket="images")
-    for split in ("train", "test"):
-        bucket.upload_file(str(tmp_path / f"{split}.parquet"), "images", f"a/{split}.parquet")
+    upload(tmp_path, "images", "a")
     data, expected = load(options("s3://images/a")), load(options(tmp_path))
     np.testing.assert_array_equal(data.train.images, expected.train.images)
     with pytest.raises(DataError, match="s3://images/b does not exist"):
@@ -507,26 +511,19 @@ def test_s3_by_the_endpoint_of_the_environment(s3, tmp_path):
 
 
 def test_keys_below_a_folder_without_a_name_are_told(s3, tmp_path):
-    boto3 = pytest.importorskip("boto3")
     write_parquet(tmp_path)
-    bucket = boto3.client("s3")
-    bucket.create_bucket(Bucket="slashes")
-    for split in ("train", "test"):
-        bucket.upload_file(str(tmp_path / f"{split}.parquet"), "slashes", f"k//{split}.parquet")
+    upload(tmp_path, "slashes", "k/")
     for uri in ("s3://slashes/k", "s3://slashes/k/", "s3://slashes/k//"):
         with pytest.raises(DataError, match=r"keys begin with slashes/k//; .*; copy the objects"):
             describe(options(uri))
 
 
 def test_a_split_that_was_added_since_is_found(s3, tmp_path):
-    boto3 = pytest.importorskip("boto3")
     write_parquet(tmp_path)
-    bucket = boto3.client("s3")
-    bucket.create_bucket(Bucket="later")
-    bucket.upload_file(str(tmp_path / "train.parquet"), "later", "a/train.parquet")
+    upload(tmp_path, "later", "a", ["train"])
     with pytest.raises(DataError, match="has no test split"):
         describe(options("s3://later/a"))
-    bucket.upload_file(str(tmp_path / "test.parquet"), "later", "a/test.parquet")
+    upload(tmp_path, "later", "a", ["test"])
     assert describe(options("s3://later/a")).test_rows == 12
 
 

@@ -286,7 +286,8 @@ def silent(s3, monkeypatch):
 def test_s3_that_says_nothing_is_asked_as_often_as_it_is_waited_for(monkeypatch, silent, uri):
     """Tries within tries took a quarter of an hour."""
     monkeypatch.setattr(backends, "PAUSES", (0.1, 0.1))
-    monkeypatch.setitem(backends.S3_CLIENT, "read_timeout", 0.5)
+    impatient = backends.s3_client() | {"read_timeout": 0.5}
+    monkeypatch.setattr(backends, "s3_client", lambda: dict(impatient))
     with pytest.raises(DataError, match="Read timeout"):
         describe(options(uri))
     assert len(silent) == 3
