@@ -1,7 +1,15 @@
-"""What storage back-ends are called and what they raise. Standard library only."""
+"""What storage back-ends are called, what they raise and how long they are asked. Standard library
+only."""
 
+import logging
 import sys
-from typing import Any
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+log = logging.getLogger(__name__)
+
+_Answer = TypeVar("_Answer")
 
 #: The extra of this package that brings the back-end of a URI's scheme.
 EXTRAS = {
@@ -55,7 +63,10 @@ def backend_errors() -> tuple[type[Exception], ...]:
 
 
 def may_pass(error: Exception) -> bool:
-    """Whether the same request may succeed later: not what is missing, forbidden or misspelt."""
+    """Whether the same request may succeed later: not what is missing, forbidden or misspelt, nor
+    an error of anything else than a back-end."""
+    if not isinstance(error, backend_errors()):
+        return False
     lasting = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError)
     kind, code = type(error).__name__, getattr(error, "code", None)
     if isinstance(code, int) and 400 <= code < 500:  # of HTTP, which gcsfs raises as it is
@@ -66,3 +77,33 @@ def may_pass(error: Exception) -> bool:
     return not isinstance(error, (*lasting, NotADirectoryError)) and not any(
         word in kind for word in _MISTAKES
     )
+
+
+def keep_asking(
+    ask: Callable[[], _Answer],
+    place: str,
+    again: Callable[[Exception], bool] = may_pass,
+    longer: float = 0.0,
+) -> _Answer:
+    """What `ask` returns, which asks remote storage. Where that does not answer it is asked again
+    with growing pauses until a minute is over, for a run may be days old by then.
+
+    Args:
+        place: what is asked for, which warnings name.
+        again: whether another try may succeed after an error.
+        longer: seconds for which tries may begin beyond the minute.
+
+    Raises:
+        Exception: of `ask`, once it is no use to wait.
+    """
+    until = time.monotonic() + PATIENCE + longer
+    for pause in PAUSES:
+        try:
+            return ask()
+        except Exception as error:
+            if not again(error) or time.monotonic() > until:
+                raise
+            told = " ".join(str(error).split()) or type(error).__name__
+            log.warning("%s: %s; trying again in %g s", place, told, pause)
+            time.sleep(pause)
+    return ask()

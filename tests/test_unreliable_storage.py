@@ -127,7 +127,7 @@ def test_data_that_stays_away_is_told(tmp_path, monkeypatch):
 
 
 def test_storage_that_stays_away_ends_in_one_line(s3, server, monkeypatch):
-    monkeypatch.setattr("stp_ray.artifacts.store.PAUSES", (0.1, 0.1))
+    monkeypatch.setattr(backends, "PAUSES", (0.1, 0.1))
     store = Store(f"{s3}/{uuid.uuid4().hex}")
     server.away = True
     with pytest.raises(StorageError, match="cannot write s3://") as told:
@@ -138,13 +138,13 @@ def test_storage_that_stays_away_ends_in_one_line(s3, server, monkeypatch):
 def test_a_file_that_nobody_takes_is_sent_again_and_in_the_end_told(s3, server, monkeypatch):
     """S3's clients ask first whether a file is wanted, and would wait for ever."""
     monkeypatch.setattr("stp_ray.artifacts.store.STALLED", 1.0)
-    monkeypatch.setattr("stp_ray.artifacts.store.PAUSES", (0.1,) * 5)
+    monkeypatch.setattr(backends, "PAUSES", (0.1,) * 5)
     store = Store(f"{s3}/{uuid.uuid4().hex}")
     with server.saying_nothing(2.0):
         store.write_bytes("a.bin", b"in the end")
     assert store.read_bytes("a.bin") == b"in the end"
 
-    monkeypatch.setattr("stp_ray.artifacts.store.PATIENCE", 0.5)
+    monkeypatch.setattr(backends, "PATIENCE", 0.5)
     monkeypatch.setattr("stp_ray.artifacts.store.STALLED", 0.4)
     with server.saying_nothing(1.0):  # a try alone outlasts the patience
         store.write_bytes("large.bin", bytes(store_module.SLOWEST))
@@ -164,7 +164,7 @@ def test_storage_that_refuses_is_tried_for_a_minute(monkeypatch):
     clock = SimpleNamespace(
         monotonic=lambda: now[0], sleep=lambda seconds: now.append(now.pop() + seconds)
     )
-    monkeypatch.setattr("stp_ray.artifacts.store.time", clock)
+    monkeypatch.setattr(backends, "time", clock)
     store = Store(f"memory://{uuid.uuid4().hex}")
 
     def refuse(*_, **__):
@@ -173,4 +173,4 @@ def test_storage_that_refuses_is_tried_for_a_minute(monkeypatch):
     monkeypatch.setattr(store._fs, "pipe_file", refuse)
     with pytest.raises(StorageError, match="refused"):
         store.write_bytes("a.bin", b"x")
-    assert 55 < now[0] <= store_module.PATIENCE
+    assert 55 < now[0] <= backends.PATIENCE

@@ -8,9 +8,9 @@ import logging
 import math
 import os
 import re
-import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from fsspec.exceptions import FSTimeoutError
 from fsspec.implementations.local import LocalFileSystem
 from torch import Tensor
 
-from ..backends import EXTRAS, PATIENCE, PAUSES, backend_errors, may_pass, s3_client
+from ..backends import EXTRAS, backend_errors, keep_asking, s3_client
 from ..errors import StorageError
 from ..uris import absolute, refuse_credentials, refuse_detours
 from . import local
@@ -70,7 +70,7 @@ class Store:
             path = os.path.abspath(path)  # without the ".." of "../runs"
         self._path = path.rstrip("/")
         self._uri = absolute(self._fs, self._path, text).rstrip("/")
-        self._pauses = () if isinstance(self._fs, LocalFileSystem) else PAUSES
+        self._patient = not isinstance(self._fs, LocalFileSystem)
 
     def __repr__(self) -> str:
         return f"Store({self.uri!r})"
@@ -243,7 +243,7 @@ class Store:
             folders = [self.local_path, *self.local_path.parents]
             missing = [folder for folder in folders if not folder.exists()]
         name = f"probe-{uuid.uuid4().hex}"
-        patience, self._pauses = self._pauses, ()
+        patient, self._patient = self._patient, False
         try:
             self.write_bytes(name, name.encode())
             if self.read_bytes(name) != name.encode():
@@ -259,7 +259,7 @@ class Store:
                 )
             self.delete(name)
         finally:
-            self._pauses = patience
+            self._patient = patient
             for folder in missing:
                 with contextlib.suppress(OSError):
                     folder.rmdir()
@@ -273,17 +273,12 @@ class Store:
 
     def _call(self, method: str, *arguments: Any, **options: Any) -> Any:
         """Call the back-end, and again after a pause where remote storage did not answer."""
+        ask = partial(self._ask, method, *arguments, **options)
+        if not self._patient:
+            return ask()
         # a large file that is given up is sent once more at least
-        until = time.monotonic() + PATIENCE + options.get("timeout", STALLED) - STALLED
-        for pause in self._pauses:
-            try:
-                return self._ask(method, *arguments, **options)
-            except backend_errors() as error:
-                if not may_pass(error) or time.monotonic() > until:
-                    raise
-                log.warning("%s: %s; trying again in %g s", self.uri, _reason(error), pause)
-                time.sleep(pause)
-        return self._ask(method, *arguments, **options)
+        longer = options.get("timeout", STALLED) - STALLED
+        return keep_asking(ask, self.uri, longer=longer)
 
     def _ask(self, method: str, *arguments: Any, **options: Any) -> Any:
         try:

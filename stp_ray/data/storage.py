@@ -1,8 +1,6 @@
 """Folders of data by fsspec URI, with storage errors in one line."""
 
-import logging
 import os
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -16,8 +14,6 @@ from .. import backends
 from ..backends import EXTRAS, backend_errors
 from ..errors import DataError, StorageError
 from ..uris import refuse_credentials
-
-log = logging.getLogger(__name__)
 
 _Answer = TypeVar("_Answer")
 
@@ -91,28 +87,25 @@ def open_filesystem(uri: str, *, written: bool = False) -> tuple[Any, str]:
 
 
 def patiently(filesystem: Any, path: str, ask: Callable[[], _Answer]) -> _Answer:
-    """What `ask` returns, which reads a path of a filesystem. Remote storage that does not answer
-    is asked again with growing pauses until a minute is over, for a run may be days old by then.
-    What looks damaged is looked at twice: a connection that was cut may be the reason.
+    """What `ask` returns, which reads a path of a filesystem: `backends.keep_asking`, except of a
+    local disk, which is asked once. What looks damaged is looked at twice: a connection that was
+    cut may be the reason.
 
     Raises:
-        Exception: what storage raises, once it is no use to wait; at once from a local disk, and
-            for what is missing or forbidden.
+        Exception: what storage raises, once it is no use to wait.
     """
-    until, looked = time.monotonic() + backends.PATIENCE, False
-    local = isinstance(_holder(filesystem), LocalFileSystem)
-    for pause in () if local else backends.PAUSES:
-        try:
-            return ask()
-        except (*backend_errors(), pa.ArrowException) as error:
-            damaged = _looks_damaged(error)
-            told = looked if damaged else not backends.may_pass(error)
-            if told or time.monotonic() > until:
-                raise
-            looked = looked or damaged
-            log.warning("%s: %s; trying again in %g s", path, _reason(error), pause)
-            time.sleep(pause)
-    return ask()
+    if isinstance(_holder(filesystem), LocalFileSystem):
+        return ask()
+    looked = False
+
+    def again(error: Exception) -> bool:
+        nonlocal looked
+        if not _looks_damaged(error):
+            return backends.may_pass(error)
+        first, looked = not looked, True
+        return first
+
+    return backends.keep_asking(ask, path, again)
 
 
 def _looks_damaged(error: Exception) -> bool:

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from stp_ray import uris
+from stp_ray import backends, uris
 from stp_ray.artifacts import Store, local
 from stp_ray.errors import StorageError
 
@@ -64,7 +64,6 @@ def test_a_disk_that_does_not_answer_is_not_an_absent_file(tmp_path, monkeypatch
     store = Store(tmp_path)
     store.write_bytes("a.bin", b"there")
     assert not store.exists("a.bin/b")
-    monkeypatch.setattr("stp_ray.artifacts.store.PAUSES", (0.01,))
 
     def stat(path, **more):
         raise OSError(5, "Input/output error", str(path))
@@ -164,7 +163,7 @@ def test_an_error_that_a_back_end_hides_behind_another_is_tried_again_and_told(m
         raise RuntimeError("Failed to delete") from OSError(5, "connection reset")
 
     monkeypatch.setattr(store._fs, "rm", rm)
-    store._pauses = (0.0, 0.0)
+    monkeypatch.setattr(backends, "PAUSES", (0.0, 0.0))
     with pytest.raises(StorageError, match=r"cannot delete .*connection reset"):
         store.delete("a.json")
     assert len(refused) == 3
@@ -187,7 +186,7 @@ def test_an_answer_of_http_is_asked_for_again_only_where_it_may_change(monkeypat
         raise HttpError
 
     monkeypatch.setattr(store._fs, "cat_file", cat_file)
-    store._pauses = (0.0, 0.0)
+    monkeypatch.setattr(backends, "PAUSES", (0.0, 0.0))
     with pytest.raises(StorageError, match=r"cannot read .*HttpError: the server said so"):
         store.read_bytes("a.json")
     assert len(asked) == tries

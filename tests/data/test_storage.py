@@ -15,7 +15,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.spec import AbstractFileSystem
 
 from stp_ray import backends
-from stp_ray.data import describe, folder_to_parquet, load, parquet, storage
+from stp_ray.data import describe, folder_to_parquet, load, parquet
 from stp_ray.data.convert import is_saved_dataset
 from stp_ray.data.parquet import ParquetSource
 from stp_ray.data.storage import open_filesystem, patiently
@@ -40,7 +40,7 @@ def pauses(monkeypatch):
             waited.append(seconds)
             now[0] += seconds
 
-    monkeypatch.setattr(storage, "time", Clock)
+    monkeypatch.setattr(backends, "time", Clock)
     return waited
 
 
