@@ -79,6 +79,11 @@ def may_pass(error: Exception) -> bool:
     )
 
 
+def in_one_line(error: Exception) -> str:
+    """What an error says, or its kind where it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def keep_asking(
     ask: Callable[[], _Answer],
     place: str,
@@ -103,7 +108,6 @@ def keep_asking(
         except Exception as error:
             if not again(error) or time.monotonic() > until:
                 raise
-            told = " ".join(str(error).split()) or type(error).__name__
-            log.warning("%s: %s; trying again in %g s", place, told, pause)
+            log.warning("%s: %s; trying again in %g s", place, in_one_line(error), pause)
             time.sleep(pause)
     return ask()

@@ -11,7 +11,7 @@ import pyarrow as pa
 from fsspec.implementations.local import LocalFileSystem
 
 from .. import backends
-from ..backends import EXTRAS, backend_errors
+from ..backends import EXTRAS, backend_errors, in_one_line
 from ..errors import DataError, StorageError
 from ..uris import refuse_credentials
 
@@ -76,13 +76,13 @@ def open_filesystem(uri: str, *, written: bool = False) -> tuple[Any, str]:
         extra = EXTRAS.get(protocol)
         remedy = f'pip install "stp_ray[{extra}]"' if extra else f"install the {protocol} back-end"
         raise DataError(
-            f"data.uri {uri} needs a package that is not installed ({_reason(error)}); "
+            f"data.uri {uri} needs a package that is not installed ({in_one_line(error)}); "
             f"expected fsspec's back-end for {protocol}://; {remedy}"
         ) from error
     except Exception as error:  # each back-end has its own, and archives are opened at once
         raise DataError(
-            f"data.uri {uri} cannot be opened ({_reason(error)}); expected a folder or an fsspec "
-            "URI such as s3://bucket/folder; change data.uri"
+            f"data.uri {uri} cannot be opened ({in_one_line(error)}); expected a folder or an "
+            "fsspec URI such as s3://bucket/folder; change data.uri"
         ) from error
 
 
@@ -127,7 +127,7 @@ def reading(uri: str) -> Iterator[None]:
         yield
     except (*backend_errors(), pa.ArrowException) as error:
         raise DataError(
-            f"{uri} cannot be read ({_reason(error)}); expected readable data; check data.uri, "
+            f"{uri} cannot be read ({in_one_line(error)}); expected readable data; check data.uri, "
             "the endpoint and the permissions"
         ) from error
 
@@ -139,11 +139,6 @@ def writing(uri: str) -> Iterator[None]:
         yield
     except (*backend_errors(), pa.ArrowException) as error:
         raise StorageError(
-            f"{uri} cannot be written ({_reason(error)}); expected storage that may be written to; "
-            "check the URI, the endpoint and the permissions"
+            f"{uri} cannot be written ({in_one_line(error)}); expected storage that may be "
+            "written to; check the URI, the endpoint and the permissions"
         ) from error
-
-
-def _reason(error: Exception) -> str:
-    """What an error says, in one line."""
-    return " ".join(str(error).split()) or type(error).__name__

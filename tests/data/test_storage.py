@@ -225,6 +225,15 @@ def test_storage_that_stays_away_is_asked_for_a_minute(pauses):
     assert pauses == list(backends.PAUSES)
 
 
+def test_only_errors_of_storage_are_waited_for(pauses):
+    def wrong():
+        raise ValueError("a mistake of ours")
+
+    with pytest.raises(ValueError, match="of ours"):
+        patiently(open_filesystem("memory://")[0], "x", wrong)
+    assert not pauses
+
+
 def test_many_files_that_stay_away_are_waited_for_once(tmp_path, monkeypatch):
     write_parquet(tmp_path)
     (tmp_path / "train").mkdir()
