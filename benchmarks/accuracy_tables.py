@@ -110,8 +110,8 @@ ABOUT = {
         "strides for small images; 8,000 CIFAR-10 (JPEG) images at 12 px, 12 epochs of 125 steps; "
         "10,000 test images. So few steps leave every network far from where it levels off. The "
         "learning rate of all, 0.03, is the better of two for the dense network in a shorter "
-        "trial. What starts as the teacher or has twice the epochs was recorded after the two "
-        "changes."
+        "trial. All was recorded after the two changes, which what has one phase and no search "
+        "does not depend on."
     ),
 }
 #: Other forms whose retention and lead have a table, and what else they are compared with there.
@@ -200,9 +200,9 @@ means. A revision with a + had changes that were not committed yet. Images, thos
 them, are the same for all seeds, which differ in weights and order. Which options of STP are good
 was judged by these test images and seeds, but for the section of fresh seeds. All but that section,
 what starts as the teacher or has twice the epochs, `torch-pruning, even, labels alone`, the forms
-with the target alone and *finals*, and some of MobileNetV2 (with tuned scores, their shapes from
-scratch, and without expansion at 0.15) was recorded before two changes: second phases saw the order
-and crops of the first epochs again, and searches started from uniform widths that were not filled.
+with the target alone and *finals*, and MobileNetV2 was recorded before two changes: second phases
+saw the order and crops of the first epochs again, and searches started from uniform widths that
+were not filled.
 Differences between the two kinds have those changes in them.
 
 - *Equal epochs*: every method passes over the images equally often; one that trains, prunes and
