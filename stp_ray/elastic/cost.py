@@ -106,6 +106,19 @@ class Budget:
         kept = cost.macs <= macs and cost.params <= params
         return kept and (not self.timed or _known(cost, self) <= seconds)
 
+    def use(self, cost: Cost, of: Cost) -> float:
+        """How much of the budget, of a full network that costs `of`, `cost` takes: the largest of
+        its shares of a bound [ours].
+
+        Raises:
+            ValueError: the latency is bounded and a cost does not hold one.
+        """
+        macs, params, seconds = self.limits(of)
+        shares = [cost.macs / macs, cost.params / params]
+        if self.timed:
+            shares.append(_known(cost, self) / seconds)
+        return max(shares)
+
     @property
     def label(self) -> str:
         """A short name, used in artifact folders: "0.15", "params-0.3", "macs-1000",

@@ -343,9 +343,9 @@ class SearchSpace:
         """Change each axis and each block of a subnet with probability p [ours].
 
         An axis moves by one or two choices half of the time and anywhere otherwise. With a
-        budget the result is brought back under it, and close to it, by single steps. `rng`
-        alone decides. Raises BudgetError if no subnet keeps the budget, ValueError if p is no
-        probability, `rng` no `random.Random` or the subnet of another space.
+        budget the result is brought back under it, and then up to it, by single steps of axes
+        in random order. `rng` alone decides. Raises BudgetError if no subnet keeps the budget,
+        ValueError if p is no probability, `rng` no `random.Random` or the subnet of another space.
         """
         _require_random(rng)
         _require_share("p", p)
@@ -491,13 +491,19 @@ class SearchSpace:
                 kept = [block.name for block in self.blocks if block.name not in dropped]
                 dropped.add(rng.choice(kept))
                 flags = self._flags(dropped)
-        # One pass over the axes in random order, each one step up where the budget allows.
-        for place in rng.sample(range(len(self.axes)), len(self.axes)):
-            axis, before = self.axes[place], row[0, place]
-            if before < axis.size and not self._homes[axis.name] & dropped:
-                row[0, place] = self._next(place, before, +1)
-                if not self._table.fits(row, flags, limits)[0]:
-                    row[0, place] = before
+        alive = [i for i, axis in enumerate(self.axes) if not self._homes[axis.name] & dropped]
+        growing = rng.sample(alive, len(alive))
+        while growing:  # passes over the axes, each a step up where the budget allows
+            still = []  # what does not fit once never will: the others only grow
+            for place in growing:
+                before = row[0, place]
+                if before < self.axes[place].size:
+                    row[0, place] = self._next(place, before, +1)
+                    if self._table.fits(row, flags, limits)[0]:
+                        still.append(place)
+                    else:
+                        row[0, place] = before
+            growing = still
         return self._subnet(row[0], dropped)
 
     def _next(self, place: int, width: int, step: int) -> int:

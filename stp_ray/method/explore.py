@@ -134,7 +134,8 @@ class Explorer:
     subnets near the budgets; later ones hold offspring of the best candidates of each budget. Each
     generation is scored on a few images; the best of it, budget by budget, are scored again
     on all, after a short distillation, and the best of all generations after a longer one. A
-    candidate made for one budget serves every other one that it keeps.
+    candidate made for one budget serves every other one that it keeps, but goes behind those that
+    use it: a small slice can score better than a larger one that would learn more.
 
     Args:
         space: where to search.
@@ -150,6 +151,9 @@ class Explorer:
         BudgetError: no subnet keeps one of the budgets.
     """
 
+    #: What a candidate that uses a budget takes of it at least, as a share of what the filled
+    #: uniform-width subnet takes.
+    USED = 0.9
     #: Mutations tried for an offspring that is not known yet, before a random subnet is.
     TRIES = 16
 
@@ -180,6 +184,7 @@ class Explorer:
         self._first_images = 0 if whole else options.scoring_images
         self._scored: dict[str, Scored] = {}
         self._known: set[Subnet] = set()
+        self._uniform = {each: self._filled(each) for each in self.budgets}
         self._elders: dict[Budget, list[Scored]] = {budget: [] for budget in self.budgets}
         self._generation = 0
         self._rung = 0
@@ -277,8 +282,7 @@ class Explorer:
         parents = [[s.subnet for s in self._elders[budget]] for budget in self.budgets]
         if self._generation == 0:
             for cohort, budget in zip(cohorts, self.budgets, strict=True):
-                uniform = self.space.uniform_within(budget)
-                self._add(cohort, self.space.fill(uniform, budget))
+                self._add(cohort, self._uniform[budget][0])
         for index in range(self.options.population):
             place = index % len(self.budgets)
             if len(cohorts[place]) > index // len(self.budgets):
@@ -291,6 +295,11 @@ class Explorer:
             else:
                 self._add(cohorts[place], self.space.sample(rng, self.budgets[place]))
         return cohorts
+
+    def _filled(self, budget: Budget) -> tuple[Subnet, float]:
+        """The uniform-width subnet, filled up to the budget, and how much of it that uses."""
+        subnet = self.space.fill(self.space.uniform_within(budget), budget)
+        return subnet, budget.use(self.space.cost(subnet), of=self.space.cost())
 
     def _add(self, cohort: list[Subnet], subnet: Subnet) -> bool:
         if subnet in self._known:
@@ -321,18 +330,27 @@ class Explorer:
         return list({scored.subnet: scored for scored in self._scored.values()}.values())
 
     def _leading(self, found: Iterable[Scored], budget: Budget) -> list[Scored]:
-        """The best that keep the budget, as many as have offspring, best first; a higher fidelity
-        goes before others, but for what has no finite score."""
+        """The best that keep the budget, as many as have offspring, best first."""
         return self._fitting(found, budget)[: self.options.parents]
 
     def _fitting(self, found: Iterable[Scored], budget: Budget) -> list[Scored]:
+        """Those that keep the budget, best first: what uses the budget before what does not, then
+        by fidelity, then by score; what has no finite score goes last."""
         full = self.space.cost()
         fitting = [scored for scored in found if budget.admits(scored.cost, of=full)]
-        fitting.sort(key=lambda s: (math.isinf(s.score), s.fidelity, s.score, s.subnet.id))
+        if fitting:
+            _, used = self._uniform.get(budget) or self._filled(budget)
+            fitting.sort(
+                key=lambda s: (
+                    math.isinf(s.score), budget.use(s.cost, of=full) < self.USED * used,
+                    s.fidelity, s.score, s.subnet.id,
+                )
+            )  # fmt: skip
         return fitting
 
     def best(self, budget: Budget) -> Scored:
-        """The best candidate that keeps the budget, by its score of the highest fidelity.
+        """The best candidate that keeps the budget, of those that use it if any does, by its
+        score of the highest fidelity.
 
         Raises:
             BudgetError: none was scored that keeps it.
@@ -353,7 +371,8 @@ class Explorer:
         return ranked[0]
 
     def ranked(self, budget: Budget) -> list[Scored]:
-        """All scored candidates that keep the budget and have a finite score, best first.
+        """All scored candidates that keep the budget and have a finite score, best first: those
+        that use it, then the others.
 
         Args:
             budget: any one.

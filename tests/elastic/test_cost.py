@@ -102,6 +102,16 @@ def test_a_latency_budget_does_not_judge_a_cost_without_one():
             budget.admits(cost, of=full)
 
 
+def test_the_use_of_a_budget_is_the_largest_share_of_a_bound():
+    full = Cost(100, 40, latency_s=0.02)
+    assert Budget(macs=0.5).use(Cost(40, 40), of=full) == 0.8
+    assert Budget(macs=0.5, params=20).use(Cost(10, 15), of=full) == 0.75
+    assert Budget(macs=0.5, latency_ms=4).use(Cost(10, 40, 0.003), of=full) == 0.75
+    assert Budget(latency=0.5).use(Cost(90, 40, 0.004), of=full) == pytest.approx(0.4)
+    with pytest.raises(ValueError, match="bounds latency, which this cost does not hold"):
+        Budget(latency=0.5).use(Cost(10, 10), of=full)
+
+
 @pytest.mark.parametrize(
     ("bounds", "message"),
     [

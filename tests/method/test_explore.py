@@ -96,9 +96,30 @@ def test_the_front_is_not_dominated_and_prices_are_right(drawn, seed):
     prices = [s.cost.params if budget.macs is None else s.cost.macs for s in front]
     assert prices == sorted(set(prices))
     assert [s.score for s in front] == sorted((s.score for s in front), reverse=True)
-    assert explorer.best(budget) in front or explorer.best(budget).score == front[-1].score
     for scored in explorer.scored:
         assert scored.cost == space.cost(scored.subnet)
+
+
+@settings(max_examples=12)
+@given(spaces_with_budget(), st.integers(0, 2**32))
+def test_only_what_leaves_much_of_the_budget_scores_better_than_the_best(drawn, seed):
+    space, budget = drawn
+    budgets = [budget, Budget(macs=1.0)]
+    explorer = search(
+        Explorer(space, budgets, SMALL, seed),
+        lambda c: space.cost(c.subnet).macs + made_up(c),  # as slices can: the smallest is best
+    )
+    for each in budgets:
+        best, ranked = explorer.best(each), explorer.ranked(each)
+        uniform = space.fill(space.uniform_within(each), each)
+        least = 0.9 * each.use(space.cost(uniform), of=space.cost())
+        filled = [s for s in ranked if each.use(s.cost, of=space.cost()) >= least]
+        assert filled and best == ranked[0] and ranked[: len(filled)] == filled
+        for alike in (filled, ranked[len(filled) :]):
+            keys = [(s.fidelity, s.score) for s in alike]
+            assert keys == sorted(keys)
+    between = Budget(macs=space.cost(explorer.ranked(budgets[1])[0].subnet).macs)
+    assert explorer.ranked(between)[0] == explorer.best(between)
 
 
 def test_evolution_beats_random_search_at_equal_cost():
@@ -144,13 +165,15 @@ def test_offspring_are_made_as_asked(monkeypatch, share, made):
     assert called == {made}
 
 
-def test_a_candidate_of_one_budget_serves_another():
+@pytest.mark.parametrize(("larger", "served"), [(0.52, True), (0.9, False)])
+def test_a_candidate_of_one_budget_serves_another_that_it_uses(larger, served):
     space = make_space([16, 16], [16])
-    small, large = Budget(macs=0.2), Budget(macs=0.9)
+    small, large = Budget(macs=0.5), Budget(macs=larger)
     explorer = search(
         Explorer(space, [small, large], SMALL, 0), lambda c: float(space.cost(c.subnet).macs)
     )
-    assert explorer.best(large) == explorer.best(small)
+    assert (explorer.best(large) == explorer.best(small)) == served
+    assert explorer.best(small).subnet in {s.subnet for s in explorer.ranked(large)}
 
 
 def test_the_best_share_of_each_budget_is_promoted():
@@ -274,8 +297,8 @@ def test_a_tiny_space_is_exhausted_without_repeating():
 
 
 def test_finalists_are_scored_where_generations_have_nothing_new():
-    space = make_space([8], [])
-    budget = Budget(macs=1.0)
+    space = make_space([6, 6], [])
+    budget = Budget(macs=0.5)
     options = replace(SMALL, generations=6, finalists=2)
     explorer = search(Explorer(space, [budget], options, 0), lambda c: made_up(c) - c.steps)
     bred = Counter(s.generation for s in explorer.scored if s.steps == 0)
