@@ -491,19 +491,21 @@ class SearchSpace:
                 kept = [block.name for block in self.blocks if block.name not in dropped]
                 dropped.add(rng.choice(kept))
                 flags = self._flags(dropped)
+        # Round after round each axis becomes a step wider, in one random order. Costs only grow, so
+        # one that does not fit is done, and of several in turn the first ones fit.
+        full = self._ends[1][0]
         alive = [i for i, axis in enumerate(self.axes) if not self._homes[axis.name] & dropped]
-        growing = rng.sample(alive, len(alive))
-        while growing:  # passes over the axes, each a step up where the budget allows
-            still = []  # what does not fit once never will: the others only grow
-            for place in growing:
-                before = row[0, place]
-                if before < self.axes[place].size:
-                    row[0, place] = self._next(place, before, +1)
-                    if self._table.fits(row, flags, limits)[0]:
-                        still.append(place)
-                    else:
-                        row[0, place] = before
-            growing = still
+        turns = np.array(rng.sample(alive, len(alive)), dtype=np.int64)
+        while len(turns := turns[row[0, turns] < full[turns]]):
+            steps = np.zeros((len(turns), len(self.axes)), dtype=np.int64)
+            for step, place in zip(steps, turns.tolist(), strict=True):
+                step[place] = self._next(place, row[0, place], +1) - row[0, place]
+            fits = self._table.fits(row + steps, flags, limits)
+            turns, in_turn = turns[fits], row + steps[fits].cumsum(axis=0)
+            taken = np.count_nonzero(self._table.fits(in_turn, flags, limits))
+            if taken:
+                row = in_turn[taken - 1 : taken]
+                turns = np.roll(turns, -taken)
         return self._subnet(row[0], dropped)
 
     def _next(self, place: int, width: int, step: int) -> int:
