@@ -343,9 +343,9 @@ class SearchSpace:
         """Change each axis and each block of a subnet with probability p [ours].
 
         An axis moves by one or two choices half of the time and anywhere otherwise. With a
-        budget the result is brought back under it, and then up to it, by single steps of axes
-        in random order. `rng` alone decides. Raises BudgetError if no subnet keeps the budget,
-        ValueError if p is no probability, `rng` no `random.Random` or the subnet of another space.
+        budget the result is brought back under it, and close to it, by single steps. `rng`
+        alone decides. Raises BudgetError if no subnet keeps the budget, ValueError if p is no
+        probability, `rng` no `random.Random` or the subnet of another space.
         """
         _require_random(rng)
         _require_share("p", p)
@@ -491,21 +491,13 @@ class SearchSpace:
                 kept = [block.name for block in self.blocks if block.name not in dropped]
                 dropped.add(rng.choice(kept))
                 flags = self._flags(dropped)
-        # Round after round each axis becomes a step wider, in one random order. Costs only grow, so
-        # one that does not fit is done, and of several in turn the first ones fit.
-        full = self._ends[1][0]
-        alive = [i for i, axis in enumerate(self.axes) if not self._homes[axis.name] & dropped]
-        turns = np.array(rng.sample(alive, len(alive)), dtype=np.int64)
-        while len(turns := turns[row[0, turns] < full[turns]]):
-            steps = np.zeros((len(turns), len(self.axes)), dtype=np.int64)
-            for step, place in zip(steps, turns.tolist(), strict=True):
-                step[place] = self._next(place, row[0, place], +1) - row[0, place]
-            fits = self._table.fits(row + steps, flags, limits)
-            turns, in_turn = turns[fits], row + steps[fits].cumsum(axis=0)
-            taken = np.count_nonzero(self._table.fits(in_turn, flags, limits))
-            if taken:
-                row = in_turn[taken - 1 : taken]
-                turns = np.roll(turns, -taken)
+        # One pass over the axes in random order, each one step up where the budget allows.
+        for place in rng.sample(range(len(self.axes)), len(self.axes)):
+            axis, before = self.axes[place], row[0, place]
+            if before < axis.size and not self._homes[axis.name] & dropped:
+                row[0, place] = self._next(place, before, +1)
+                if not self._table.fits(row, flags, limits)[0]:
+                    row[0, place] = before
         return self._subnet(row[0], dropped)
 
     def _next(self, place: int, width: int, step: int) -> int:
