@@ -68,8 +68,9 @@ def may_pass(error: Exception) -> bool:
     if not isinstance(error, backend_errors()):
         return False
     lasting = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError)
-    kind, code = type(error).__name__, getattr(error, "code", None)
-    if isinstance(code, int) and 400 <= code < 500:  # of HTTP, which gcsfs raises as it is
+    kind = type(error).__name__
+    code = getattr(error, "status", None) or getattr(error, "code", None)
+    if isinstance(code, int) and 400 <= code < 500:  # of HTTP: aiohttp calls it status
         return code in (408, 429)
     answer = getattr(error.__cause__, "response", None)  # of S3, which s3fs translates
     if isinstance(answer, dict) and answer.get("Error", {}).get("Code") in _REFUSED:

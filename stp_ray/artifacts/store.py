@@ -146,10 +146,11 @@ class Store:
     def exists(self, name: str) -> bool:
         """Whether a file or a folder of this name exists."""
         with self._explained("look for", name):
-            if self.local_path is None:
-                return bool(self._call("exists", self._at(name)))
-            try:  # fsspec's own takes every error of a disk for "no"
-                os.stat(self._at(name))
+            try:  # fsspec's own `exists` takes every error of a disk, or of SFTP, for "no"
+                if self.local_path is None:
+                    self._call("info", self._at(name))
+                else:
+                    os.stat(self._at(name))
             except (FileNotFoundError, NotADirectoryError):
                 return False
             return True
@@ -202,7 +203,7 @@ class Store:
         data = self.read_bytes(name)
         try:
             return pq.read_table(pa.BufferReader(data))
-        except pa.ArrowException as error:
+        except (pa.ArrowException, OSError) as error:  # much damage is an OSError to Arrow
             raise StorageError(
                 f"{self.uri}/{name} is not a Parquet file ({first_line(error)}); delete it to "
                 "have it made again"

@@ -59,8 +59,13 @@ def open_filesystem(uri: str, *, written: bool = False) -> tuple[Any, str]:
         StorageError: the URI carries credentials.
     """
     refuse_credentials(uri)
-    schemes = {link.partition("://")[0] for link in uri.split("::")}
-    options = {s: {"config_kwargs": backends.s3_client()} for s in schemes & {"s3", "s3a"}}
+    *outer, inner = [link.partition("://")[0] for link in uri.split("::")]
+    if misplaced := EXTRAS.keys() & {*outer}:
+        raise DataError(
+            f"data.uri {uri} has {min(misplaced)} before '::'; expected an archive or a cache "
+            "there, such as zip://::s3://bucket/set.zip; change data.uri"
+        )
+    options = {s: {"config_kwargs": backends.s3_client()} for s in {inner} & {"s3", "s3a"}}
     try:
         if written:
             return fsspec.core.url_to_fs(uri)

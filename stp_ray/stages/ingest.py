@@ -24,7 +24,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import ray.data
-import ray.train
 import torch
 from numpy.typing import NDArray
 from ray.data._internal.execution.execution_callback import ExecutionCallback
@@ -124,7 +123,7 @@ def stream(
 
 
 def stream_batches(
-    shard: ray.data.Dataset | ray.data.DataIterator,
+    shard: ray.data.Dataset,
     options: DataOptions,
     *,
     seed: int,
@@ -143,8 +142,7 @@ def stream_batches(
     images were skipped, others of the same shard take their place.
 
     Args:
-        shard: `stream(options, "train", seed=..., epoch=..., rank=..., world_size=...)`. A shard
-            of Ray Train serves too; its order is then Ray's and only mixed by (seed, epoch).
+        shard: `stream(options, "train", seed=..., epoch=..., rank=..., world_size=...)`.
         options: normalisation and augmentation.
         seed: the run's seed.
         epoch: number of the epoch.
@@ -183,7 +181,7 @@ def stream_batches(
 
 
 def stream_eval_batches(
-    shard: ray.data.Dataset | ray.data.DataIterator,
+    shard: ray.data.Dataset,
     options: DataOptions,
     *,
     batch_size: int,
@@ -213,15 +211,6 @@ def stream_eval_batches(
     for images, labels in _rebatched(decoding.run(files), batch_size):
         on_device, labels_there = to_device(images, labels, device)
         yield normalise_batch(on_device.contiguous(), options), labels_there
-
-
-def ingest_config() -> ray.train.DataConfig:
-    """Ray Train's own ingest with a row order that does not depend on timing.
-
-    For `TorchTrainer(datasets={"train": stream(options, "train")}, dataset_config=...)`.
-    """
-    execution = ray.data.ExecutionOptions(preserve_order=True)
-    return ray.train.DataConfig(execution_options=execution, enable_shard_locality=False)
 
 
 def _units(parts: list[ParquetPart]) -> list[_Unit]:
@@ -310,7 +299,7 @@ def _decoded_block(
     return {"image": rows, "label": np.where(readable, labels, -1)}
 
 
-def _arriving(shard: ray.data.Dataset | ray.data.DataIterator) -> Iterator[_Pair]:
+def _arriving(shard: ray.data.Dataset) -> Iterator[_Pair]:
     """The blocks of a shard, as views of the object store where they can be."""
     try:
         # Whole blocks; batches of Ray's would be copied twice.

@@ -6,7 +6,6 @@ import json
 import re
 from typing import Any
 
-import fsspec
 from torch import fx, nn
 
 from ..artifacts import Store
@@ -14,6 +13,7 @@ from ..config import RunConfig
 from ..data import DataSummary
 from ..elastic import Supernet
 from ..errors import ConfigError, StorageError
+from .network import read_weights
 
 INPUTS = "inputs.json"
 
@@ -28,11 +28,13 @@ def inputs(config: RunConfig, summary: DataSummary, net: Supernet) -> dict[str, 
         config: the run's configuration; its weights have been loaded before.
         summary: what the data holds.
         net: the traced network.
+
+    Raises:
+        StorageError: the first weights cannot be read any more.
     """
     weights = config.model.weights
     if weights is not None:
-        with fsspec.open(weights, "rb") as file:
-            weights = hashlib.sha256(file.read()).hexdigest()
+        weights = hashlib.sha256(read_weights(weights)).hexdigest()
     own = ":" in config.model.name
     return {
         "data": summary.fingerprint,

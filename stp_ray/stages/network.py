@@ -4,15 +4,16 @@ import copy
 import io
 import pickle
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
-import fsspec
 import torch
 from torch import nn
 
 from ..artifacts import Store
 from ..config import RunConfig
 from ..data import DataSummary
+from ..data.storage import open_filesystem, patiently
 from ..elastic import Supernet, importance
 from ..elastic.latency import LatencyTable
 from ..errors import ConfigError, DataError, OptionError, StorageError
@@ -189,7 +190,7 @@ def _train_on_one(name: str, net: Supernet, images: torch.Tensor, found: str, re
         ) from error
 
 
-def _short(error: Exception) -> str:
+def _short(error: BaseException) -> str:
     return " ".join(str(error).split())[:200]
 
 
@@ -202,9 +203,8 @@ def load_weights(model: nn.Module, uri: str) -> None:
     """
     import safetensors.torch
 
+    content = read_weights(uri)
     try:
-        with fsspec.open(uri, "rb") as file:
-            content = file.read()  # whole, for some web servers let nobody go back
         if content[8:9] == b"{":  # safetensors: the length of a JSON object, and it
             state = safetensors.torch.load(content)
         else:
@@ -216,10 +216,29 @@ def load_weights(model: nn.Module, uri: str) -> None:
         # torch's text is long, and tells how code in the file could be run
         pickled = isinstance(error, (pickle.UnpicklingError, LookupError, EOFError))
         reason = "it is damaged, or holds more than tensors" if pickled else _short(error)
-        raise StorageError(
-            f"weights {uri} cannot be loaded: {reason}; expected a state dict of the model, as "
-            "safetensors or by torch.save(model.state_dict(), ...); change model.weights"
-        ) from error
+        raise _unusable(uri, reason) from error
+
+
+def read_weights(uri: str) -> bytes:
+    """The file of initial weights, whole, for some web servers let nobody go back. Remote storage
+    that does not answer is asked again.
+
+    Raises:
+        StorageError: it cannot be read.
+    """
+    try:
+        filesystem, path = open_filesystem(uri)
+        return bytes(patiently(filesystem, path, partial(filesystem.cat_file, path)))
+    except Exception as error:  # every backend has errors of its own
+        cause = error.__cause__ if isinstance(error, DataError) else error
+        raise _unusable(uri, _short(cause or error)) from error
+
+
+def _unusable(uri: str, reason: str) -> StorageError:
+    return StorageError(
+        f"weights {uri} cannot be loaded: {reason}; expected a state dict of the model, as "
+        "safetensors or by torch.save(model.state_dict(), ...); change model.weights"
+    )
 
 
 def _require_finite(model: nn.Module) -> None:

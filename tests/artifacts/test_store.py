@@ -12,6 +12,9 @@ from types import SimpleNamespace
 import pyarrow as pa
 import pytest
 import torch
+from fsspec.implementations.memory import MemoryFileSystem
+from hypothesis import given
+from hypothesis import strategies as st
 
 from stp_ray import backends, uris
 from stp_ray.artifacts import Store, local
@@ -73,6 +76,22 @@ def test_a_disk_that_does_not_answer_is_not_an_absent_file(tmp_path, monkeypatch
         with pytest.raises(StorageError, match="Input/output error"):
             store.exists("a.bin")
     assert store.exists("a.bin")
+
+
+def test_a_back_end_that_does_not_answer_is_not_an_absent_file(monkeypatch):
+    """That of fsspec's own `exists`, which SFTP has, says no."""
+    store = Store(f"memory://{uuid.uuid4().hex}")
+    store.write_bytes("a.bin", b"there")
+    monkeypatch.setattr(backends, "PAUSES", ())
+
+    def info(*_, **__):
+        raise ConnectionResetError(104, "Connection reset by peer")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MemoryFileSystem, "info", info)
+        with pytest.raises(StorageError, match="Connection reset by peer"):
+            store.exists("a.bin")
+    assert store.exists("a.bin") and not store.exists("b.bin")
 
 
 def test_bytes_come_back(store):
@@ -152,6 +171,20 @@ def test_what_is_missing_or_damaged_is_told_in_one_line(store):
             read()
         assert "\n" not in str(caught.value)
         assert store.uri in str(caught.value)
+
+
+@given(st.integers(0, 10**6), st.binary(min_size=1, max_size=40))
+def test_no_damage_of_a_table_is_a_bare_error(where, damage):
+    store = Store("memory://damaged")
+    store.write_table("a.parquet", [{"id": f"{n}", "score": n / 7} for n in range(50)])
+    content = bytearray(store.read_bytes("a.parquet"))
+    where %= len(content)
+    content[where : where + len(damage)] = damage
+    store.write_bytes("a.parquet", bytes(content))
+    try:
+        store.read_table("a.parquet")
+    except StorageError as error:
+        assert f"{store.uri}/a.parquet is not a Parquet file" in str(error)
 
 
 def test_an_error_that_a_back_end_hides_behind_another_is_tried_again_and_told(monkeypatch):

@@ -335,6 +335,10 @@ def test_no_readable_held_out_image_is_told(tmp_path):
         ({"name": "qqqq"}, r"expected one of digits, parquet, .*; change data\.name"),
         ({"uri": "nothing://x"}, "cannot be opened"),
         ({"uri": "ftp://127.0.0.1:9/x"}, "cannot be opened .*refused"),
+        (
+            {"uri": "s3://bucket/set::file://tmp"},
+            "has s3 before .::.; expected an archive or a cache",
+        ),
         ({"uri": "zip://train::/nowhere.zip"}, "cannot be opened .*No such file"),
         ({"uri": "reference://x"}, "cannot be opened .*argument"),
         ({"uri": f"zip://train::{__file__}"}, "cannot be opened .*not a zip file"),

@@ -17,7 +17,7 @@ from stp_ray.data import DataOptions, describe, eval_batches, load, load_split
 from stp_ray.data.decode import decode
 from stp_ray.data.parquet import ParquetPart
 from stp_ray.errors import DataError
-from stp_ray.stages.ingest import ingest_config, stream, stream_batches, stream_eval_batches
+from stp_ray.stages.ingest import stream, stream_batches, stream_eval_batches
 from tests.data.samples import encode, pixels, real_data, table, write_parquet
 
 pytestmark = pytest.mark.timeout(240)
@@ -270,26 +270,6 @@ def test_s3_through_the_endpoint_of_the_environment(cluster, tmp_path):
         client.upload_file(str(tmp_path / f"{split}.parquet"), "images", f"set/{split}.parquet")
     remote = options("s3://images/set")
     assert same(epoch_of(remote), epoch_of(options(tmp_path)))
-
-
-def test_the_split_of_ray_train_serves_too(cluster, tmp_path, monkeypatch):
-    monkeypatch.setattr(ingest, "_UNIT_ROWS", 10)
-    write_parquet(tmp_path, train=53)
-    plain = options(tmp_path)
-    configured = ingest_config().configure({"train": stream(plain, "train")}, 2, None, None)
-    parts = [None, None]
-
-    def work(rank):
-        where = {"seed": 0, "epoch": 0, "rank": rank, "world_size": 2, "num_classes": 4}
-        shard = configured[rank]["train"]
-        parts[rank] = contents(stream_batches(shard, plain, batch_size=8, **where))
-
-    threads = [threading.Thread(target=work, args=(rank,), daemon=True) for rank in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(120)
-    assert sorted(parts[0] + parts[1]) == normalised(load(plain).train, plain)
 
 
 def test_real_images_stream(cluster):

@@ -1,18 +1,20 @@
 import io
 import math
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-import fsspec
 import pytest
 import safetensors.torch
 import torch
 import torchvision
 from torch import nn
 
+from stp_ray import backends
 from stp_ray.config import load_config
 from stp_ray.data import DataSummary
 from stp_ray.elastic import Supernet
 from stp_ray.errors import ConfigError, StorageError
-from stp_ray.stages.network import build_supernet, check_images, load_weights
+from stp_ray.stages.network import build_supernet, check_images, load_weights, read_weights
 
 
 def of_8_px(num_classes):
@@ -69,18 +71,52 @@ def test_weights_are_told_by_their_content(tmp_path, suffix):
         assert torch.equal(found.weight, wanted.weight)
 
 
-@pytest.mark.parametrize("save", [safetensors.torch.save, None], ids=["safetensors", "torch"])
-def test_weights_may_come_from_a_server_that_sends_them_in_one_go(monkeypatch, save):
-    class Stream(io.BytesIO):
-        def seek(self, *_):
-            raise ValueError("Cannot seek streaming HTTP file")
+@pytest.fixture
+def web_server():
+    """Sends `content` in one go, without ranges or a length, after it answered with each status of
+    `answers`. Yields the server and its address."""
 
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            status = self.server.answers.pop(0) if self.server.answers else 200
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(self.server.content if status == 200 else b"")
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.content, server.answers = b"", []
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        yield server, f"http://127.0.0.1:{server.server_port}/weights"
+        server.shutdown()
+        thread.join(10)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("save", [safetensors.torch.save, None], ids=["safetensors", "torch"])
+def test_weights_may_come_from_a_server_that_sends_them_in_one_go(web_server, save):
+    server, uri = web_server
     wanted, found, buffer = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2), io.BytesIO()
     torch.save(wanted.state_dict(), buffer)
-    content = save(wanted.state_dict()) if save else buffer.getvalue()
-    monkeypatch.setattr(fsspec, "open", lambda *_: Stream(content))
-    load_weights(found, "http://server/weights")
+    server.content = save(wanted.state_dict()) if save else buffer.getvalue()
+    load_weights(found, uri)
     assert torch.equal(found.weight, wanted.weight)
+
+
+@pytest.mark.timeout(60)
+def test_weights_are_asked_for_again_where_the_server_does_not_answer(monkeypatch, web_server):
+    monkeypatch.setattr(backends, "PAUSES", (0.01, 0.01))
+    server, uri = web_server
+    server.content, server.answers = b"weights", [503, 503]
+    assert read_weights(uri) == b"weights"
+    for answers, told in (([503] * 3, "503"), ([404], "")):
+        server.answers = [*answers]
+        with pytest.raises(StorageError, match=f"weights {uri} cannot be loaded: .*{told}"):
+            read_weights(uri)
+        assert server.answers == []
 
 
 def test_a_pattern_that_matches_nothing_names_its_settings(summary):
