@@ -145,9 +145,11 @@ def build_with(
     except StpError:
         raise
     except Exception as error:  # whatever a user's own function raises
+        own = ", or the function: it gets num_classes and image_size if it has such parameters"
         raise ConfigError(
             f"model {name!r} cannot be built with {given}: {type(error).__name__}: "
             f"{str(error).partition(chr(10))[0]}; change model.kwargs"
+            f"{own if isinstance(error, TypeError) else ''}"
         ) from error
     if not isinstance(model, nn.Module):
         raise ConfigError(

@@ -292,10 +292,23 @@ def test_a_teacher_has_to_be_trained_first():
     load_config({"teacher_weight": 0.5, "baseline": {"epochs": 1}})
 
 
+@pytest.mark.parametrize(
+    ("count", "remedies"),
+    [(0, []), (-1, []), (1, ["1.0", "{macs: 1}"]), (2, ["{macs: 2}"])],
+)
+def test_a_budget_that_is_an_int_is_told_what_can_be_written(count, remedies):
+    told = refusal(None, f"budgets=[{count}]")
+    assert f"budget {count}: expected a fraction in (0, 1] such as 0.5" in told
+    assert ("write" in told) == bool(remedies)
+    for remedy in remedies:
+        assert remedy in told
+        load_config({}, [f"budgets=[{remedy}]"])
+
+
 def test_a_supernet_that_starts_from_the_baseline_needs_one():
-    assert "from_baseline is true and baseline null; expected a baseline" in refusal(
-        None, "supernet.from_baseline=true"
-    )
+    told = refusal(None, "supernet.from_baseline=true")
+    assert "from_baseline is true and baseline null; expected a baseline" in told
+    assert "or set supernet.from_baseline to false" in told
     load_config({"supernet": {"from_baseline": True}, "baseline": {"epochs": 1}})
 
 

@@ -146,6 +146,7 @@ def test_arguments_that_do_not_fit_are_named(factories, name):
     ) as caught:
         build_model(name, num_classes=3, odd=1)
     assert "\n" not in str(caught.value)
+    assert "the function: it gets num_classes and image_size if it has such" in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -57,10 +57,9 @@ def _read_budget(value: Any) -> Budget:
     if isinstance(value, float):
         return Budget(macs=value)
     if isinstance(value, int) and not isinstance(value, bool):
-        raise ValueError(
-            f"budget {value}: expected a fraction in (0, 1]; write {float(value)} for a fraction "
-            f"of the full network's MACs, or {{macs: {value}}} for a number of MACs"
-        )
+        share = f"{value}.0 for all of the full network's MACs, or " if value == 1 else ""
+        whole = f"; write {share}{{macs: {value}}} for a number of MACs" if value > 0 else ""
+        raise ValueError(f"budget {value}: expected a fraction in (0, 1] such as 0.5{whole}")
     if not isinstance(value, Mapping) or not set(value) <= _BOUNDS:
         raise ValueError(
             f"budget {shown(value)}: expected a fraction of MACs such as 0.5, or a mapping with "
@@ -298,7 +297,8 @@ class RunConfig(_Section):
         if self.supernet.from_baseline and self.baseline is None:
             raise ValueError(
                 "supernet.from_baseline is true and baseline null; expected a baseline to start "
-                "from; give baseline.epochs, 0 for weights that you have"
+                "from; give baseline.epochs, 0 for weights that you have, or set "
+                "supernet.from_baseline to false"
             )
         for path, training in (("supernet", self.supernet), ("finalize", self.finalize)):
             if not training.optimisation.epochs:

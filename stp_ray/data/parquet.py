@@ -228,8 +228,9 @@ class ParquetSource:
                 paths.append(path)
         if not paths:
             raise DataError(
-                f"the {_SPLIT_WORDS[split]} split {names[0]} of {self.uri} is empty; expected "
-                ".parquet files in it; change data.uri"
+                f"the {_SPLIT_WORDS[split]} split {names[0]} of {self.uri} holds no .parquet "
+                "files; expected some; change data.uri, or read folders of images with "
+                "data.name=ImageFolder"
             )
         if not isinstance(self._filesystem, LocalFileSystem):
             return paths

@@ -90,6 +90,11 @@ def load(uri: str, factory: Callable[..., nn.Module] | None = None) -> nn.Module
         ConfigError: the model is your own and no factory was passed.
     """
     store = Store(uri)
+    if not store.exists(DESCRIPTION):
+        raise StorageError(
+            f"{store.uri} has no {DESCRIPTION}; expected the folder of a pruned network, such as "
+            "<run>/budget-0.15"
+        )
     content = store.read_json(DESCRIPTION)
     found = content.get("format") if isinstance(content, dict) else None
     if found != FORMAT:

@@ -62,10 +62,11 @@ def build_supernet(config: RunConfig, summary: DataSummary) -> Supernet:
         )
     classes = _logits(net, example)
     if classes != summary.num_classes:
+        own = ":" in config.model.name
+        cure = "let the function take num_classes" if own else "set model.kwargs.num_classes"
         raise DataError(
             f"model {config.model.name!r} gives {classes} logits for data of "
-            f"{summary.num_classes} classes; expected as many; set model.kwargs.num_classes or "
-            "choose other data"
+            f"{summary.num_classes} classes; expected as many; {cure} or choose other data"
         )
     return net
 

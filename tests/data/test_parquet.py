@@ -269,7 +269,7 @@ def gone(folder):
     [
         (gone, "does not exist; expected a folder"),
         (no_test_split, r"has no test split \(it holds train\.parquet\); expected test\.parquet"),
-        (empty_folder, "the test split test of .* is empty"),
+        (empty_folder, "the test split test of .* holds no .parquet files; .*ImageFolder"),
         (empty_split, "the test split of .* has no rows"),
         (no_label, r"test\.parquet has the columns image: .*; expected image: .* and label: an"),
         (no_image, "has the columns photo: .*; expected image"),

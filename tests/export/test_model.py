@@ -118,6 +118,11 @@ def test_a_damaged_value_in_a_description_is_told(pruned, store, key, value, wor
     assert "\n" not in str(caught.value)
 
 
+def test_another_folder_is_told_what_is_expected(store):
+    with pytest.raises(StorageError, match=r"has no model\.json; expected the folder of a pruned"):
+        export.load(store.uri)
+
+
 @pytest.mark.parametrize("at", [-1, -1000])
 def test_weights_that_were_damaged_or_replaced_are_refused(pruned, store, at):
     module, description = pruned

@@ -67,7 +67,7 @@ def told(capsys, recipe, *overrides):
         ("storage=s3://bucket-that-nobody-has/x", ["s3://bucket-that-nobody-has/x"]),
         ("storage=file-in-the-way/runs", ["file-in-the-way"]),
         ("model.name=mobilnet_v2", ["unknown model", "mobilenet_v2"]),
-        (f"model.name='{__name__}:three_classes'", ["3 logits", "10 classes"]),
+        (f"model.name='{__name__}:three_classes'", ["3 logits", "10 classes", "let the function"]),
         (f"model.name='{__name__}:untraceable'", ["test_bad_input.py", "if x.sum() > 0"]),
         ("space={ignore: [layer9]}", ["space.ignore", "layer9", "matches no layer"]),
         ("supernet.optimisation.batch_size=4096", ["4096", "batch_size"]),
