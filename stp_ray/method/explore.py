@@ -134,8 +134,9 @@ class Explorer:
     subnets near the budgets; later ones hold offspring of the best candidates of each budget. Each
     generation is scored on a few images; the best of it, budget by budget, are scored again
     on all, after a short distillation, and the best of all generations after a longer one. A
-    candidate made for one budget serves every other one that it keeps, but goes behind those that
-    use it: a small slice can score better than a larger one that would learn more.
+    candidate made for one budget serves every other one that it keeps. One that is scored as it is
+    goes behind those that use the budget: a small slice can score better than a larger one that
+    would learn more.
 
     Args:
         space: where to search.
@@ -334,23 +335,25 @@ class Explorer:
         return self._fitting(found, budget)[: self.options.parents]
 
     def _fitting(self, found: Iterable[Scored], budget: Budget) -> list[Scored]:
-        """Those that keep the budget, best first: what uses the budget before what does not, then
-        by fidelity, then by score; what has no finite score goes last."""
+        """Those that keep the budget, best first: by fidelity, then by score, but what was scored
+        as it is and leaves much of the budget behind the others; what has no finite score goes
+        last."""
         full = self.space.cost()
         fitting = [scored for scored in found if budget.admits(scored.cost, of=full)]
         if fitting:
             _, used = self._uniform.get(budget) or self._filled(budget)
             fitting.sort(
                 key=lambda s: (
-                    math.isinf(s.score), budget.use(s.cost, of=full) < self.USED * used,
+                    math.isinf(s.score),
+                    not s.steps and budget.use(s.cost, of=full) < self.USED * used,
                     s.fidelity, s.score, s.subnet.id,
                 )
             )  # fmt: skip
         return fitting
 
     def best(self, budget: Budget) -> Scored:
-        """The best candidate that keeps the budget, of those that use it if any does, by its
-        score of the highest fidelity.
+        """The best candidate that keeps the budget, by its score of the highest fidelity; without
+        tuned scores the best of those that use the budget, if any does.
 
         Raises:
             BudgetError: none was scored that keeps it.
@@ -371,8 +374,8 @@ class Explorer:
         return ranked[0]
 
     def ranked(self, budget: Budget) -> list[Scored]:
-        """All scored candidates that keep the budget and have a finite score, best first: those
-        that use it, then the others.
+        """All scored candidates that keep the budget and have a finite score, best first; what
+        was scored as it is and leaves much of the budget goes last.
 
         Args:
             budget: any one.

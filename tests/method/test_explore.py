@@ -102,11 +102,12 @@ def test_the_front_is_not_dominated_and_prices_are_right(drawn, seed):
 
 @settings(max_examples=12)
 @given(spaces_with_budget(), st.integers(0, 2**32))
-def test_only_what_leaves_much_of_the_budget_scores_better_than_the_best(drawn, seed):
+def test_as_it_is_only_what_leaves_much_of_the_budget_scores_better_than_the_best(drawn, seed):
     space, budget = drawn
     budgets = [budget, Budget(macs=1.0)]
+    options = replace(SMALL, tuning_steps=0, finalists=0)
     explorer = search(
-        Explorer(space, budgets, SMALL, seed),
+        Explorer(space, budgets, options, seed),
         lambda c: space.cost(c.subnet).macs + made_up(c),  # as slices can: the smallest is best
     )
     for each in budgets:
@@ -165,12 +166,18 @@ def test_offspring_are_made_as_asked(monkeypatch, share, made):
     assert called == {made}
 
 
-@pytest.mark.parametrize(("larger", "served"), [(0.52, True), (0.9, False)])
-def test_a_candidate_of_one_budget_serves_another_that_it_uses(larger, served):
+@pytest.mark.parametrize(
+    ("larger", "finalists", "served"), [(0.52, 0, True), (0.9, 0, False), (0.9, 3, True)]
+)
+def test_a_candidate_of_one_budget_serves_another_if_it_uses_it_or_is_tuned(
+    larger, finalists, served
+):
     space = make_space([16, 16], [16])
     small, large = Budget(macs=0.5), Budget(macs=larger)
+    tuned = SMALL.tuning_steps if finalists else 0
+    options = replace(SMALL, tuning_steps=tuned, finalists=finalists)
     explorer = search(
-        Explorer(space, [small, large], SMALL, 0), lambda c: float(space.cost(c.subnet).macs)
+        Explorer(space, [small, large], options, 0), lambda c: float(space.cost(c.subnet).macs)
     )
     assert (explorer.best(large) == explorer.best(small)) == served
     assert explorer.best(small).subnet in {s.subnet for s in explorer.ranked(large)}
